@@ -1,0 +1,46 @@
+# Every target that needs the environment makes it first; see tools/setup_env.sh.
+PYTHON_VENV := .venv/bin/python
+PYTEST := $(PYTHON_VENV) -m pytest
+# More pytest flags: make test PYTEST_ARGS="-k index -x"
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-unit test-gpu lint clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
+
+setup: ## make .venv with all packages and build the data engine
+	@bash tools/setup_env.sh
+
+demo: setup ## train a small model with data weighting, start to finish
+	@bash examples/demo.sh
+
+test: setup ## run all tests (GPU tests are skipped, see test-gpu)
+	$(PYTEST) --durations=10 $(PYTEST_ARGS) tests
+
+test-unit: setup ## run the quick tests only
+	$(PYTEST) $(PYTEST_ARGS) tests/unit
+
+# A GPU that the driver lists and torch cannot use is a broken machine, not a reason to skip.
+test-gpu: setup ## run the GPU tests; without a GPU say so and succeed
+	@if $(PYTHON_VENV) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
+		MEGATRON_DWM_TEST_GPU=1 $(PYTEST) -m gpu -rs $(PYTEST_ARGS) tests/functional; \
+	elif nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then \
+		echo 'test-gpu: nvidia-smi lists a GPU, but torch cannot use it: compare the driver with the CUDA version of torch' >&2; \
+		exit 1; \
+	else \
+		echo 'test-gpu: skipped, no GPU was found'; \
+	fi
+
+lint: setup ## check style, spelling and types
+	$(PYTHON_VENV) -m ruff check .
+	$(PYTHON_VENV) -m ruff format --check .
+	$(PYTHON_VENV) -m codespell_lib
+	$(PYTHON_VENV) -m mypy megatron_dwm
+
+clean: ## remove .venv, builds, caches and the demo's output
+	rm -rf .venv .venv.lock build dist demo_out *.egg-info
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -f megatron_dwm/_data_engine.*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,153 @@
+"""The step log: one JSON line a step, a console line every log interval, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_dwm.train_step import StepRecord
+from megatron_dwm.weighting.weights import weight_statistics
+
+FILE_NAME = "dwm_log.jsonl"
+
+
+class WeightLog:
+    """Writes what each step's weights were.
+
+    Args:
+        folder: the run's `--save` folder, where `dwm_log.jsonl` goes; None: no file.
+        domains: names of the blend's data sets, in the order of the loader's `dataset_id`.
+        writer: a TensorBoard writer, or None.
+        log_interval: steps between console lines.
+        first_iteration: iterations done before this run; later lines of an older log of the
+            same folder are dropped, because this run takes those steps again.
+        samples: whether every sample's weight is written.
+        printer: prints one line.
+        writes: whether this rank writes at all (the last one does).
+    """
+
+    def __init__(
+        self,
+        folder: str | None,
+        domains: list[str],
+        writer: Any,
+        log_interval: int,
+        first_iteration: int,
+        samples: bool,
+        printer: Callable[[str], None],
+        writes: bool,
+    ) -> None:
+        self.domains, self.writer, self.log_interval = domains, writer, log_interval
+        self.samples, self.printer, self.writes = samples, printer, writes
+        self.file = None
+        if folder is not None and writes:
+            os.makedirs(folder, exist_ok=True)
+            path = os.path.join(folder, FILE_NAME)
+            kept = _lines_up_to(path, first_iteration)
+            self.file = open(path, "w", buffering=1)  # noqa: SIM115 - open for the run
+            self.file.writelines(kept)
+
+    def write(self, record: StepRecord) -> None:
+        """Logs one step."""
+        if not self.writes or record.weights is None:
+            return
+        line = describe(record, self.domains, self.samples)
+        if self.file is not None:
+            self.file.write(json.dumps(line) + "\n")
+        if record.iteration % self.log_interval == 0:
+            self.printer(console_line(line))
+        if self.writer is not None:
+            for name, value in line.items():
+                if name not in ("iteration", "stage") and isinstance(value, int | float):
+                    self.writer.add_scalar(f"dwm/{name}", value, record.iteration)
+            for name, value in line["domain_weight"].items():
+                self.writer.add_scalar(f"dwm/domain_weight/{name}", value, record.iteration)
+
+
+def describe(record: StepRecord, domains: list[str], samples: bool = False) -> dict[str, Any]:
+    """Returns a step's log line as a dict.
+
+    Args:
+        record: the step; its weights must not be None.
+        domains: names of the blend's data sets.
+        samples: include every sample's weight and domain.
+    """
+    weights = record.weights
+    assert weights is not None
+    weights = weights.detach().float().cpu()
+    line: dict[str, Any] = {
+        "iteration": record.iteration,
+        "stage": record.plan.stage + 1,
+        "window": record.plan.window,
+        "lm_loss": _finite(record.lm_loss),
+        **{name: round(value, 6) for name, value in weight_statistics(weights).items()},
+        "domain_weight": {},
+        "domain_samples": {},
+    }
+    if record.domains is not None:
+        ids = record.domains.cpu()
+        for i in sorted({int(i) for i in ids.tolist() if i >= 0}):
+            name = domains[i] if i < len(domains) else str(i)
+            chosen = weights[ids == i]
+            line["domain_weight"][name] = round(chosen.mean().item(), 6)
+            line["domain_samples"][name] = chosen.numel()
+    if record.meta is not None:
+        line.update(
+            meta_loss=_finite(record.meta.loss),
+            meta_gradient_norm=_finite(torch.linalg.vector_norm(record.meta.influence).item()),
+            dwm_grad_norm=_finite(record.meta.grad_norm),
+            dwm_updated=int(record.meta.updated),
+            meta_seconds=round(record.meta.seconds, 4),
+        )
+    if samples:
+        line["weights"] = [round(w, 6) for w in weights.tolist()]
+        if record.domains is not None:
+            line["domains"] = record.domains.tolist()
+        if record.meta is not None:
+            line["influence"] = record.meta.influence.tolist()
+    return line
+
+
+def console_line(line: dict[str, Any]) -> str:
+    """Returns one line for the console, in the manner of Megatron's own."""
+    parts = [
+        f" dwm iteration {line['iteration']:8d}",
+        f"stage {line['stage']} {line['window']}",
+        f"entropy: {line['entropy']:.4f}",
+        f"effective sample size: {line['effective_sample_size']:.3f}",
+        f"max weight: {line['max_weight']:.3f}",
+    ]
+    if "meta_loss" in line:
+        parts.insert(2, f"meta loss: {line['meta_loss']:.6E}")
+        parts.insert(3, f"meta-gradient norm: {line['meta_gradient_norm']:.3E}")
+    for name, weight in line["domain_weight"].items():
+        parts.append(f"{name}: {weight:.3f}")
+    return " | ".join(parts) + " |"
+
+
+def read_log(path: str) -> list[dict[str, Any]]:
+    """Returns the lines of a step log, a torn last line left out."""
+    lines = []
+    with open(path) as file:
+        for text in file:
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                continue
+    return lines
+
+
+def _lines_up_to(path: str, iteration: int) -> list[str]:
+    if iteration == 0 or not os.path.exists(path):
+        return []
+    return [json.dumps(x) + "\n" for x in read_log(path) if x["iteration"] <= iteration]
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no NaN."""
+    return value if value is not None and math.isfinite(value) else None

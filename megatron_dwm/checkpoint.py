@@ -1,0 +1,175 @@
+"""The weighting model's state inside Megatron's own `torch_dist` checkpoint, and its snapshots.
+
+Everything lies under the key `dwm` of the trainer's state dict: tensors (`dwm.*`), the DWM's
+optimizer, the position in the meta data and the count of meta steps. The schedule is a function
+of the iteration and needs no state. The stock trainer can load such a checkpoint: it does not
+ask for the extra keys.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+
+from megatron_dwm.errors import DWMError
+from megatron_dwm.train_step import DWMTrainStep
+
+KEY = "dwm"
+_PREFIX = "dwm."
+
+
+def state_for_saving(
+    step: DWMTrainStep, metadata: dict | None, with_optimizer: bool = True
+) -> dict[str, Any]:
+    """Returns the DWM's sharded state.
+
+    Args:
+        step: what lasts from step to step.
+        metadata: the trainer's sharding metadata (its `dp_cp_group` numbers the replicas).
+        with_optimizer: whether the DWM's optimizer is saved too (not `--no-save-optim`).
+    """
+    # An optimizer that never stepped has no state to save.
+    with_optimizer = with_optimizer and step.meta_steps_taken > 0
+    return _sharded_state(step, metadata, with_optimizer, loading=False)
+
+
+def _sharded_state(
+    step: DWMTrainStep, metadata: dict | None, with_optimizer: bool, loading: bool
+) -> dict[str, Any]:
+    state: dict[str, Any] = {
+        "shape": step.config.shape() if step.scorer is not None else None,
+        "meta_steps_taken": step.meta_steps_taken,
+        "warm_started": step.warm_started,
+        "has_optimizer": with_optimizer,
+        "meta_data": None if step.meta_data is None else step.meta_data.state_dict(),
+    }
+    if step.scorer is not None:
+        metadata = {"dp_cp_group": step.groups.dp_cp, **(metadata or {})}
+        state["model"] = step.scorer.module.sharded_state_dict(prefix=_PREFIX, metadata=metadata)
+        if with_optimizer:
+            state["optimizer"] = step.scorer.optimizer.sharded_state_dict(
+                state, is_loading=loading, metadata=metadata
+            )
+    return state
+
+
+def load(step: DWMTrainStep, folder: str, with_optimizer: bool = True) -> str:
+    """Loads the DWM's state from one of the trainer's checkpoints.
+
+    Args:
+        step: receives the state.
+        folder: the checkpoint's folder, `.../iter_0000100`.
+        with_optimizer: whether to load the DWM's optimizer (not `--no-load-optim`).
+
+    Returns:
+        A line for the log: what was loaded, or that the DWM starts fresh.
+
+    Raises:
+        DWMError: the checkpoint's DWM has another shape.
+    """
+    found = dist_checkpointing.load_common_state_dict(folder).get(KEY)
+    if step.scorer is None:
+        return "DWM: policy uniform, nothing to load"
+    if found is None or found["shape"] is None:
+        return f"DWM: {folder} holds no weighting model; a fresh one starts"
+    _check_shape(step, found["shape"], folder)
+    with_optimizer = with_optimizer and found["has_optimizer"]
+    state = _load_sharded(step, folder, with_optimizer)
+    if with_optimizer:
+        step.scorer.optimizer.load_state_dict(state["optimizer"])
+    step.meta_steps_taken = int(found["meta_steps_taken"])
+    step.warm_started = step.warm_start is None or bool(found["warm_started"])
+    if step.meta_data is not None and found["meta_data"] is not None:
+        step.meta_data.load_state_dict(found["meta_data"])
+    return f"DWM: loaded from {folder} after {step.meta_steps_taken} meta steps"
+
+
+def _load_sharded(step: DWMTrainStep, folder: str, with_optimizer: bool) -> dict[str, Any]:
+    assert step.scorer is not None
+    wanted = _sharded_state(step, None, with_optimizer, loading=True)
+    request = {KEY: {name: wanted[name] for name in ("model", "optimizer") if name in wanted}}
+    state = dist_checkpointing.load(request, folder)[KEY]
+    weights = {name.removeprefix(_PREFIX): value for name, value in state["model"].items()}
+    step.scorer.module.load_state_dict(weights)
+    if not with_optimizer:
+        step.scorer.optimizer.reload_model_params()
+    return state
+
+
+def _check_shape(step: DWMTrainStep, found: dict[str, Any], folder: str) -> None:
+    wanted = step.config.shape()
+    different = [
+        f"--dwm-{name.replace('_', '-')} is {wanted[name]}, the checkpoint's is {found.get(name)}"
+        for name in wanted
+        if wanted[name] != found.get(name)
+    ]
+    if different:
+        raise DWMError(
+            f"the weighting model in {folder} has another shape: {'; '.join(different)}. Set the "
+            "flags to the checkpoint's values, or start the DWM anew with another --save/--load"
+        )
+
+
+def snapshot_name(stage: int) -> str:
+    """Returns the folder name of a stage's snapshot; stages are counted from 1 in names."""
+    return f"dwm_stage_{stage + 1:03d}"
+
+
+def save_snapshot(step: DWMTrainStep, folder: str) -> None:
+    """Saves the DWM's weights and shape as a checkpoint of their own.
+
+    Args:
+        step: holds the DWM.
+        folder: the snapshot's folder; an older snapshot there is replaced.
+    """
+    assert step.scorer is not None
+    if torch.distributed.get_rank() == 0:
+        os.makedirs(folder, exist_ok=True)
+        for name in os.listdir(folder):
+            os.remove(os.path.join(folder, name))
+    torch.distributed.barrier()
+    state = _sharded_state(step, None, with_optimizer=False, loading=False)
+    dist_checkpointing.save({KEY: state}, folder)
+
+
+def load_snapshot(step: DWMTrainStep, folder: str, stage: int | None = None) -> str:
+    """Loads a snapshot of a DWM: weights only, fresh optimizer.
+
+    Args:
+        step: receives the weights.
+        folder: a snapshot, or a folder of `dwm_stage_*` snapshots.
+        stage: 0-based stage whose snapshot is wanted; the last one when it has none.
+
+    Returns:
+        A line for the log.
+
+    Raises:
+        DWMError: no snapshot there, or one of another shape.
+    """
+    path = find_snapshot(folder, stage)
+    found = dist_checkpointing.load_common_state_dict(path).get(KEY)
+    if found is None or found["shape"] is None:
+        raise DWMError(f"--dwm-load {path} holds no weighting model")
+    _check_shape(step, found["shape"], path)
+    _load_sharded(step, path, with_optimizer=False)
+    step.warm_started = True
+    return f"DWM: weights from {path}"
+
+
+def find_snapshot(folder: str, stage: int | None = None) -> str:
+    """Returns the snapshot of a stage below a folder, or the last one, or the folder itself."""
+    if not os.path.isdir(folder):
+        raise DWMError(f"--dwm-load {folder}: no such folder")
+    names = sorted(n for n in os.listdir(folder) if re.fullmatch(r"dwm_stage_\d+", n))
+    if names:
+        wanted = snapshot_name(stage) if stage is not None else names[-1]
+        return os.path.join(folder, wanted if wanted in names else names[-1])
+    if os.path.exists(os.path.join(folder, "metadata.json")):
+        return folder
+    raise DWMError(
+        f"--dwm-load {folder} holds neither dwm_stage_* snapshots nor a snapshot's metadata.json"
+    )

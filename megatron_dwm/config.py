@@ -1,0 +1,215 @@
+"""All settings of the data weighting model, validated at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_dwm.errors import DWMError
+
+POLICIES = ("learned", "uniform", "shuffled")
+SCHEDULES = ("staged", "joint", "frozen")
+ESTIMATORS = ("finite_difference",)
+POOLINGS = ("last", "mean")
+_INIT = re.compile(r"random|llm:[1-9]\d*|hf:.+")
+
+
+def _option(default: Any, help: str, **metadata: Any) -> Any:
+    """Declares a field whose help text and argparse details travel with it."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class DWMConfig:
+    """Settings of the data weighting model; each field is the flag `--dwm-<name>`.
+
+    Attributes:
+        enabled: the flag `--dwm`.
+        policy: how samples are weighted: `learned` (the DWM), `uniform` (w = 1, no DWM is
+            built) or `shuffled` (the DWM's weights, permuted among the samples: a control with
+            the same histogram).
+        schedule: `staged`, `joint` or `frozen` (weights from `load`, no meta steps).
+        estimator: how `c_i = dL_meta(theta+)/dw_i` is estimated.
+    """
+
+    enabled: bool = _option(False, "weigh every sample with a data weighting model (DWM)")
+    policy: str = _option(
+        "learned",
+        "learned: the DWM; uniform: w = 1; shuffled: the DWM's weights permuted, a control",
+    )
+    schedule: str = _option(
+        "staged",
+        "staged: each stage is a meta window and a frozen window; joint: a meta step every "
+        "--dwm-meta-interval steps; frozen: weights from --dwm-load, no meta steps",
+    )
+    stages: int = _option(5, "number of stages that the training is cut into (staged, frozen)")
+    stage_meta_steps: int | None = _option(
+        None, "length of each stage's meta window in steps; default: half of the stage"
+    )
+    warmup_steps: int = _option(0, "steps of uniform weights at the start of the training")
+    meta_interval: int = _option(1, "a meta step every this many steps (joint, meta windows)")
+    meta_data_path: list[str] | None = _option(
+        None,
+        "meta set: one or more Megatron indexed data set prefixes, optionally WEIGHT PREFIX "
+        "pairs as in --data-path; never the reported validation data",
+        nargs="+",
+    )
+    meta_batch_size: int | None = _option(
+        None, "samples of the meta set a meta step; default: a quarter of the global batch"
+    )
+    estimator: str = _option(
+        "finite_difference", "estimator of the per-sample meta-gradient: finite_difference"
+    )
+    fd_relative_step: float | None = _option(
+        None,
+        "finite difference: |eps v| / |theta|; default: 1e-3 in fp32, 3e-2 in bf16",
+    )
+    num_layers: int = _option(4, "layers of the DWM (llm:K and hf:DIR set it themselves)")
+    hidden_size: int = _option(256, "hidden size of the DWM")
+    ffn_hidden_size: int | None = _option(
+        None, "MLP size of the DWM; default: 8/3 of the hidden size, rounded up to 64"
+    )
+    num_attention_heads: int = _option(4, "attention heads of the DWM")
+    num_query_groups: int | None = _option(
+        None, "query groups (GQA) of the DWM; default: as many as heads"
+    )
+    pooling: str = _option("mean", "how token states become one sample vector: last or mean")
+    init: str = _option(
+        "random",
+        "random; llm:K (the LLM's embedding and first K layers, copied at the first meta step); "
+        "hf:DIR (a Hugging Face Llama folder)",
+    )
+    load: str | None = _option(
+        None, "folder with stage snapshots (or one snapshot) that the DWM starts from"
+    )
+    head_lr: float = _option(3e-3, "learning rate of the DWM's score head")
+    backbone_lr: float = _option(2e-4, "learning rate of the rest of the DWM")
+    weight_decay: float = _option(0.0, "weight decay of the DWM (AdamW)")
+    adam_beta1: float = _option(0.9, "Adam beta1 of the DWM")
+    adam_beta2: float = _option(0.99, "Adam beta2 of the DWM")
+    clip_grad: float = _option(1.0, "clip the DWM's gradient to this global norm; 0: off")
+    temperature: float = _option(1.0, "tau in w = N softmax(s / tau)")
+    seed: int = _option(1234, "seed of the DWM's initialisation and of the shuffled policy")
+    log_samples: bool = _option(False, "write every sample's weight to the step log as well")
+
+    @property
+    def trains(self) -> bool:
+        """Whether meta steps are taken at all."""
+        return self.policy != "uniform" and self.schedule != "frozen"
+
+    @property
+    def scores(self) -> bool:
+        """Whether a weighting model is built."""
+        return self.policy != "uniform"
+
+    def problems(self) -> list[str]:
+        """Returns one line for each setting that cannot work, independent of the LLM."""
+        found = []
+        for name, allowed in (
+            ("policy", POLICIES),
+            ("schedule", SCHEDULES),
+            ("estimator", ESTIMATORS),
+            ("pooling", POOLINGS),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                found.append(f"{flag(name)} is '{value}'; allowed are {', '.join(allowed)}")
+        if not _INIT.fullmatch(self.init):
+            found.append(f"{flag('init')} is '{self.init}'; allowed are random, llm:K and hf:DIR")
+        positive = ("stages", "meta_interval", "num_layers", "hidden_size", "num_attention_heads")
+        for name in (*positive, "temperature", "head_lr"):
+            if getattr(self, name) <= 0:
+                found.append(f"{flag(name)} is {getattr(self, name)}; it must be above 0")
+        for name in ("warmup_steps", "backbone_lr", "weight_decay", "clip_grad"):
+            if getattr(self, name) < 0:
+                found.append(f"{flag(name)} is {getattr(self, name)}; it must not be negative")
+        for name in ("stage_meta_steps", "meta_batch_size", "ffn_hidden_size", "num_query_groups"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                found.append(f"{flag(name)} is {value}; it must be above 0")
+        if self.fd_relative_step is not None and not 0 < self.fd_relative_step < 1:
+            found.append(f"{flag('fd_relative_step')} is {self.fd_relative_step}; use (0, 1)")
+        if self.schedule == "frozen" and self.policy != "uniform" and not self.load:
+            found.append("--dwm-schedule frozen needs --dwm-load DIR, the weights to be used")
+        return found
+
+    def head_dim_problems(self, tensor_parallel_size: int) -> list[str]:
+        """Returns one line for each DWM shape that does not divide.
+
+        Args:
+            tensor_parallel_size: the LLM's tensor-parallel size, which the DWM shares.
+        """
+        found = []
+        heads = self.num_attention_heads
+        groups = self.num_query_groups or heads
+        if self.hidden_size % heads:
+            found.append(
+                f"--dwm-hidden-size {self.hidden_size} is not divisible by "
+                f"--dwm-num-attention-heads {heads}"
+            )
+        elif (self.hidden_size // heads) % 2:
+            found.append(
+                f"--dwm-hidden-size {self.hidden_size} / --dwm-num-attention-heads {heads} is "
+                f"odd; rotary embeddings need an even head size"
+            )
+        if heads % groups:
+            found.append(
+                f"--dwm-num-attention-heads {heads} is not divisible by "
+                f"--dwm-num-query-groups {groups}"
+            )
+        for name, value in (
+            ("hidden-size", self.hidden_size),
+            ("num-attention-heads", heads),
+            ("num-query-groups", groups),
+            ("ffn-hidden-size", self.resolved_ffn_hidden_size),
+        ):
+            if value % tensor_parallel_size:
+                found.append(
+                    f"--dwm-{name} {value} is not divisible by "
+                    f"--tensor-model-parallel-size {tensor_parallel_size}"
+                )
+        return found
+
+    @property
+    def resolved_ffn_hidden_size(self) -> int:
+        """MLP size, with the Llama default of 8/3 of the hidden size rounded up to 64."""
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        return -(-self.hidden_size * 8 // (3 * 64)) * 64
+
+    def shape(self) -> dict[str, Any]:
+        """Returns what must agree between a checkpoint's DWM and this one."""
+        names = ("num_layers", "hidden_size", "num_attention_heads", "pooling")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "ffn_hidden_size": self.resolved_ffn_hidden_size,
+            "num_query_groups": self.num_query_groups or self.num_attention_heads,
+        }
+
+    @classmethod
+    def from_args(cls, args: Any) -> DWMConfig:
+        """Reads the config from parsed arguments; flags that are missing keep their default."""
+        values = {}
+        for spec in dataclasses.fields(cls):
+            attribute = attribute_name(spec.name)
+            if hasattr(args, attribute):
+                values[spec.name] = getattr(args, attribute)
+        return cls(**values)
+
+
+def flag(name: str) -> str:
+    """Returns the command-line flag of a field: `meta_batch_size` -> `--dwm-meta-batch-size`."""
+    return "--dwm" if name == "enabled" else "--dwm-" + name.replace("_", "-")
+
+
+def attribute_name(name: str) -> str:
+    """Returns the attribute of the parsed arguments that holds a field."""
+    return "dwm" if name == "enabled" else "dwm_" + name
+
+
+def raise_all(problems: list[str]) -> None:
+    """Raises one `DWMError` that lists every problem, if there is any."""
+    if problems:
+        raise DWMError("; ".join(problems))

@@ -1,0 +1,91 @@
+"""The meta set: Megatron indexed data sets, read in an order that is a function of the position.
+
+The state is one number, the samples consumed so far, so a resumed run reads on exactly, at any
+data-parallel size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy
+from torch.utils.data import default_collate
+
+
+class MetaData:
+    """Draws meta batches for this data-parallel rank.
+
+    Args:
+        datasets: map-style data sets of samples; empty on ranks that read no data.
+        weights: sampling weight of each data set; None for one data set.
+        batch_size: samples of a meta step over all data-parallel ranks.
+        micro_batch_size: b.
+        dp_rank: this rank in data parallelism.
+        dp_size: data-parallel size.
+        seed: seed of the order.
+    """
+
+    def __init__(
+        self,
+        datasets: list[Any],
+        weights: list[float] | None,
+        batch_size: int,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        seed: int,
+    ) -> None:
+        self.datasets, self.weights = datasets, weights
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self.dp_rank, self.dp_size, self.seed = dp_rank, dp_size, seed
+        self.num_microbatches = batch_size // (micro_batch_size * dp_size)
+        self.consumed_samples = 0
+        self._order: tuple[int, numpy.ndarray] | None = None
+
+    def next_batches(self) -> list[Any] | None:
+        """Returns the next meta batch's micro-batches of this rank, and moves on.
+
+        Returns:
+            As many collated batches as `num_microbatches`, or None on ranks without data.
+        """
+        position = self.consumed_samples
+        self.consumed_samples += self.batch_size
+        return self.batches_at(position)
+
+    def batches_at(self, position: int) -> list[Any] | None:
+        """Returns this rank's micro-batches of the meta batch that starts at `position`."""
+        if not self.datasets:
+            return None
+        batches = []
+        for k in range(self.num_microbatches):
+            # The trainer's own order: micro-batch by micro-batch, rank by rank.
+            first = position + (k * self.dp_size + self.dp_rank) * self.micro_batch_size
+            batches.append(
+                default_collate([self.sample(first + j) for j in range(self.micro_batch_size)])
+            )
+        return batches
+
+    def sample(self, index: int) -> Any:
+        """Returns the `index`-th sample of the endless meta stream.
+
+        One data set: epochs, each shuffled anew. Several: independent weighted draws.
+        """
+        if len(self.datasets) == 1:
+            length = len(self.datasets[0])
+            epoch, offset = divmod(index, length)
+            if self._order is None or self._order[0] != epoch:
+                rng = numpy.random.default_rng([self.seed, epoch])
+                self._order = (epoch, rng.permutation(length))
+            return self.datasets[0][int(self._order[1][offset])]
+        rng = numpy.random.default_rng([self.seed, index])
+        weights = numpy.asarray(self.weights or [len(d) for d in self.datasets], dtype=float)
+        chosen = self.datasets[int(rng.choice(len(self.datasets), p=weights / weights.sum()))]
+        return chosen[int(rng.integers(len(chosen)))]
+
+    def state_dict(self) -> dict[str, int]:
+        """Returns the position."""
+        return {"consumed_samples": self.consumed_samples}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Moves to a saved position."""
+        self.consumed_samples = int(state["consumed_samples"])

@@ -1,0 +1,21 @@
+"""The one error type for what a user can mend: its text is the whole message."""
+
+from __future__ import annotations
+
+
+class DWMError(ValueError):
+    """Bad input or an unsupported combination; names the flag or file, the value and the way out.
+
+    The launcher and `attach` print it as one line and end the run with exit code 2.
+    """
+
+    def __init__(self, message: str, this_rank_only: bool = False) -> None:
+        """Keeps the message.
+
+        Args:
+            message: the whole text for the user, one line.
+            this_rank_only: whether the other ranks may not see the error, so that the rank
+                that does must print it whatever its number.
+        """
+        super().__init__(message)
+        self.this_rank_only = this_rank_only

@@ -1,0 +1,100 @@
+"""`attach()`: within it, Megatron's trainer trains with the data weighting model.
+
+Three functions are rebound: `train_step` (passes A to E), `setup_model_and_optimizer` (the DWM is
+built, and loaded, right after the LLM) and `generate_state_dict` (the DWM's state joins the
+checkpoint). Without `--dwm` all three are the stock functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_dwm.errors import DWMError
+from megatron_dwm.integration.rebind import check_version, rebound
+
+
+@contextlib.contextmanager
+def attach(add_arguments: bool = False) -> Iterator[None]:
+    """Attaches the data weighting model to Megatron's trainer.
+
+    Args:
+        add_arguments: also add the `--dwm-*` flags to Megatron's parser; for scripts that do
+            not call `add_dwm_args` themselves.
+
+    Raises:
+        SystemExit: with code 2 after one line on standard error, for anything a user can mend.
+    """
+    try:
+        check_version()
+        with contextlib.ExitStack() as stack:
+            _rebind_trainer(stack, add_arguments)
+            yield
+    except DWMError as error:
+        rank = int(os.environ.get("RANK", "0"))
+        if rank == 0 or error.this_rank_only:
+            print(f"megatron_dwm: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def _rebind_trainer(stack: contextlib.ExitStack, add_arguments: bool) -> None:
+    from megatron.training import arguments, checkpointing, training
+
+    from megatron_dwm.integration.session import Session
+
+    session = Session()
+    if add_arguments:
+        stack.enter_context(
+            rebound(arguments, "parse_args", ("extra_args_provider",), _parse_with_dwm_flags)
+        )
+    stack.enter_context(
+        rebound(
+            training,
+            "setup_model_and_optimizer",
+            ("model_type", "model_provider_func"),
+            session.setup_model_and_optimizer,
+        )
+    )
+    stack.enter_context(
+        rebound(
+            training,
+            "train_step",
+            (
+                "forward_step_func",
+                "data_iterator",
+                "model",
+                "optimizer",
+                "opt_param_scheduler",
+                "config",
+                "forward_backward_func",
+                "iteration",
+            ),
+            session.train_step,
+        )
+    )
+    stack.enter_context(
+        rebound(
+            checkpointing,
+            "generate_state_dict",
+            ("args", "model", "optimizer", "optim_sd_kwargs", "model_sd_kwargs"),
+            session.generate_state_dict,
+        )
+    )
+
+
+def _parse_with_dwm_flags(
+    original: Any, extra_args_provider: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    from megatron_dwm.arguments import add_dwm_args
+
+    def provider(parser: Any) -> Any:
+        if extra_args_provider is not None:
+            parser = extra_args_provider(parser)
+        return add_dwm_args(parser)
+
+    return original(provider, *args, **kwargs)
+
+

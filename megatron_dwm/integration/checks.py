@@ -1,0 +1,202 @@
+"""What a run's arguments must satisfy before the weighting model is attached."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from megatron.core.datasets.utils import get_blend_from_list
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron_dwm.config import DWMConfig, raise_all
+from megatron_dwm.data.index import DatasetError, read_index
+from megatron_dwm.errors import DWMError
+
+# Flags under which the passes of the modified step are not right, or were never shown to be.
+_REFUSED = {
+    "sft": "packed (thd) sequences have no per-sample loss",
+    "fp16": "loss scaling is not carried through the meta-gradient; use --bf16",
+    "use_megatron_fsdp": "its parameters cannot be perturbed in place",
+    "use_torch_fsdp2": "its parameters cannot be perturbed in place",
+    "perform_rl_step": "reinforcement learning has no per-sample language-model loss",
+    "hybrid_context_parallel": "samples are split over ranks",
+    "mtp_num_layers": "the multi-token-prediction loss does not pass through the loss function",
+    "fp8_param_gather": "quantised parameters cannot be perturbed in place",
+    "reuse_grad_buf_for_mxfp8_param_ag": "parameters share the gradient buffer",
+    "overlap_moe_expert_parallel_comm": "its schedule was not shown to work with extra passes",
+    "optimizer_cuda_graph": "the optimizer's state is read between steps",
+}
+
+
+def check_arguments(config: DWMConfig, args: Any) -> None:
+    """Refuses what cannot work, all problems in one line.
+
+    Args:
+        config: the settings, shapes not yet taken over from the LLM.
+        args: Megatron's parsed and validated arguments.
+
+    Raises:
+        DWMError: lists every problem with its flag.
+    """
+    problems = config.problems()
+    if config.scores:
+        problems += _unsupported_flags(args)
+        if config.init == "random":
+            problems += config.head_dim_problems(args.tensor_model_parallel_size)
+        problems += _init_problems(config, args)
+    if config.trains:
+        problems += _meta_problems(config, args)
+    if args.save and args.ckpt_format != "torch_dist" and config.scores:
+        problems.append(
+            f"--ckpt-format {args.ckpt_format} cannot hold the weighting model; use torch_dist"
+        )
+    raise_all(problems)
+
+
+def _unsupported_flags(args: Any) -> list[str]:
+    found = [
+        f"--{name.replace('_', '-')} is not supported with --dwm: {why}"
+        for name, why in _REFUSED.items()
+        if getattr(args, name, None)
+    ]
+    if args.context_parallel_size > 1:
+        found.append(
+            f"--context-parallel-size {args.context_parallel_size} is not supported with --dwm yet;"
+            " use 1"
+        )
+    if getattr(args, "cuda_graph_impl", "none") not in (None, "none"):
+        found.append(f"--cuda-graph-impl {args.cuda_graph_impl} is not supported with --dwm")
+    return found
+
+
+def _init_problems(config: DWMConfig, args: Any) -> list[str]:
+    if config.init.startswith("llm:"):
+        layers = int(config.init[4:])
+        found = []
+        if layers > args.num_layers:
+            found.append(
+                f"--dwm-init {config.init} asks for {layers} layers, but the LLM has "
+                f"--num-layers {args.num_layers}"
+            )
+        if args.num_experts:
+            found.append(
+                f"--dwm-init {config.init} copies dense layers, but the LLM has --num-experts "
+                f"{args.num_experts}; use random or hf:DIR"
+            )
+        if args.multi_latent_attention:
+            found.append(f"--dwm-init {config.init} does not support --multi-latent-attention")
+        return found
+    if config.init.startswith("hf:") and not os.path.isdir(config.init[3:]):
+        return [f"--dwm-init {config.init}: folder '{config.init[3:]}' does not exist"]
+    return []
+
+
+def _meta_problems(config: DWMConfig, args: Any) -> list[str]:
+    found = []
+    if not config.meta_data_path and not args.mock_data:
+        found.append(
+            "--dwm-meta-data-path is missing: name the meta set's data set prefix(es), or use "
+            "--dwm-policy uniform or --dwm-schedule frozen"
+        )
+    unit = args.micro_batch_size * args.data_parallel_size
+    if args.virtual_pipeline_model_parallel_size is not None:
+        unit *= args.pipeline_model_parallel_size
+    if config.meta_batch_size is not None and config.meta_batch_size % unit:
+        factors = "micro-batch-size x data-parallel size"
+        if args.virtual_pipeline_model_parallel_size is not None:
+            factors += " x pipeline stages (virtual pipeline)"
+        found.append(
+            f"--dwm-meta-batch-size {config.meta_batch_size} is not a multiple of {unit} "
+            f"({factors})"
+        )
+    return found
+
+
+def default_meta_batch_size(args: Any) -> int:
+    """Returns the legal size nearest to a quarter of the global batch."""
+    unit = args.micro_batch_size * args.data_parallel_size
+    if args.virtual_pipeline_model_parallel_size is not None:
+        unit *= args.pipeline_model_parallel_size
+    return max(1, round(args.global_batch_size / 4 / unit)) * unit
+
+
+def blend_of(paths: list[str] | None, flag: str) -> tuple[list[str], list[float] | None]:
+    """Parses `PREFIX ...` or `WEIGHT PREFIX ...` as `--data-path` does.
+
+    Raises:
+        DWMError: an even number of words that are not weights and prefixes in turn.
+    """
+    try:
+        blend = get_blend_from_list(paths)
+    except ValueError as error:
+        raise DWMError(
+            f"{flag} {' '.join(paths or [])}: an even number of words is read as WEIGHT PREFIX "
+            f"pairs, and {error}; give weights, or one prefix"
+        ) from None
+    return ([], None) if blend is None else (list(blend[0]), blend[1])
+
+
+def training_prefixes(args: Any) -> list[str]:
+    """Returns the prefixes of the training blend, in the order of the loader's `dataset_id`."""
+    blend, per_split = get_blend_and_blend_per_split(args)
+    if blend is None and per_split is not None:
+        blend = per_split[0]
+    return [] if blend is None else list(blend[0])
+
+
+def validation_prefixes(args: Any) -> list[str]:
+    """Returns the prefixes from which the reported validation loss comes."""
+    blend, per_split = get_blend_and_blend_per_split(args)
+    if per_split is not None:
+        return [] if per_split[1] is None else list(per_split[1][0])
+    if blend is None or (args.eval_iters == 0 and not args.full_validation):
+        return []
+    shares = [float(share) for share in (args.split or "969,30,1").split(",")]
+    return list(blend[0]) if len(shares) > 1 and shares[1] > 0 else []
+
+
+def check_data(config: DWMConfig, args: Any) -> None:
+    """Opens every index of the run, and refuses a meta set that is the validation set.
+
+    Raises:
+        DWMError: names the file, or the data set that is in both.
+    """
+    meta = blend_of(config.meta_data_path, "--dwm-meta-data-path")[0] if config.trains else []
+    validation = validation_prefixes(args)
+    summaries = {}
+    for prefix in dict.fromkeys([*training_prefixes(args), *validation, *meta]):
+        try:
+            summaries[prefix] = read_index(prefix)
+        except DatasetError as error:
+            raise DWMError(str(error), this_rank_only=True) from None
+    for prefix in meta:
+        if summaries[prefix].tokens < args.seq_length + 1:
+            raise DWMError(
+                f"--dwm-meta-data-path {prefix} holds {summaries[prefix].tokens} tokens, fewer "
+                f"than one sample of --seq-length {args.seq_length} + 1; give a larger meta set",
+                this_rank_only=True,
+            )
+        for other in validation:
+            if _same_data(prefix, other):
+                raise DWMError(
+                    f"--dwm-meta-data-path {prefix} is also the reported validation data "
+                    f"({other}); what the weights are tuned on cannot measure them. Split the "
+                    "held-out documents into two data sets",
+                    this_rank_only=True,
+                )
+
+
+def _same_data(a: str, b: str) -> bool:
+    """Returns whether two prefixes name the same tokens, copies and links included."""
+    files = [f"{prefix}.bin" for prefix in (a, b)]
+    if os.path.samefile(*files):
+        return True
+    if os.path.getsize(files[0]) != os.path.getsize(files[1]):
+        return False
+    with open(files[0], "rb") as first, open(files[1], "rb") as second:
+        while True:
+            block, other = first.read(1 << 22), second.read(1 << 22)
+            if block != other:
+                return False
+            if not block:
+                return True

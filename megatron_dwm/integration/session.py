@@ -1,0 +1,137 @@
+"""One run of the trainer with the weighting model: what the rebound functions do."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training import checkpointing, get_args, print_rank_0, print_rank_last
+from megatron.training.global_vars import get_tensorboard_writer
+
+from megatron_dwm import checkpoint
+from megatron_dwm.analysis.weight_log import WeightLog
+from megatron_dwm.config import DWMConfig
+from megatron_dwm.integration.build import build_train_step, resolve_shapes
+from megatron_dwm.integration.checks import check_arguments, check_data, training_prefixes
+from megatron_dwm.train_step import DWMTrainStep, StepRecord, Trainee
+
+
+class Session:
+    """State of one `attach()`; inert until a run with `--dwm` sets up its model."""
+
+    def __init__(self) -> None:
+        self.step: DWMTrainStep | None = None
+        self.log: WeightLog | None = None
+
+    def setup_model_and_optimizer(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
+        """Checks the arguments, lets the trainer build and load, then builds and loads the DWM."""
+        run = get_args()
+        config = DWMConfig.from_args(run)
+        if not config.enabled:
+            return stock(*args, **kwargs)
+        check_arguments(config, run)
+        if run.rank == 0 and not run.mock_data:
+            check_data(config, run)
+        config = resolve_shapes(config, run)
+        model, optimizer, scheduler = stock(*args, **kwargs)
+        if optimizer is None:
+            print_rank_0("DWM: --skip-train is set, nothing is weighted")
+            return model, optimizer, scheduler
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        if run.train_iters is None and run.train_samples:
+            run_iters = run.train_samples // run.global_batch_size
+            print_rank_0(f"DWM: stages are cut from {run_iters} iterations (--train-samples)")
+        self.step = build_train_step(config, run, model, optimizer, groups)
+        self._load(config, run)
+        self.log = WeightLog(
+            folder=run.save,
+            domains=[os.path.basename(p) for p in training_prefixes(run)],
+            writer=get_tensorboard_writer(),
+            log_interval=run.log_interval,
+            first_iteration=run.iteration,
+            samples=config.log_samples,
+            printer=print_rank_last,
+            writes=run.rank == run.world_size - 1,
+        )
+        print_rank_0(self._summary(config))
+        return model, optimizer, scheduler
+
+    def train_step(
+        self,
+        stock: Any,
+        forward_step_func: Any,
+        data_iterator: Any,
+        model: Any,
+        optimizer: Any,
+        opt_param_scheduler: Any,
+        config: Any,
+        forward_backward_func: Any,
+        iteration: int | None = None,
+        **kwargs: Any,
+    ) -> tuple:
+        """Runs the modified step, or the stock one when no DWM is attached."""
+        rest = (model, optimizer, opt_param_scheduler, config, forward_backward_func)
+        if self.step is None:
+            return stock(forward_step_func, data_iterator, *rest, iteration=iteration, **kwargs)
+        assert self.log is not None
+        wrapped = self.step.forward_step
+        wrapped.forward_step = forward_step_func
+        trainee = Trainee(model, optimizer, config, forward_backward_func, data_iterator)
+
+        def stock_step(iterator: Any) -> tuple:
+            return stock(wrapped, iterator, *rest, iteration=iteration, **kwargs)
+
+        done = get_args().curr_iteration if iteration is None else iteration
+        result, record = self.step(stock_step, trainee, done)
+        self.log.write(record)
+        self._snapshot(record)
+        return result
+
+    def generate_state_dict(self, stock: Any, *args: Any, **kwargs: Any) -> dict:
+        """Adds the DWM's state to what the trainer saves; loading is done by `_load`."""
+        state = stock(*args, **kwargs)
+        loading = (kwargs.get("optim_sd_kwargs") or {}).get("is_loading", False)
+        run = get_args()
+        if self.step is not None and not loading and run.ckpt_format == "torch_dist":
+            metadata = (kwargs.get("model_sd_kwargs") or {}).get("metadata")
+            state[checkpoint.KEY] = checkpoint.state_for_saving(
+                self.step, metadata, with_optimizer=not run.no_save_optim
+            )
+        return state
+
+    def _load(self, config: DWMConfig, run: Any) -> None:
+        assert self.step is not None
+        if run.load and run.iteration > 0 and not run.finetune:
+            folder = checkpointing.get_load_checkpoint_path_by_args(run)
+            print_rank_0(checkpoint.load(self.step, folder, with_optimizer=not run.no_load_optim))
+            if self.step.meta_steps_taken or not config.load:
+                return
+        if config.load and config.scores:
+            print_rank_0(checkpoint.load_snapshot(self.step, config.load))
+
+    def _snapshot(self, record: StepRecord) -> None:
+        """Keeps the DWM of each stage, for transfer to another LLM or data set."""
+        run = get_args()
+        assert self.step is not None
+        if run.save and record.plan.ends_stage and self.step.config.trains:
+            folder = os.path.join(run.save, checkpoint.snapshot_name(record.plan.stage))
+            checkpoint.save_snapshot(self.step, folder)
+            print_rank_0(f"DWM: snapshot of stage {record.plan.stage + 1} in {folder}")
+
+    def _summary(self, config: DWMConfig) -> str:
+        assert self.step is not None
+        if not config.scores:
+            return "DWM: policy uniform, w = 1, no weighting model"
+        schedule = self.step.schedule
+        parts = [
+            f"DWM: policy {config.policy}, init {config.init}, {config.shape()}",
+            f"schedule {config.schedule}, {schedule.stages} stages, "
+            f"{schedule.meta_steps()} meta steps",
+        ]
+        if config.trains:
+            parts.append(
+                f"estimator {config.estimator} (the only one in this version), "
+                f"meta batch {config.meta_batch_size}"
+            )
+        return "; ".join(parts)

@@ -1,0 +1,37 @@
+"""Runs any script that calls Megatron's `pretrain`, unchanged, with the weighting model attached.
+
+    torchrun ... -m megatron_dwm.launch SCRIPT ARGS --dwm --dwm-meta-data-path ...
+
+Without `--dwm` it is the stock trainer.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+
+from megatron_dwm import host
+
+
+def main() -> None:
+    """Entry point of `python -m megatron_dwm.launch`."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print("usage: torchrun ... -m megatron_dwm.launch SCRIPT [ARGS ...] [--dwm ...]")
+        raise SystemExit(0 if len(sys.argv) > 1 else 2)
+    script = sys.argv[1]
+    if not os.path.isfile(script):
+        print(f"megatron_dwm: error: script '{script}' does not exist", file=sys.stderr)
+        raise SystemExit(2)
+    host.install()
+    from megatron_dwm.integration.attach import attach
+
+    sys.argv = [script, *sys.argv[2:]]
+    # As python itself does for a script, so that it finds the modules beside it.
+    sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
+    with attach(add_arguments=True):
+        runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Meta-gradients: optimizer Jacobians, per-sample influence, their collectives and a probe."""

@@ -1,0 +1,192 @@
+"""Reads Megatron's optimizers: which rank steps which slice of which parameter, and with what.
+
+A `ParamShard` pairs a slice of a model parameter (and of its `main_grad`) with the tensor that
+the inner optimizer steps and with that tensor's state. It hides the difference between the fp32,
+the mixed-precision and the distributed optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
+
+from megatron_dwm.errors import DWMError
+from megatron_dwm.meta import jacobian
+
+
+@dataclass
+class ParamShard:
+    """The slice of one model parameter that this rank's optimizer steps.
+
+    Attributes:
+        model_param: the parameter of the model, any shape.
+        start: first element of the slice in the flattened parameter.
+        end: one past its last element.
+        main_param: what the inner optimizer steps (fp32), `end - start` elements.
+        group: the inner optimizer's parameter group.
+        state: the inner optimizer's state of `main_param`.
+        optimizer: the Megatron optimizer that it belongs to.
+    """
+
+    model_param: torch.nn.Parameter
+    start: int
+    end: int
+    main_param: torch.Tensor
+    group: dict[str, Any]
+    state: dict[str, Any]
+    optimizer: Any
+
+    def grad_slice(self) -> torch.Tensor:
+        """Returns the flat view of this slice in the model parameter's `main_grad`."""
+        return self.model_param.main_grad.view(-1)[self.start : self.end]
+
+    def stepped_grad(self) -> torch.Tensor:
+        """Returns the flat (clipped, unscaled) gradient of the last optimizer step, float32."""
+        grad = self.main_param.grad
+        if grad is None:
+            return torch.zeros(self.end - self.start, device=self.main_param.device)
+        return grad.detach().view(-1).float()
+
+    def counts_in_norm(self) -> bool:
+        """Returns whether this slice counts in global dot products on this rank.
+
+        False for tied copies and for tensor-parallel replicas on all ranks but the first, by
+        Megatron's own rules for the gradient norm.
+        """
+        return param_is_not_shared(self.main_param) and param_is_not_tensor_parallel_duplicate(
+            self.main_param
+        )
+
+
+def leaf_optimizers(optimizer: Any) -> list[Any]:
+    """Returns the Megatron optimizers inside a (possibly chained) optimizer, stubs left out."""
+    if hasattr(optimizer, "chained_optimizers"):
+        return [leaf for o in optimizer.chained_optimizers for leaf in leaf_optimizers(o)]
+    return [] if getattr(optimizer, "is_stub_optimizer", False) else [optimizer]
+
+
+def check_supported(optimizer: Any) -> None:
+    """Refuses optimizers whose Jacobian is not known.
+
+    Raises:
+        DWMError: names the optimizer or the flag.
+    """
+    for leaf in leaf_optimizers(optimizer):
+        config = leaf.config
+        if config.optimizer not in ("adam", "sgd"):
+            raise DWMError(
+                f"--optimizer {config.optimizer}: its Jacobian is not known to the meta-gradient; "
+                "use adam or sgd, or --dwm-policy uniform"
+            )
+        if config.fp16:
+            raise DWMError("--fp16 is not supported with a learned --dwm-policy; use --bf16")
+        for name in ("use_precision_aware_optimizer", "optimizer_cpu_offload"):
+            if getattr(config, name, False):
+                raise DWMError(
+                    f"--{name.replace('_', '-')} keeps gradients and states where the "
+                    "meta-gradient cannot read them; switch it off, or use --dwm-policy uniform"
+                )
+        known = hasattr(leaf, "fp32_from_float16_groups") or hasattr(
+            leaf, "shard_fp32_from_float16_groups"
+        )
+        if not known and type(leaf).__name__ != "FP32Optimizer":
+            raise DWMError(
+                f"Megatron optimizer {type(leaf).__name__} is not supported by the meta-gradient; "
+                "use --dwm-policy uniform"
+            )
+
+
+def shards(optimizer: Any) -> Iterator[ParamShard]:
+    """Yields every slice that this rank steps.
+
+    Args:
+        optimizer: the Megatron optimizer that the trainer built.
+    """
+    for leaf in leaf_optimizers(optimizer):
+        owners = _owners(leaf)
+        inner = leaf.optimizer
+        for group in inner.param_groups:
+            for main_param in group["params"]:
+                model_param, start, end = owners[id(main_param)]
+                yield ParamShard(
+                    model_param, start, end, main_param, group, inner.state[main_param], leaf
+                )
+
+
+def _owners(leaf: Any) -> dict[int, tuple[torch.nn.Parameter, int, int]]:
+    """Maps the id of each stepped tensor to (model parameter, first, end element)."""
+    owners: dict[int, tuple[torch.nn.Parameter, int, int]] = {}
+    if hasattr(leaf, "shard_fp32_from_float16_groups"):
+        for model_groups, main_groups in (
+            (leaf.model_float16_groups, leaf.shard_fp32_from_float16_groups),
+            (leaf.model_fp32_groups, leaf.shard_fp32_groups),
+        ):
+            for models, mains in zip(model_groups, main_groups, strict=True):
+                for model_param, main in zip(models, mains, strict=True):
+                    span = leaf._get_model_param_range_map(model_param)["param"]
+                    owners[id(main)] = (model_param, span.start, span.end)
+        return owners
+    if hasattr(leaf, "fp32_from_float16_groups"):
+        for models, mains in zip(leaf.float16_groups, leaf.fp32_from_float16_groups, strict=True):
+            for model_param, main in zip(models, mains, strict=True):
+                owners[id(main)] = (model_param, 0, model_param.numel())
+        for models in leaf.fp32_from_fp32_groups:
+            for model_param in models:
+                owners[id(model_param)] = (model_param, 0, model_param.numel())
+        return owners
+    for group in leaf.optimizer.param_groups:
+        for param in group["params"]:
+            owners[id(param)] = (param, 0, param.numel())
+    return owners
+
+
+def learning_rates(optimizer: Any) -> dict[int, float]:
+    """Returns the learning rate of each parameter group, by the id of the group.
+
+    To be read before the step: the trainer's scheduler moves on to the next rate after it.
+    """
+    return {
+        id(group): float(group["lr"])
+        for leaf in leaf_optimizers(optimizer)
+        for group in leaf.optimizer.param_groups
+    }
+
+
+def update_jacobian(shard: ParamShard, lr: float) -> torch.Tensor | float:
+    """Returns the diagonal `dU/dG'` of a slice, at the (clipped) gradient of the last step.
+
+    Args:
+        shard: the slice, after the step and before its gradient is overwritten.
+        lr: the learning rate that the step used.
+
+    Returns:
+        `[end - start]` float32 for Adam, a number for SGD.
+    """
+    group, state = shard.group, shard.state
+    if shard.optimizer.config.optimizer == "sgd":
+        return jacobian.sgd(
+            lr,
+            group.get("momentum", 0.0),
+            group.get("dampening", 0.0),
+            group.get("nesterov", False),
+        )
+    step = state.get("step", group.get("step"))
+    beta1, beta2 = group["betas"]
+    grad = shard.stepped_grad()
+    if not shard.optimizer.config.decoupled_weight_decay:
+        grad = grad + group["weight_decay"] * shard.main_param.detach().view(-1)
+    return jacobian.adam(
+        grad,
+        state["exp_avg"].view(-1),
+        state["exp_avg_sq"].view(-1),
+        int(step),
+        lr,
+        beta1,
+        beta2,
+        group["eps"],
+    )

@@ -1,0 +1,72 @@
+"""When the LLM's samples are weighted, and when the DWM takes a meta step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_dwm.config import DWMConfig
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one training step does.
+
+    Attributes:
+        stage: 0-based stage.
+        window: `warmup`, `meta` or `frozen`.
+        weighted: whether the DWM's weights apply (else w = 1).
+        meta_step: whether the DWM is updated in this step.
+        ends_stage: whether this is the stage's last step (a snapshot is taken after it).
+    """
+
+    stage: int
+    window: str
+    weighted: bool
+    meta_step: bool
+    ends_stage: bool
+
+
+class Schedule:
+    """Maps an iteration to a `StepPlan`; a pure function of the config, so resume needs no state.
+
+    The training's `train_iters` steps are cut into `stages` equal parts. A stage is a meta
+    window of `stage_meta_steps` and a frozen window. The first `warmup_steps` are uniform and
+    do not count towards the first stage's meta window.
+    """
+
+    def __init__(self, config: DWMConfig, train_iters: int) -> None:
+        self.config = config
+        self.train_iters = max(1, train_iters)
+        self.stages = min(config.stages, self.train_iters)
+        self.bounds = [self.train_iters * k // self.stages for k in range(self.stages + 1)]
+
+    def plan(self, iteration: int) -> StepPlan:
+        """Returns the plan of the step with 0-based index `iteration`."""
+        config = self.config
+        position = min(max(iteration, 0), self.train_iters - 1)
+        stage = next(k for k in range(self.stages) if position < self.bounds[k + 1])
+        ends_stage = iteration + 1 == self.bounds[stage + 1]
+        if iteration < config.warmup_steps:
+            return StepPlan(stage, "warmup", False, False, ends_stage and config.scores)
+        if not config.scores:
+            return StepPlan(stage, "frozen", False, False, False)
+        window = self._window(stage, iteration)
+        due = (iteration - config.warmup_steps) % config.meta_interval == 0
+        return StepPlan(stage, window, True, config.trains and window == "meta" and due, ends_stage)
+
+    def _window(self, stage: int, iteration: int) -> str:
+        config = self.config
+        if config.schedule == "joint":
+            return "meta"
+        if config.schedule == "frozen":
+            return "frozen"
+        begin, end = self.bounds[stage], self.bounds[stage + 1]
+        begin = min(max(begin, config.warmup_steps), end)
+        length = config.stage_meta_steps
+        if length is None:
+            length = (end - begin + 1) // 2
+        return "meta" if iteration < begin + length else "frozen"
+
+    def meta_steps(self) -> int:
+        """Returns the number of meta steps of the whole training."""
+        return sum(self.plan(i).meta_step for i in range(self.train_iters))

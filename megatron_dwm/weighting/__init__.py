@@ -1,0 +1,1 @@
+"""The weighting model, and how its scores become weights in the loss."""

@@ -1,0 +1,196 @@
+"""Runs the weighting model over a step's micro-batches with Megatron's pipeline schedules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+)
+from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
+
+from megatron_dwm.config import DWMConfig
+from megatron_dwm.meta.collectives import broadcast_tokens
+from megatron_dwm.weighting.model import DataWeightingModel
+
+
+class Scorer:
+    """The weighting model in its DDP wrapper, with its optimizer.
+
+    Args:
+        model: this rank's pipeline stage of the DWM.
+        config: settings.
+        pg_collection: the LLM's process groups.
+        micro_batch_size: b.
+        seq_length: s.
+        device: where token ids are sent.
+    """
+
+    def __init__(
+        self,
+        model: DataWeightingModel,
+        config: DWMConfig,
+        pg_collection: Any,
+        micro_batch_size: int,
+        seq_length: int,
+        device: torch.device,
+    ) -> None:
+        self.groups = pg_collection
+        self.micro_batch_size, self.seq_length, self.device = micro_batch_size, seq_length, device
+        for parameter in model.parameters():
+            set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+        model.to(device=device, dtype=model.config.params_dtype)
+        self.config = config
+        self.transformer_config = model.config
+        self.ddp = DistributedDataParallel(
+            config=model.config,
+            ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True),
+            module=model,
+        )
+        model.config.finalize_model_grads_func = _finalize_grads
+        self.optimizer = build_optimizer(self.ddp, config, model.config)
+        self.schedule = get_forward_backward_func(
+            pp_size=pg_collection.pp.size(), vp_size=None
+        )
+        self.position_ids = torch.arange(seq_length, device=device).unsqueeze(0)
+
+    @property
+    def module(self) -> DataWeightingModel:
+        """The weighting model without its wrapper."""
+        return self.ddp.module
+
+    @torch.no_grad()
+    def scores(self, tokens: list[torch.Tensor] | None, num_microbatches: int) -> torch.Tensor:
+        """Returns this rank's scores.
+
+        Args:
+            tokens: `[b, s]` ids of each micro-batch on ranks that read data, else None.
+            num_microbatches: m.
+
+        Returns:
+            `[m * b]` float32 on last-stage ranks; zeros elsewhere.
+        """
+        found: list[torch.Tensor] = []
+
+        def loss_func(output: torch.Tensor) -> tuple[torch.Tensor, dict]:
+            found.append(output.detach())
+            return output.sum(), {}
+
+        self._run(tokens, num_microbatches, loss_func, forward_only=True)
+        if not self.module.post_process:
+            return torch.zeros(num_microbatches * self.micro_batch_size, device=self.device)
+        return torch.cat(found)
+
+    def update(
+        self,
+        tokens: list[torch.Tensor] | None,
+        num_microbatches: int,
+        score_gradient: torch.Tensor,
+    ) -> tuple[bool, float]:
+        """Takes one step of the DWM's optimizer along `-dL_meta/ds`.
+
+        The surrogate loss `sum_i dL/ds_i * s_i` has the wanted gradient. The schedule divides it
+        by the micro-batches and DDP by the data-parallel size, which is undone here, as every
+        sample's term counts once in the meta loss.
+
+        Args:
+            tokens: as for `scores`.
+            num_microbatches: m.
+            score_gradient: `[m * b]` of this rank's samples, on last-stage ranks.
+
+        Returns:
+            Whether the step was taken, and the gradient norm before clipping.
+        """
+        scale = num_microbatches * self.groups.dp_cp.size()
+        parts = iter((score_gradient * scale).view(num_microbatches, -1))
+
+        def loss_func(output: torch.Tensor) -> tuple[torch.Tensor, dict]:
+            return (output * next(parts)).sum(), {}
+
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self._run(tokens, num_microbatches, loss_func, forward_only=False)
+        successful, grad_norm, _ = self.optimizer.step()
+        return bool(successful), float(grad_norm or 0.0)
+
+    def _run(
+        self,
+        tokens: list[torch.Tensor] | None,
+        num_microbatches: int,
+        loss_func: Any,
+        forward_only: bool,
+    ) -> None:
+        position = iter(range(num_microbatches))
+
+        def forward_step(data_iterator: Any, model: Any) -> tuple[torch.Tensor, Any]:
+            k = next(position)
+            ids = None
+            if self.module.pre_process:
+                ids = broadcast_tokens(
+                    None if tokens is None else tokens[k],
+                    (self.micro_batch_size, self.seq_length),
+                    self.groups.tp,
+                    self.device,
+                )
+            return model(ids, self.position_ids), loss_func
+
+        self.schedule(
+            forward_step_func=forward_step,
+            data_iterator=None,
+            model=[self.ddp],
+            num_microbatches=num_microbatches,
+            seq_length=self.seq_length,
+            micro_batch_size=self.micro_batch_size,
+            forward_only=forward_only,
+        )
+
+
+def build_optimizer(ddp: Any, config: DWMConfig, transformer: Any) -> Any:
+    """Returns the DWM's AdamW with two learning rates, head and backbone.
+
+    Epsilon is tiny because the meta-gradient's scale is that of the LLM's learning rate times
+    its gradients; Adam's usual 1e-8 would damp it.
+    """
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        lr=config.backbone_lr,
+        min_lr=config.backbone_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_eps=1e-15,
+        clip_grad=config.clip_grad,
+        bf16=transformer.bf16,
+        params_dtype=transformer.params_dtype,
+        use_distributed_optimizer=False,
+    )
+    optimizer = get_megatron_optimizer(
+        optimizer_config,
+        [ddp],
+        config_overrides={
+            ParamKey(name="*score.weight"): {"max_lr": config.head_lr, "min_lr": config.head_lr}
+        },
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = group["max_lr"]
+        group["weight_decay"] = config.weight_decay * group.get("wd_mult", 1.0)
+    return optimizer
+
+
+def _finalize_grads(
+    model: list[Any],
+    num_tokens: Any = None,
+    pg_collection: Any = None,
+    force_all_reduce: bool = False,
+) -> None:
+    """Reduces the DWM's gradients over data parallelism.
+
+    Nothing else: without sequence parallelism, replicated parameters see equal gradients on
+    tensor-parallel peers, and the DWM ties no embeddings.
+    """
+    for chunk in model:
+        chunk.finish_grad_sync(force_all_reduce=force_all_reduce)

@@ -166,7 +166,11 @@ find_python() {
 }
 
 require_compiler() {
-    COMPILER=$(find_compiler) && return
+    if COMPILER=$(find_compiler); then
+        # setuptools would otherwise insist on the compiler that Python itself was built with.
+        export CXX=$COMPILER
+        return
+    fi
     die "no C++17 compiler was found (tried ${CXX:-c++, g++, clang++})." \
         'The data engine is built from csrc/. Install one of these, then call this again:' \
         '  Debian, Ubuntu:  apt install build-essential' \
@@ -195,8 +199,7 @@ disk_of() {
 }
 
 require_disk() {
-    local cache device free need path gigabytes listed=' '
-    local places=()
+    local cache device free need path gigabytes place places
     cache=${PIP_CACHE_DIR:-${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/pip}
     if [ -n "${SETUP_MIN_FREE_GB:-}" ]; then
         [[ $SETUP_MIN_FREE_GB =~ ^[0-9]{1,6}$ ]] ||
@@ -266,11 +269,18 @@ say_ready() {
 # The steps
 # ---------------------------------------------------------------------------------------
 
+# Changes whenever pip adds or removes a package.
+packages_changed_at() { stat -c %y "$VENV"/lib/python3*/site-packages; }
+
 pip_install() {
-    local status=0
+    local status=0 before
+    before=$(packages_changed_at)
     "$VENV/bin/python" -m pip install --disable-pip-version-check -c "$ROOT/constraints.txt" "$@" ||
         status=$?
-    [ "$status" -eq 0 ] || die "pip stopped with exit code $status; its message is above. If it could not download: check the connection (HTTPS_PROXY, PIP_INDEX_URL) and call this again, finished downloads are kept."
+    [ "$status" -ne 0 ] || return 0
+    # A failure while downloading leaves an environment that the next call can go on with.
+    [ "$before" != "$(packages_changed_at)" ] || stamp place "$(place_stamp)"
+    die "pip stopped with exit code $status; its message is above. If it could not download: check the connection (HTTPS_PROXY, PIP_INDEX_URL) and call this again, finished downloads are kept."
 }
 
 make_venv() {
@@ -312,7 +322,7 @@ setup() {
     # Taken before the work, so that a file changed meanwhile is noticed by the next call.
     packages=$(packages_stamp)
     engine=$(engine_stamp)
-    venv_usable && python_unchanged || make_venv
+    if ! venv_usable || ! python_unchanged; then make_venv; fi
     if ! stamped packages "$packages"; then
         install_packages "$packages" "$engine"
     elif ! stamped engine "$engine" || ! engine_built; then

@@ -1,0 +1,39 @@
+"""Conversion between Megatron checkpoints and Hugging Face folders of dense Llama models.
+
+`llama` holds the names and the tensor layouts, `checkpoint` reads Megatron's `torch_dist`
+checkpoints without a process group, `hf_folder` reads Hugging Face safetensors folders. None of
+them imports `megatron` or `transformers`.
+"""
+
+from megatron_dwm.conversion.checkpoint import TorchDistCheckpoint, find_checkpoint
+from megatron_dwm.conversion.errors import ConversionError
+from megatron_dwm.conversion.hf_folder import (
+    iter_hf_tensors,
+    iter_megatron_tensors,
+    read_hf_config,
+)
+from megatron_dwm.conversion.llama import (
+    hf_layer_to_megatron,
+    megatron_layer_to_hf,
+    merge_gate_up,
+    merge_qkv,
+    split_gate_up,
+    split_qkv,
+)
+from megatron_dwm.conversion.llama_shape import LlamaShape
+
+__all__ = [
+    "ConversionError",
+    "LlamaShape",
+    "TorchDistCheckpoint",
+    "find_checkpoint",
+    "hf_layer_to_megatron",
+    "iter_hf_tensors",
+    "iter_megatron_tensors",
+    "megatron_layer_to_hf",
+    "merge_gate_up",
+    "merge_qkv",
+    "read_hf_config",
+    "split_gate_up",
+    "split_qkv",
+]

@@ -1,0 +1,283 @@
+"""Carries the tokenizer of a run into a Hugging Face folder.
+
+A SentencePiece model is written as `tokenizer.model` and, rebuilt from its own pieces and
+normaliser, as `tokenizer.json`. The rebuilt tokenizer is compared with SentencePiece on probe
+texts before it is written, because a tokenizer that differs spoils a model silently.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_dwm.conversion import ConversionError
+
+# The files of a Hugging Face tokenizer; a folder may hold weights beside them.
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+
+# Texts that tell tokenizers apart: spaces and line breaks in odd places, digits, cases,
+# compatibility characters, scripts without spaces, and characters outside most vocabularies.
+PROBES = (
+    "Hello world, this is a test.",
+    " leading space",
+    "trailing space ",
+    "two  spaces,   three",
+    "line\nbreaks\n\nand\ttabs\t",
+    "x = [1, 22, 333.4444]; def f(a_b): return -1",
+    "MiXeD CaSe don't WON'T",
+    "naïve café, Straße, e\u0301, ﬁne, ½, ①, Ａ",
+    "Привет, мир! Γειά σου",
+    "日本語のテキスト。中文文本",
+    "مرحبا بالعالم 안녕하세요",
+    "emoji 🙂👩‍🚀 and \u200b zero width",
+    "a",
+    "",
+)
+
+
+@dataclasses.dataclass
+class Tokenizer:
+    """What the exported model's configuration needs to know of its tokenizer.
+
+    Attributes:
+        write: Writes the tokenizer's files into a folder; returns a warning or None.
+        vocab_size: Number of tokens, or None when there is no tokenizer.
+        ids: `bos_token_id`, `eos_token_id` and `pad_token_id`, as far as they exist.
+        note: A line for the user, or None.
+    """
+
+    write: Callable[[Path], str | None] = lambda folder: None
+    vocab_size: int | None = None
+    ids: dict[str, int] = dataclasses.field(default_factory=dict)
+    note: str | None = None
+
+
+def find_tokenizer(args: Any, flag: str | None) -> Tokenizer:
+    """Finds the tokenizer of a run.
+
+    Args:
+        args: The checkpoint's arguments (`tokenizer_type`, `tokenizer_model`).
+        flag: The value of --tokenizer-model: a SentencePiece model, a Hugging Face folder,
+            `none` to export without one, or None to take what the checkpoint names.
+
+    Returns:
+        The tokenizer; an empty one with a note where the run had none.
+
+    Raises:
+        ConversionError: The tokenizer is not where the checkpoint or the flag says.
+    """
+    kind = getattr(args, "tokenizer_type", None)
+    if flag == "none":
+        return Tokenizer(note="No tokenizer is written, as --tokenizer-model none asks.")
+    if flag is None and kind in (None, "NullTokenizer", "NullMultimodalTokenizer"):
+        return Tokenizer(
+            note=f"The run has no tokenizer (--tokenizer-type {kind}), so none is written."
+        )
+    named = flag or getattr(args, "tokenizer_model", None)
+    origin = f"--tokenizer-model {named}" + ("" if flag else " (from the checkpoint)")
+    remedy = "Give --tokenizer-model FILE, or --tokenizer-model none to export without one."
+    if not named:
+        raise ConversionError(
+            f"The run's --tokenizer-type {kind} names no file that could be carried. {remedy}"
+        )
+    path = Path(named)
+    if path.is_dir():
+        return _hugging_face(path, origin)
+    if not path.is_file():
+        raise ConversionError(f"{origin} was not found on this machine. {remedy}")
+    if path.name in ("tokenizer.json", "tokenizer_config.json"):
+        return _hugging_face(path.parent, origin)
+    return _sentencepiece(path, origin, remedy)
+
+
+def _hugging_face(folder: Path, origin: str) -> Tokenizer:
+    """A folder with Hugging Face tokenizer files, which are copied."""
+    names = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not names:
+        raise ConversionError(
+            f"{origin} is a folder without tokenizer files; expected one of {TOKENIZER_FILES}."
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise ConversionError(f"{origin} cannot be loaded by transformers: {error}") from error
+
+    def write(out: Path) -> str | None:
+        for name in names:
+            shutil.copyfile(folder / name, out / name)
+        return None
+
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {key: getattr(tokenizer, key) for key in keys}
+    return Tokenizer(write, len(tokenizer), {k: v for k, v in ids.items() if v is not None})
+
+
+def _sentencepiece(path: Path, origin: str, remedy: str) -> Tokenizer:
+    """A SentencePiece model, which is copied and rebuilt as `tokenizer.json`."""
+    import sentencepiece
+
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise ConversionError(f"{origin} is no SentencePiece model ({error}). {remedy}") from error
+    found = {"bos": processor.bos_id(), "eos": processor.eos_id(), "pad": processor.pad_id()}
+    ids = {f"{name}_token_id": value for name, value in found.items() if value >= 0}
+
+    def write(out: Path) -> str | None:
+        shutil.copyfile(path, out / "tokenizer.model")
+        rebuilt, reason = None, ""
+        around = [f"{s}one {s} two{s}three {s}" for s in _symbols(_proto(processor))]
+        try:
+            rebuilt = rebuild(processor)
+        except ConversionError as error:
+            reason = str(error)
+        if rebuilt is not None:
+            for text in (*PROBES, *around):
+                expected = processor.encode(text)
+                if rebuilt.encode(text, add_special_tokens=False).ids != expected:
+                    rebuilt, reason = None, f"it would read {text!r} differently"
+                    break
+        if rebuilt is None:
+            return (
+                f"tokenizer.json is not written: {reason}. Use tokenizer.model with the "
+                "sentencepiece library; AutoTokenizer would not give the ids of training."
+            )
+        rebuilt.save(str(out / "tokenizer.json"))
+        tokens = {
+            f"{name}_token": processor.id_to_piece(value)
+            for name, value in {**found, "unk": processor.unk_id()}.items()
+            if value >= 0
+        }
+        # The neutral class takes tokenizer.json as it is; LlamaTokenizer would rebuild the
+        # normaliser by its own rules, which differ for Unigram models and leading spaces.
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **tokens,
+        }
+        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        (out / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        return None
+
+    return Tokenizer(write, processor.get_piece_size(), ids)
+
+
+def rebuild(processor: Any) -> Any:
+    """Builds a `tokenizers.Tokenizer` from a SentencePiece model's pieces and normaliser.
+
+    Args:
+        processor: A `sentencepiece.SentencePieceProcessor`.
+
+    Returns:
+        The tokenizer, which adds no special token of its own.
+
+    Raises:
+        ConversionError: The model is of a kind that `tokenizers` does not have.
+    """
+    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer as FastTokenizer
+
+    proto = _proto(processor)
+    symbols = _symbols(proto)
+    spec, norm = proto.trainer_spec, proto.normalizer_spec
+    pieces = proto.pieces
+    unk = processor.unk_id()
+    if spec.model_type == spec.BPE:
+        model = models.BPE(
+            vocab={piece.piece: i for i, piece in enumerate(pieces)},
+            merges=_merges(pieces),
+            unk_token=pieces[unk].piece,
+            fuse_unk=True,
+            byte_fallback=spec.byte_fallback,
+            # A user-defined symbol is a piece that no merge leads to.
+            ignore_merges=bool(symbols),
+        )
+    elif spec.model_type == spec.UNIGRAM:
+        scored = [(piece.piece, piece.score) for piece in pieces]
+        model = models.Unigram(scored, unk, spec.byte_fallback)
+    else:
+        raise ConversionError("the SentencePiece model is neither BPE nor Unigram")
+    if not norm.escape_whitespaces or spec.treat_whitespace_as_suffix:
+        raise ConversionError("the SentencePiece model marks spaces in an unusual way")
+
+    # SentencePiece's own order: characters, spaces, the dummy prefix, the space mark.
+    steps: list[Any] = []
+    if norm.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(norm.precompiled_charsmap))
+    if norm.remove_extra_whitespaces:
+        steps += [
+            normalizers.Replace(Regex(r"^ +| +$"), ""),
+            normalizers.Replace(Regex(" {2,}"), " "),
+        ]
+    if norm.add_dummy_prefix:
+        steps.append(normalizers.Prepend("▁"))
+    steps.append(normalizers.Replace(" ", "▁"))
+    tokenizer = FastTokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(steps)
+
+    undo: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if norm.add_dummy_prefix:
+        undo.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(undo)
+    kinds = proto.SentencePiece
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(piece.piece, normalized=False, special=True)
+            for piece in pieces
+            if piece.type in (kinds.CONTROL, kinds.UNKNOWN)
+        ]
+    )
+    # Text is cut at user-defined symbols after it was normalised as a whole. Added tokens would
+    # cut before, and every part would get a dummy prefix of its own.
+    if symbols:
+        longest_first = sorted(symbols, key=len, reverse=True)
+        pattern = Regex("|".join(re.escape(symbol) for symbol in longest_first))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
+    return tokenizer
+
+
+def _symbols(proto: Any) -> list[str]:
+    """Returns the user-defined symbols, which SentencePiece never splits."""
+    return [piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED]
+
+
+def _proto(processor: Any) -> Any:
+    """Returns the model's protocol buffer: pieces, trainer and normaliser settings."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(processor.serialized_model_proto())
+    return proto
+
+
+def _merges(pieces: Any) -> list[tuple[str, str]]:
+    """Returns the merges of a BPE model, best first: every way to make a piece from two."""
+    normal = {piece.piece: piece.score for piece in pieces if piece.type == piece.NORMAL}
+    merges = [
+        (-score, text[:cut], text[cut:])
+        for text, score in normal.items()
+        for cut in range(1, len(text))
+        if text[:cut] in normal and text[cut:] in normal
+    ]
+    # Stable, so that equal scores keep the order of the vocabulary.
+    merges.sort(key=lambda merge: merge[0])
+    return [(left, right) for _, left, right in merges]

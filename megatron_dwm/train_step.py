@@ -191,7 +191,7 @@ class DWMTrainStep:
                 before = _Before(trainee)
             local_weights = None
             if weights is not None:
-                local_weights = self._local(weights).view(num_microbatches, -1)
+                local_weights = self.local_part(weights).view(num_microbatches, -1)
             with self.forward_step.weighted(local_weights):
                 result = stock_step(batches.replay(RerunDataIterator))
             skipped = bool(result[1])
@@ -214,7 +214,7 @@ class DWMTrainStep:
     ) -> tuple[tuple, StepRecord]:
         """The uniform policy: w = 1 through the same weighted loss, and nothing else."""
         weights = self._ones(num_microbatches) if self.sees_losses else None
-        local = None if weights is None else self._local(weights).view(num_microbatches, -1)
+        local = None if weights is None else self.local_part(weights).view(num_microbatches, -1)
         with self.forward_step.weighted(local):
             result = stock_step(trainee.data_iterator)
         record = StepRecord(iteration + 1, plan, weights, None, None, _first_loss(result[0]))
@@ -233,7 +233,7 @@ class DWMTrainStep:
         start = time.perf_counter()
         inner = InnerStep.capture(trainee.optimizer, before.lrs, grad_norm)
         after = [p.detach().clone() for p in before.parameters]
-        with _quiet(trainee.config):
+        with quiet(trainee.config):
             loss = self.meta_gradient(trainee)
             inner.pull_back(trainee.model)
             influence = self._influence(trainee, batches, before)
@@ -257,7 +257,7 @@ class DWMTrainStep:
         trainee.optimizer.zero_grad()
         meta_batches = StepBatches.like(trainee.data_iterator, self.meta_data.next_batches())
         with _deterministic(trainee), self.forward_step.measured() as losses:
-            self._run(trainee, meta_batches, self.meta_data.num_microbatches, forward_only=False)
+            self.run_passes(trainee, meta_batches, self.meta_data.num_microbatches, forward_only=False)
         return self._mean_loss(losses)
 
     @torch.no_grad()
@@ -266,7 +266,7 @@ class DWMTrainStep:
         assert self.meta_data is not None
         meta_batches = StepBatches.like(trainee.data_iterator, self.meta_data.batches_at(position))
         with _deterministic(trainee), self.forward_step.measured() as losses:
-            self._run(trainee, meta_batches, self.meta_data.num_microbatches, forward_only=True)
+            self.run_passes(trainee, meta_batches, self.meta_data.num_microbatches, forward_only=True)
         return self._mean_loss(losses)
 
     def _influence(
@@ -277,9 +277,9 @@ class DWMTrainStep:
 
         def measure() -> torch.Tensor | None:
             # The same dropout masks in both passes as in the step itself.
-            _restore_rng(before.rng)
+            restore_rng(before.rng)
             with self.forward_step.measured() as losses:
-                self._run(trainee, batches, num_microbatches, forward_only=True)
+                self.run_passes(trainee, batches, num_microbatches, forward_only=True)
             return self.contributions(losses) if self.sees_losses else None
 
         rng_after = _get_all_rng_states()
@@ -289,7 +289,7 @@ class DWMTrainStep:
         local = finite_difference.estimate(
             before.parameters, before.theta, measure, relative_step, self.groups.mp
         )
-        _restore_rng(rng_after)
+        restore_rng(rng_after)
         if local is None:
             return torch.zeros(1, device=self.shape.device)
         return collectives.gather_samples(local, self.groups.dp)
@@ -304,7 +304,7 @@ class DWMTrainStep:
         local = local.to(self.shape.device)
         if scores is not None:
             gradient = score_gradient(scores, influence, self.config.temperature)
-            local = self._local(gradient)
+            local = self.local_part(gradient)
         return self.scorer.update(tokens_of(batches.first()), num_microbatches, local)
 
     # ------------------------------------------------------------------ helpers
@@ -332,7 +332,7 @@ class DWMTrainStep:
         sums = collectives.sum_over_data_parallel(torch.stack([total, tokens]), self.groups.dp_cp)
         return (sums[0] / sums[1].clamp(min=1)).item()
 
-    def _run(
+    def run_passes(
         self, trainee: Trainee, batches: StepBatches, num_microbatches: int, forward_only: bool
     ) -> None:
         trainee.forward_backward(
@@ -350,7 +350,7 @@ class DWMTrainStep:
         count = num_microbatches * self.shape.micro_batch_size * self.groups.dp.size()
         return torch.ones(count, device=self.shape.device)
 
-    def _local(self, values: torch.Tensor) -> torch.Tensor:
+    def local_part(self, values: torch.Tensor) -> torch.Tensor:
         """Returns this data-parallel rank's part `[n]` of a global `[N]`."""
         return values.chunk(self.groups.dp.size())[self.groups.dp.rank()]
 
@@ -412,7 +412,7 @@ def _gathered_parameters(trainee: Trainee) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet(config: Any) -> Iterator[None]:
+def quiet(config: Any) -> Iterator[None]:
     """Keeps the extra passes out of the trainer's timers and of its rerun state machine.
 
     The machine validates results inside the trainer's own passes only; evaluation switches it
@@ -446,10 +446,10 @@ def _deterministic(trainee: Trainee) -> Iterator[None]:
     finally:
         for chunk in trainee.model:
             chunk.train()
-        _restore_rng(rng)
+        restore_rng(rng)
 
 
-def _restore_rng(states: tuple) -> None:
+def restore_rng(states: tuple) -> None:
     """Puts back random states; copies the tracker's dict, which the tracker goes on to change."""
     cpu, cuda, tracker = states
     _set_all_rng_states(cpu, cuda, dict(tracker))

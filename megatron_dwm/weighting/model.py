@@ -201,6 +201,8 @@ class DataWeightingModel(MegatronModule):
             pre_process=pre_process,
             post_process=post_process,
             pg_collection=pg_collection,
+            # The DWM has one chunk a stage, also where the LLM has virtual stages.
+            vp_stage=0,
         )
         if post_process:
             self.score = torch.nn.Linear(config.hidden_size, 1, bias=False)

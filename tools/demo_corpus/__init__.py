@@ -1,0 +1,1 @@
+"""Demo corpus: domain recipes, package downloads, splits and corruption."""

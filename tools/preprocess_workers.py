@@ -1,0 +1,301 @@
+"""Tokenizing processes of preprocess_data.py."""
+
+import argparse
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from text_files import InputError, parse_record, record_text
+
+# Batches in flight per worker: enough to keep it busy, few enough to bound the memory.
+BATCHES_PER_WORKER = 4
+
+
+@dataclass
+class Batch:
+    """Work for one call of a worker.
+
+    Attributes:
+        path: File name, for messages.
+        first_line: Number of the first line, from 1.
+        content: Whole lines of JSON Lines, or (str) one plain text document.
+        position: Bytes on disk of the whole input that are read once this batch is.
+    """
+
+    path: str
+    first_line: int
+    content: bytes | str
+    position: int
+
+
+@dataclass
+class Documents:
+    """The tokenized documents of a batch under one key, concatenated.
+
+    Attributes:
+        tokens: Raw array of the dataset's type.
+        lengths: Tokens of every sequence.
+        counts: Sequences of every document.
+    """
+
+    tokens: bytes
+    lengths: list[int]
+    counts: list[int]
+
+    def split(self, dtype: type) -> Iterator[tuple[np.ndarray, list[int]]]:
+        """Yields the tokens `[n]` and sequence lengths of each document."""
+        tokens = np.frombuffer(self.tokens, dtype=dtype)
+        token = sequence = 0
+        for count in self.counts:
+            lengths = self.lengths[sequence : sequence + count]
+            size = sum(lengths)
+            yield tokens[token : token + size], lengths
+            token += size
+            sequence += count
+
+
+@dataclass
+class Encoded:
+    """A worker's answer to a batch.
+
+    Attributes:
+        keys: Documents with text, by key.
+        documents: Documents seen, with text or without.
+        batch_bytes: Size of the batch's content.
+        position: That of the batch.
+    """
+
+    keys: dict[str, Documents]
+    documents: int
+    batch_bytes: int
+    position: int
+
+
+class Encoder:
+    """Turns batches into tokens; one lives in every worker."""
+
+    def __init__(self, tokenizer: Any, args: argparse.Namespace, dtype: type):
+        """Keeps the tokenizer and what to do.
+
+        Args:
+            tokenizer: Megatron tokenizer.
+            args: The parsed command line.
+            dtype: NumPy type of the stored tokens.
+        """
+        self._tokenize = tokenizer.tokenize
+        self._eod = tokenizer.eod if args.append_eod else None
+        self._keys = args.json_keys
+        self._dtype = dtype
+        self._max_id = np.iinfo(dtype).max
+
+    def encode(self, batch: Batch) -> Encoded:
+        """Tokenizes a batch.
+
+        Raises:
+            InputError: A line that cannot be used; the message names file and line.
+        """
+        arrays: dict[str, list[np.ndarray]] = {key: [] for key in self._keys}
+        result = {key: Documents(b"", [], []) for key in self._keys}
+        seen = 0
+        for line_number, texts in self._documents(batch):
+            seen += 1
+            for key, sequences in texts.items():
+                encoded = [self._encode_text(text, batch, line_number) for text in sequences]
+                encoded = [ids for ids in encoded if len(ids)]
+                if not encoded:
+                    continue
+                if self._eod is not None:
+                    encoded[-1] = np.append(encoded[-1], np.array([self._eod], self._dtype))
+                arrays[key].extend(encoded)
+                result[key].lengths.extend(len(ids) for ids in encoded)
+                result[key].counts.append(len(encoded))
+        for key, parts in arrays.items():
+            result[key].tokens = np.concatenate(parts).tobytes() if parts else b""
+        return Encoded(result, seen, len(batch.content), batch.position)
+
+    def _documents(self, batch: Batch) -> Iterator[tuple[int, dict[str, list[str]]]]:
+        if isinstance(batch.content, str):
+            yield 1, dict.fromkeys(self._keys, [batch.content])
+            return
+        for number, line in enumerate(batch.content.split(b"\n"), start=batch.first_line):
+            record = parse_record(line, batch.path, number)
+            if record is not None:
+                yield number, {k: record_text(record, k, batch.path, number) for k in self._keys}
+
+    def _encode_text(self, text: str, batch: Batch, line_number: int) -> np.ndarray:
+        if not text or text.isspace():
+            return np.empty(0, self._dtype)
+        try:
+            ids = np.asarray(self._tokenize(text))
+        except Exception as error:
+            raise InputError(
+                f"{batch.path}, line {line_number}: the tokenizer cannot take this text "
+                f"({type(error).__name__}: {error})."
+            ) from error
+        if ids.size and (ids.min() < 0 or ids.max() > self._max_id):
+            raise InputError(
+                f"{batch.path}, line {line_number}: token ids {ids.min()} to {ids.max()} do not "
+                f"fit {np.dtype(self._dtype).name}, the type for this vocabulary size. Check "
+                f"--vocab-size."
+            )
+        return ids.astype(self._dtype, copy=False)
+
+
+@contextlib.contextmanager
+def quiet_megatron_import() -> Iterator[None]:
+    """Silences what Megatron says at import time about optional GPU packages."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+def build_megatron_tokenizer(args: argparse.Namespace) -> Any:
+    """Builds the tokenizer that the `--tokenizer-*` flags name.
+
+    Args:
+        args: The parsed command line.
+
+    Returns:
+        Megatron tokenizer.
+
+    Raises:
+        InputError: The flags do not make a tokenizer, or `--append-eod` has no token.
+    """
+    # Tokenizers' own threads would fight with the worker processes over the cores.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        from megatron.core.tokenizers.utils.build_tokenizer import (
+            SUPPORTED_TOKENIZERS,
+            build_tokenizer,
+        )
+    except ImportError as error:
+        raise InputError(
+            f"Megatron cannot be imported ({error}). Install it: "
+            f'pip install "megatron-core>=0.19,<0.20"'
+        ) from error
+    if args.tokenizer_type not in SUPPORTED_TOKENIZERS:
+        raise InputError(
+            f"--tokenizer-type {args.tokenizer_type}: unknown. "
+            f"Choose from {', '.join(SUPPORTED_TOKENIZERS)}."
+        )
+    if args.tokenizer_type == "NullTokenizer" and not args.vocab_size:
+        raise InputError("--tokenizer-type NullTokenizer: needs --vocab-size.")
+    is_file = "SentencePiece" in args.tokenizer_type or args.tokenizer_type == "Llama2Tokenizer"
+    if is_file and not args.tokenizer_model:
+        raise InputError(f"--tokenizer-type {args.tokenizer_type}: needs --tokenizer-model FILE.")
+    for flag in ("vocab_file", "merge_file") + (("tokenizer_model",) if is_file else ()):
+        value = getattr(args, flag)
+        if value and not Path(value).is_file():
+            raise InputError(f"--{flag.replace('_', '-')} {value}: no such file.")
+    try:
+        tokenizer = build_tokenizer(args)
+    except Exception as error:
+        raise InputError(
+            f"--tokenizer-type {args.tokenizer_type} --tokenizer-model {args.tokenizer_model}: "
+            f"Megatron cannot build this tokenizer ({type(error).__name__}: {error})."
+        ) from error
+    if args.append_eod:
+        try:
+            eod = tokenizer.eod
+        except Exception:
+            eod = None
+        if eod is None or eod < 0:
+            raise InputError(
+                f"--append-eod: {args.tokenizer_type} has no end-of-document token here. Leave "
+                f"the flag out or use a tokenizer that has one."
+            )
+    return tokenizer
+
+
+_encoder: Encoder | None = None
+
+
+def _start_worker(args: argparse.Namespace, dtype: type) -> None:
+    global _encoder
+    # Ctrl-C reaches the whole process group; the parent alone answers it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if _encoder is None:
+        with quiet_megatron_import():
+            tokenizer = build_megatron_tokenizer(args)
+        _encoder = Encoder(tokenizer, args, dtype)
+
+
+def _encode(batch: Batch) -> Encoded | str:
+    try:
+        return _encoder.encode(batch)
+    except InputError as error:
+        # As text: a chained exception may hold what does not pickle.
+        return str(error)
+
+
+def encode_in_order(
+    batches: Iterable[Batch], args: argparse.Namespace, tokenizer: Any, dtype: type, workers: int
+) -> Iterator[Encoded]:
+    """Tokenizes batches in parallel and gives the answers in the order of the batches.
+
+    Args:
+        batches: Read only as far ahead as keeps the workers busy.
+        args: The parsed command line.
+        tokenizer: The tokenizer that `args` name.
+        dtype: NumPy type of the stored tokens.
+        workers: Number of processes.
+
+    Yields:
+        Answers.
+
+    Raises:
+        InputError: The first fault in the order of the input, or a worker died.
+    """
+    global _encoder
+    # Forked workers inherit the tokenizer, so none of them imports Megatron again.
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
+    _encoder = Encoder(tokenizer, args, dtype)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (args, dtype))
+    pending: deque[Future] = deque()
+
+    def answer() -> Encoded:
+        encoded = pending.popleft().result()
+        if isinstance(encoded, str):
+            raise InputError(encoded)
+        return encoded
+
+    try:
+        reading = iter(batches)
+        while True:
+            try:
+                batch = next(reading, None)
+            except InputError:
+                # A fault in an earlier batch comes first, as it would with one worker.
+                while pending:
+                    yield answer()
+                raise
+            if batch is None:
+                break
+            pending.append(pool.submit(_encode, batch))
+            if len(pending) >= workers * BATCHES_PER_WORKER:
+                yield answer()
+        while pending:
+            yield answer()
+    except BrokenProcessPool as error:
+        raise InputError(
+            "a worker process died, most likely for lack of memory. Set fewer --workers."
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        _encoder = None

@@ -64,7 +64,7 @@ class DWMConfig:
     )
     fd_relative_step: float | None = _option(
         None,
-        "finite difference: |eps v| / |theta|; default: 1e-3 in fp32, 3e-2 in bf16",
+        "finite difference: |eps v| / |theta|; default: 3e-4 in fp32, 5e-3 in bf16",
     )
     num_layers: int = _option(4, "layers of the DWM (llm:K and hf:DIR set it themselves)")
     hidden_size: int = _option(256, "hidden size of the DWM")

@@ -285,7 +285,7 @@ class DWMTrainStep:
         rng_after = _get_all_rng_states()
         relative_step = self.config.fd_relative_step
         if relative_step is None:
-            relative_step = 3e-2 if trainee.config.params_dtype == torch.bfloat16 else 1e-3
+            relative_step = 5e-3 if trainee.config.params_dtype == torch.bfloat16 else 3e-4
         local = finite_difference.estimate(
             before.parameters, before.theta, measure, relative_step, self.groups.mp
         )

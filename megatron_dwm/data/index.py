@@ -20,7 +20,7 @@ import numpy as np
 from megatron_dwm.errors import DWMError
 
 try:
-    from megatron_dwm import _data_engine
+    import megatron_dwm._data_engine as _data_engine
 except ImportError as error:
     raise ImportError(
         f"the data engine cannot be loaded ({error}); build it with `make setup` or `pip install .`"

@@ -168,13 +168,12 @@ def check_data(config: DWMConfig, args: Any) -> None:
         try:
             summaries[prefix] = read_index(prefix)
         except DatasetError as error:
-            raise DWMError(str(error), this_rank_only=True) from None
+            raise DWMError(str(error)) from None
     for prefix in meta:
         if summaries[prefix].tokens < args.seq_length + 1:
             raise DWMError(
                 f"--dwm-meta-data-path {prefix} holds {summaries[prefix].tokens} tokens, fewer "
                 f"than one sample of --seq-length {args.seq_length} + 1; give a larger meta set",
-                this_rank_only=True,
             )
         for other in validation:
             if _same_data(prefix, other):
@@ -182,8 +181,7 @@ def check_data(config: DWMConfig, args: Any) -> None:
                     f"--dwm-meta-data-path {prefix} is also the reported validation data "
                     f"({other}); what the weights are tuned on cannot measure them. Split the "
                     "held-out documents into two data sets",
-                    this_rank_only=True,
-                )
+                    )
 
 
 def _same_data(a: str, b: str) -> bool:

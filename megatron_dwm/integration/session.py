@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import checkpointing, get_args, print_rank_0, print_rank_last
 from megatron.training.global_vars import get_tensorboard_writer
@@ -12,6 +15,7 @@ from megatron.training.global_vars import get_tensorboard_writer
 from megatron_dwm import checkpoint
 from megatron_dwm.analysis.weight_log import WeightLog
 from megatron_dwm.config import DWMConfig
+from megatron_dwm.errors import DWMError
 from megatron_dwm.integration.build import build_train_step, resolve_shapes
 from megatron_dwm.integration.checks import check_arguments, check_data, training_prefixes
 from megatron_dwm.train_step import DWMTrainStep, StepRecord, Trainee
@@ -31,8 +35,8 @@ class Session:
         if not config.enabled:
             return stock(*args, **kwargs)
         check_arguments(config, run)
-        if run.rank == 0 and not run.mock_data:
-            check_data(config, run)
+        if not run.mock_data:
+            _on_first_rank(partial(check_data, config, run))
         config = resolve_shapes(config, run)
         model, optimizer, scheduler = stock(*args, **kwargs)
         if optimizer is None:
@@ -135,3 +139,16 @@ class Session:
                 f"meta batch {config.meta_batch_size}"
             )
         return "; ".join(parts)
+
+
+def _on_first_rank(check: Callable[[], None]) -> None:
+    """Runs a check of files on rank 0 and raises its error on every rank, so that none waits."""
+    message = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            check()
+        except DWMError as error:
+            message = [str(error)]
+    torch.distributed.broadcast_object_list(message, src=0)
+    if message[0] is not None:
+        raise DWMError(message[0])

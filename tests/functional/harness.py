@@ -1,0 +1,117 @@
+"""Spawns ranks that take many tiny runs, and gives access to what came out of each."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TINY = """
+--num-layers 4 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4
+--group-query-attention --num-query-groups 2 --seq-length 32 --max-position-embeddings 32
+--swiglu --normalization RMSNorm --disable-bias-linear --position-embedding-type rope
+--untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0
+--tokenizer-type NullTokenizer --vocab-size 255 --micro-batch-size 2 --global-batch-size 16
+--train-iters 4 --lr 1e-3 --lr-decay-style constant --eval-iters 1 --eval-interval 100
+--log-interval 1 --seed 1234 --num-workers 0 --split 98,1,1
+--no-create-attention-mask-in-dataloader
+""".split()
+MOCK = ["--mock-data"]
+DWM = """
+--dwm --dwm-schedule joint --dwm-num-layers 2 --dwm-hidden-size 64 --dwm-num-attention-heads 4
+""".split()
+
+
+@dataclass
+class Run:
+    """One tiny run: a name, the script's arguments, and environment variables."""
+
+    name: str
+    args: list[str]
+    env: dict[str, str] | None = None
+
+
+def host_flags() -> list[str]:
+    """Returns the flags that this machine needs; none on a GPU."""
+    from megatron_dwm import host
+
+    return host.default_flags()
+
+
+def free_port() -> int:
+    """Returns a port that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Returns the environment of a rank."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **variables}
+
+
+def torchrun(
+    ranks: int, words: list[str], timeout: int = 400, **variables: str
+) -> subprocess.CompletedProcess:
+    """Runs a script under torchrun and returns the finished process."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    command += ["--master-port", str(free_port()), *words]
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+class Results:
+    """What came out of a list of runs, by name and rank."""
+
+    def __init__(self, folder: Path, ranks: int) -> None:
+        self.folder, self.ranks = folder, ranks
+
+    def __getitem__(self, name: str) -> list[dict]:
+        """Returns each rank's result of a run."""
+        found = []
+        for rank in range(self.ranks):
+            with open(self.folder / f"{name}.{rank}.json") as file:
+                found.append(json.load(file))
+        return found
+
+    def succeeded(self, name: str) -> list[dict]:
+        """Returns each rank's result, after checking that all ended well."""
+        found = self[name]
+        for rank, result in enumerate(found):
+            assert result["code"] == 0, f"{name}, rank {rank}:\n{result['stderr'][-3000:]}"
+        return found
+
+    def losses(self, name: str) -> list[list]:
+        """Returns the last rank's losses and gradient norms, iteration by iteration."""
+        return self.succeeded(name)[-1]["steps"]
+
+
+def run_all(ranks: int, runs: list[Run], folder: Path) -> Results:
+    """Takes all runs in one set of ranks."""
+    flags = host_flags()
+    with open(folder / "runs.json", "w") as file:
+        json.dump(
+            [{"name": r.name, "args": [*flags, *r.args], "env": r.env or {}} for r in runs], file
+        )
+    done = torchrun(
+        ranks,
+        [str(ROOT / "tests" / "functional" / "run_many.py")],
+        RUNS=str(folder / "runs.json"),
+        OUT=str(folder),
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return Results(folder, ranks)

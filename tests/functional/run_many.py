@@ -1,0 +1,124 @@
+"""Run under torchrun: several pre-training runs, one after the other, in the same processes.
+
+Importing the trainer takes longer than a tiny run, so the ranks are spawned once. Reads a JSON
+list of runs ({"name", "args", "env"}) from the file named by RUNS, runs each through
+examples/pretrain_dwm.py, and writes what came out for every rank to the folder OUT:
+
+    exit code, standard error, losses and gradient norms as exact numbers, and a hash of the
+    final parameters.
+"""
+
+import contextlib
+import functools
+import gc
+import hashlib
+import io
+import json
+import os
+import runpy
+import sys
+import traceback
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, ROOT)
+
+from megatron_dwm import host  # noqa: E402
+
+host.install()
+
+import torch  # noqa: E402
+from megatron.core import mpu  # noqa: E402
+from megatron.core.tensor_parallel import random as megatron_random  # noqa: E402
+from megatron.training import training  # noqa: E402
+
+SCRIPT = os.environ.get("RUN_SCRIPT", os.path.join(ROOT, "examples", "pretrain_dwm.py"))
+
+
+def parameters_hash(model):
+    """Returns a hash of the exact bits of this rank's parameters."""
+    digest = hashlib.sha256()
+    for chunk in model:
+        for name, parameter in chunk.named_parameters():
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def run(args):
+    """Runs the script once and returns what came out on this rank."""
+    seen = {"steps": [], "valid": []}
+    kept = {}
+    setup, log = training.setup_model_and_optimizer, training.training_log
+    evaluate = training.evaluate
+
+    @functools.wraps(setup)
+    def keep_model(*a, **k):
+        kept["model"], optimizer, scheduler = setup(*a, **k)
+        return kept["model"], optimizer, scheduler
+
+    @functools.wraps(log)
+    def keep_losses(loss_dict, total, lr, iteration, scale, report, skipped, norm, *a, **k):
+        values = {name: float(value) for name, value in loss_dict.items()}
+        seen["steps"].append([iteration, values, float(norm or 0.0)])
+        return log(loss_dict, total, lr, iteration, scale, report, skipped, norm, *a, **k)
+
+    @functools.wraps(evaluate)
+    def keep_evaluation(*a, **k):
+        found = evaluate(*a, **k)
+        seen["valid"].append({name: float(v) for name, v in (found[0] or {}).items()})
+        return found
+
+    training.setup_model_and_optimizer = keep_model
+    training.training_log = keep_losses
+    training.evaluate = keep_evaluation
+    out, err = io.StringIO(), io.StringIO()
+    sys.argv = [SCRIPT, *args]
+    code = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(SCRIPT, run_name="__main__")
+    except SystemExit as exit:
+        code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+    except BaseException:
+        code = 1
+        err.write(traceback.format_exc())
+    finally:
+        training.setup_model_and_optimizer, training.training_log = setup, log
+        training.evaluate = evaluate
+    if "model" in kept:
+        seen["parameters"] = parameters_hash(kept["model"])
+    return {**seen, "code": code, "stdout": out.getvalue(), "stderr": err.getvalue()}
+
+
+def clean():
+    """Brings Megatron's globals back to where a new run can start."""
+    with contextlib.suppress(AssertionError):
+        training.destroy_global_state()
+    if mpu.model_parallel_is_initialized():
+        mpu.destroy_model_parallel()
+    megatron_random.initialize_rng_tracker(force_reset=True)
+    gc.collect()
+
+
+def main():
+    """Runs all, in order."""
+    with open(os.environ["RUNS"]) as file:
+        runs = json.load(file)
+    out = os.environ["OUT"]
+    rank = os.environ["RANK"]
+    for item in runs:
+        before = dict(os.environ)
+        os.environ.update(item.get("env", {}))
+        result = run(item["args"])
+        os.environ.clear()
+        os.environ.update(before)
+        with open(os.path.join(out, f"{item['name']}.{rank}.json"), "w") as file:
+            json.dump(result, file)
+        clean()
+    # Ranks that failed in different places may be out of step, so none waits for another.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

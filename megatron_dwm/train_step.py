@@ -187,7 +187,7 @@ class DWMTrainStep:
         with contextlib.ExitStack() as stack:
             before = None
             if plan.meta_step:
-                stack.enter_context(_gathered_parameters(trainee))
+                stack.enter_context(gathered_parameters(trainee))
                 before = _Before(trainee)
             local_weights = None
             if weights is not None:
@@ -380,7 +380,7 @@ class _Before:
 
 
 @contextlib.contextmanager
-def _gathered_parameters(trainee: Trainee) -> Iterator[None]:
+def gathered_parameters(trainee: Trainee) -> Iterator[None]:
     """Keeps all parameters gathered within it, under `--overlap-param-gather` too.
 
     There the gathering is spread over the next forward pass by hooks, which would overwrite the

@@ -19,7 +19,13 @@ from megatron_dwm.batches import StepBatches
 from megatron_dwm.meta import reference as reference_estimator
 from megatron_dwm.meta.optimizer_view import learning_rates, leaf_optimizers
 from megatron_dwm.meta.update import InnerStep, trainable_parameters
-from megatron_dwm.train_step import DWMTrainStep, Trainee, quiet, restore_rng
+from megatron_dwm.train_step import (
+    DWMTrainStep,
+    Trainee,
+    gathered_parameters,
+    quiet,
+    restore_rng,
+)
 
 StockStep = Callable[[Any], tuple]
 
@@ -98,10 +104,11 @@ def brute_force(
         for sign in (1.0, -1.0):
             changed = weights.clone()
             changed[sample] += sign * delta
-            _weighted_step(step, stock_step, batches, changed)
-            with quiet(trainee.config):
-                losses.append(step.meta_loss(trainee, position))
-            state.restore()
+            with gathered_parameters(trainee):
+                weighted_step(step, stock_step, batches, changed)
+                with quiet(trainee.config):
+                    losses.append(step.meta_loss(trainee, position))
+                state.restore()
         found[k] = (losses[0] - losses[1]) / (2.0 * delta)
     return found
 
@@ -122,8 +129,24 @@ def reference(
     position = step.meta_data.consumed_samples
     state = TrainerState(trainee, scheduler)
     lrs = learning_rates(trainee.optimizer)
-    result = _weighted_step(step, stock_step, batches, weights)
-    inner = InnerStep.capture(trainee.optimizer, lrs, result[5])
+    with gathered_parameters(trainee):
+        result = weighted_step(step, stock_step, batches, weights)
+        inner = InnerStep.capture(trainee.optimizer, lrs, result[5])
+        found = _pull_back_and_loop(step, trainee, batches, weights, inner, state)
+        state.restore()
+    step.meta_data.consumed_samples = position
+    return found
+
+
+def _pull_back_and_loop(
+    step: DWMTrainStep,
+    trainee: Trainee,
+    batches: StepBatches,
+    weights: torch.Tensor,
+    inner: InnerStep,
+    state: TrainerState,
+) -> torch.Tensor:
+    """Passes C and the reference estimator, at the state before the step."""
     with quiet(trainee.config):
         step.meta_gradient(trainee)
         inner.pull_back(trainee.model)
@@ -131,19 +154,17 @@ def reference(
         state.restore()
         for parameter, value in zip(trainable_parameters(trainee.model), v, strict=True):
             parameter.main_grad.copy_(value)
-        found = reference_estimator.estimate(
+        return reference_estimator.estimate(
             trainee.optimizer,
             weights.numel(),
             lambda i: _backward_of_sample(step, trainee, batches, weights, i, state),
         )
-    state.restore()
-    step.meta_data.consumed_samples = position
-    return found
 
 
-def _weighted_step(
+def weighted_step(
     step: DWMTrainStep, stock_step: StockStep, batches: StepBatches, weights: torch.Tensor
 ) -> tuple:
+    """Runs the trainer's own step with the given weights `[N]` of the global batch."""
     with step.forward_step.weighted(_local(step, weights)):
         return stock_step(batches.replay(RerunDataIterator))
 

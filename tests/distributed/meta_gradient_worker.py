@@ -28,7 +28,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches  # no
 from megatron_dwm.batches import StepBatches, tokens_of  # noqa: E402
 from megatron_dwm.integration.session import Session  # noqa: E402
 from megatron_dwm.meta import collectives, probe  # noqa: E402
-from megatron_dwm.train_step import Trainee  # noqa: E402
+from megatron_dwm.train_step import Trainee, gathered_parameters  # noqa: E402
 from megatron_dwm.weighting.weights import weights_from_scores  # noqa: E402
 
 AFTER = int(os.environ.get("PROBE_AFTER", "3"))
@@ -68,8 +68,8 @@ def train_step(self, stock, forward_step, iterator, model, optimizer, scheduler,
     moved = [t.detach().clone() for t, _ in state.tensors]
     # The meta step must leave the LLM exactly where the trainer's step alone takes it.
     state.restore()
-    with step.forward_step.weighted(probe._local(step, weights)):
-        stock_step(batches.replay(probe.RerunDataIterator))
+    with gathered_parameters(again):
+        probe.weighted_step(step, stock_step, batches, weights)
     left_alone = all(
         torch.equal(t, m) for (t, _), m in zip(state.tensors, moved, strict=True) if t.dim() > 0
     )

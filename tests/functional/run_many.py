@@ -26,6 +26,7 @@ from megatron_dwm import host  # noqa: E402
 
 host.install()
 
+import psutil  # noqa: E402
 import torch  # noqa: E402
 from megatron.core import mpu  # noqa: E402
 from megatron.core.tensor_parallel import random as megatron_random  # noqa: E402
@@ -115,8 +116,10 @@ def main():
         with open(os.path.join(out, f"{item['name']}.{rank}.json"), "w") as file:
             json.dump(result, file)
         clean()
-    # Ranks that failed in different places may be out of step, so none waits for another.
-    sys.stdout.flush()
+    # Ranks that failed in different places may be out of step, so none waits for another; what
+    # they started (the checkpoint writer's helpers) must not outlive them.
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
     os._exit(0)
 
 

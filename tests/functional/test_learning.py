@@ -1,0 +1,234 @@
+"""Learned weights on real data sets: stop and resume, checkpoints, snapshots, logs, bad input.
+
+Two ranks take all runs. Exactness is compared on exact numbers (losses, gradient norms, parameter
+hashes) and on the step log's lines.
+
+Not exercised here: GPUs; kills in the middle of a save; another layout on resume.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_dwm.analysis.weight_log import FILE_NAME, read_log
+from tests.functional.corpus import write_dataset
+from tests.functional.harness import DWM, MOCK, TINY, Results, Run, run_all, torchrun
+
+LAYOUTS = {
+    "pp2": "--pipeline-model-parallel-size 2",
+    "dp2-bf16": "--use-distributed-optimizer --bf16 --dist-ckpt-optim-fully-reshardable",
+    "tp2-llm2": "--tensor-model-parallel-size 2 --dwm-init llm:2 --dwm-schedule staged "
+    "--dwm-stages 2 --dwm-warmup-steps 1",
+}
+# Replaces the flag's value, or adds the flag, in a working command line; the message must hold
+# each of the words.
+BAD = {
+    "hidden-heads": (["--dwm-hidden-size", "66"], ["--dwm-hidden-size 66", "not divisible"]),
+    "heads-tp": (
+        ["--tensor-model-parallel-size", "2", "--dwm-num-attention-heads", "1"],
+        ["--dwm-num-attention-heads 1", "--tensor-model-parallel-size 2"],
+    ),
+    "policy": (["--dwm-policy", "clever"], ["--dwm-policy is 'clever'", "learned"]),
+    "schedule": (["--dwm-schedule", "never"], ["--dwm-schedule is 'never'", "staged"]),
+    "estimator": (["--dwm-estimator", "guess"], ["--dwm-estimator is 'guess'"]),
+    "init": (["--dwm-init", "llm:9"], ["--dwm-init llm:9", "--num-layers 4"]),
+    "meta-batch": (["--dwm-meta-batch-size", "3"], ["--dwm-meta-batch-size 3", "multiple of"]),
+    "load": (["--dwm-load", "nowhere"], ["--dwm-load nowhere", "no such folder"]),
+    "context-parallel": (["--context-parallel-size", "2"], ["--context-parallel-size 2"]),
+    "two-at-once": (
+        ["--dwm-policy", "clever", "--dwm-temperature", "0"],
+        ["--dwm-policy is 'clever'", "--dwm-temperature is 0"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("learning")
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path) -> dict[str, str]:
+    names = ("good", "odd", "meta", "valid")
+    return {name: write_dataset(folder / name, seed) for seed, name in enumerate(names)}
+
+
+@pytest.fixture(scope="module")
+def data_flags(data: dict[str, str], folder: Path) -> list[str]:
+    return [
+        *("--train-data-path", "0.5", data["good"], "0.5", data["odd"]),
+        *("--valid-data-path", data["valid"]),
+        *("--dwm-meta-data-path", data["meta"]),
+        *("--data-cache-path", str(folder / "cache")),
+    ]
+
+
+def without_split(words: list[str]) -> list[str]:
+    """The split goes with one --data-path, not with a path for each part."""
+    at = words.index("--split")
+    return words[:at] + words[at + 2 :]
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path, data: dict[str, str], data_flags: list[str]) -> Results:
+    tiny = [*without_split(TINY), "--train-iters", "6", "--ckpt-format", "torch_dist"]
+    runs = []
+    for name, flags in LAYOUTS.items():
+        common = [*tiny, *data_flags, *DWM, *flags.split(), "--save-interval", "3"]
+        whole, parts = str(folder / f"{name}-whole"), str(folder / f"{name}-parts")
+        runs.append(Run(f"{name}-whole", [*common, "--save", whole]))
+        runs.append(Run(f"{name}-first", [*common, "--save", parts, "--exit-interval", "3"]))
+        runs.append(Run(f"{name}-second", [*common, "--save", parts, "--load", parts]))
+    pp2 = [*tiny, *data_flags, "--pipeline-model-parallel-size", "2"]
+    saved = ["--load", str(folder / "pp2-parts"), "--ckpt-step", "3"]
+    stock = str(folder / "stock")
+    runs += [
+        Run("stock", [*pp2, "--save", stock, "--save-interval", "3", "--exit-interval", "3"]),
+        Run("fresh", [*pp2, *DWM, "--load", stock]),
+        Run("stock-loads-dwm", [*pp2, *saved]),
+        Run("frozen", [*pp2, *DWM, "--dwm-schedule", "frozen"]),
+        Run("other-shape", [*pp2, *DWM, *saved, "--dwm-num-layers", "3"]),
+    ]
+    runs[-2].args += ["--dwm-load", str(folder / "pp2-whole")]
+    base = [*tiny, *data_flags, *DWM]
+    runs += [Run(f"bad-{name}", [*base, *flags]) for name, (flags, _) in BAD.items()]
+
+    broken = write_dataset(folder / "broken", 9)
+    index = Path(f"{broken}.idx")
+    index.write_bytes(index.read_bytes()[:-20])
+    copy = folder / "valid_copy"
+    for ending in (".bin", ".idx"):
+        Path(f"{copy}{ending}").write_bytes(Path(f"{data['valid']}{ending}").read_bytes())
+    for name, prefix in (
+        ("missing-prefix", str(folder / "nothing")),
+        ("truncated-index", broken),
+        ("meta-is-validation", data["valid"]),
+        ("meta-is-copy", str(copy)),
+    ):
+        runs.append(Run(name, [*base, "--dwm-meta-data-path", prefix]))
+    return run_all(2, runs, folder)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_resumed_run_is_the_same(results: Results, folder: Path, layout: str) -> None:
+    """Losses, norms, weights, log and parameters after a stop are those of the whole run."""
+    whole, second = results.succeeded(f"{layout}-whole"), results.succeeded(f"{layout}-second")
+    first = results.succeeded(f"{layout}-first")
+    for a, b, c in zip(whole, first, second, strict=True):
+        assert [s[0] for s in c["steps"]] == [4, 5, 6]
+        assert a["steps"] == b["steps"] + c["steps"]
+        assert a["parameters"] == c["parameters"]
+        assert a["valid"] == c["valid"]
+    logs = [read_log(folder / f"{layout}-{part}" / FILE_NAME) for part in ("whole", "parts")]
+    for log in logs:
+        assert [line["iteration"] for line in log] == [1, 2, 3, 4, 5, 6]
+        for line in log:
+            line.pop("meta_seconds", None)
+    assert logs[0] == logs[1]
+    assert f"after {sum('meta_loss' in x for x in logs[0][:3])} meta steps" in second[0]["stdout"]
+
+
+def test_log_has_what_the_weights_were(results: Results, folder: Path) -> None:
+    """Each line holds the statistics, the domains by name, and the meta step's figures."""
+    results.succeeded("pp2-whole")
+    log = read_log(folder / "pp2-whole" / FILE_NAME)
+    assert log[0]["max_weight"] == 1.0
+    assert log[-1]["max_weight"] > 1.0
+    for line in log:
+        assert set(line["domain_weight"]) == {"good", "odd"}
+        assert sum(line["domain_samples"].values()) == 16
+        mean = sum(line["domain_weight"][d] * n for d, n in line["domain_samples"].items()) / 16
+        assert mean == pytest.approx(1.0, abs=1e-4)
+        assert line["meta_loss"] > 0 and line["meta_gradient_norm"] > 0
+        assert line["dwm_grad_norm"] > 0 and line["dwm_updated"] == 1
+    assert "dwm iteration" in results.succeeded("pp2-whole")[-1]["stdout"]
+
+
+def test_stages_follow_the_schedule(results: Results, folder: Path) -> None:
+    """Warm-up, meta and frozen windows come as planned; each stage leaves a snapshot."""
+    results.succeeded("tp2-llm2-whole")
+    log = read_log(folder / "tp2-llm2-whole" / FILE_NAME)
+    windows = ["warmup", "meta", "frozen", "meta", "meta", "frozen"]
+    assert [line["window"] for line in log] == windows
+    assert [("meta_loss" in line) for line in log] == [w == "meta" for w in windows]
+    for stage in ("dwm_stage_001", "dwm_stage_002"):
+        assert (folder / "tp2-llm2-whole" / stage / "metadata.json").exists()
+
+
+def test_checkpoint_without_dwm_starts_a_fresh_one(results: Results) -> None:
+    """Loading a stock checkpoint with --dwm says so and trains on."""
+    fresh = results.succeeded("fresh")
+    assert "holds no weighting model; a fresh one starts" in fresh[0]["stdout"]
+    assert [s[0] for s in fresh[-1]["steps"]] == [4, 5, 6]
+
+
+def test_stock_trainer_loads_a_dwm_checkpoint(results: Results) -> None:
+    """The extra keys do not disturb a run without --dwm."""
+    assert [s[0] for s in results.losses("stock-loads-dwm")] == [4, 5, 6]
+
+
+def test_frozen_schedule_uses_snapshots(results: Results) -> None:
+    """Weights from a snapshot apply from the first step, and no meta step is taken."""
+    out = results.succeeded("frozen")
+    assert "DWM: weights from" in out[0]["stdout"]
+    lines = [line for line in out[-1]["stdout"].splitlines() if "dwm iteration" in line]
+    assert len(lines) == 6
+    assert not any("meta loss" in line for line in lines)
+    assert not any("max weight: 1.000 " in line for line in lines)
+
+
+def refused(results: Results, name: str, words: list[str]) -> None:
+    """Every rank ended with code 2, before any step; rank 0 said why in one line."""
+    found = results[name]
+    assert [rank["code"] for rank in found] == [2] * len(found), found[0]["stderr"][-2000:]
+    assert not any(rank["steps"] for rank in found)
+    lines = [x for x in found[0]["stderr"].splitlines() if x.startswith("megatron_dwm: error:")]
+    assert len(lines) == 1
+    assert "Traceback" not in found[0]["stderr"]
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_flags_are_refused(results: Results, name: str) -> None:
+    """Each gives one line that names the flag and the value, on no rank a traceback or a hang."""
+    refused(results, f"bad-{name}", BAD[name][1])
+
+
+def test_bad_data_is_refused(results: Results, folder: Path, data: dict[str, str]) -> None:
+    """Missing, truncated, and a meta set that is the validation set, by name or by content."""
+    refused(results, "missing-prefix", [str(folder / "nothing")])
+    refused(results, "truncated-index", ["broken.idx"])
+    refused(results, "meta-is-validation", [data["valid"], "validation"])
+    refused(results, "meta-is-copy", ["valid_copy", "validation"])
+
+
+def test_checkpoint_of_another_shape_is_refused(results: Results) -> None:
+    """The flag, its value and the checkpoint's value are named."""
+    refused(results, "other-shape", ["--dwm-num-layers is 3", "checkpoint's is 2"])
+
+
+def test_torchrun_ends_with_an_error(folder: Path) -> None:
+    """Under torchrun a refused run ends soon, on all ranks, with a non-zero code."""
+    from tests.functional.harness import ROOT, host_flags
+
+    done = torchrun(
+        2,
+        [
+            *("-m", "megatron_dwm.launch", str(ROOT / "examples" / "pretrain_dwm.py")),
+            *(*host_flags(), *TINY, *MOCK, *DWM, "--dwm-policy", "clever"),
+        ],
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert "megatron_dwm: error: --dwm-policy is 'clever'" in done.stderr
+
+
+def test_log_is_json_lines(results: Results, folder: Path) -> None:
+    """Any JSON reader can read the log."""
+    results.succeeded("pp2-whole")
+    with open(folder / "pp2-whole" / FILE_NAME) as file:
+        assert all(isinstance(json.loads(line), dict) for line in file)

@@ -1,0 +1,236 @@
+"""The settings: what is refused and how it is named, and that fields and flags are the same."""
+
+import argparse
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_dwm.arguments import add_dwm_args
+from megatron_dwm.config import DWMConfig, attribute_name, flag, raise_all
+from megatron_dwm.errors import DWMError
+
+FIELDS = {spec.name: spec for spec in dataclasses.fields(DWMConfig)}
+
+BAD_VALUES = [
+    ("policy", "random"),
+    ("schedule", "cosine"),
+    ("estimator", "magic"),
+    ("pooling", "max"),
+    ("init", "llm:0"),
+    ("init", "llm:"),
+    ("init", "llm:-1"),
+    ("init", "llm:2x"),
+    ("init", "hf:"),
+    ("init", "zeros"),
+    ("stages", 0),
+    ("meta_interval", 0),
+    ("num_layers", 0),
+    ("hidden_size", -64),
+    ("num_attention_heads", 0),
+    ("temperature", 0.0),
+    ("head_lr", 0.0),
+    ("warmup_steps", -1),
+    ("backbone_lr", -1e-4),
+    ("weight_decay", -0.1),
+    ("clip_grad", -1.0),
+    ("stage_meta_steps", 0),
+    ("meta_batch_size", 0),
+    ("ffn_hidden_size", -1),
+    ("num_query_groups", 0),
+    ("fd_relative_step", 0.0),
+    ("fd_relative_step", 1.0),
+    ("fd_relative_step", -3e-4),
+]
+
+# Another legal value for every field, so that a round trip shows each one.
+OTHER_VALUES = {
+    "enabled": True,
+    "policy": "shuffled",
+    "schedule": "joint",
+    "stages": 3,
+    "stage_meta_steps": 17,
+    "warmup_steps": 9,
+    "meta_interval": 2,
+    "meta_data_path": ["0.3", "data/a", "0.7", "data/b"],
+    "meta_batch_size": 16,
+    "estimator": "finite_difference",
+    "fd_relative_step": 1e-3,
+    "num_layers": 2,
+    "hidden_size": 128,
+    "ffn_hidden_size": 320,
+    "num_attention_heads": 8,
+    "num_query_groups": 2,
+    "pooling": "last",
+    "init": "llm:2",
+    "load": "some/folder",
+    "head_lr": 0.125,
+    "backbone_lr": 0.0,
+    "weight_decay": 0.5,
+    "adam_beta1": 0.75,
+    "adam_beta2": 0.875,
+    "clip_grad": 0.0,
+    "temperature": 2.5,
+    "seed": 7,
+    "log_samples": True,
+}
+
+
+def parser_of_flags() -> argparse.ArgumentParser:
+    return add_dwm_args(argparse.ArgumentParser(allow_abbrev=False))
+
+
+class TestProblems:
+    def test_defaults_are_fine(self):
+        assert DWMConfig().problems() == []
+
+    def test_every_other_value_is_fine(self):
+        assert DWMConfig(**OTHER_VALUES).problems() == []
+
+    @pytest.mark.parametrize(("name", "value"), BAD_VALUES)
+    def test_a_bad_value_is_one_line_with_its_flag_and_the_value_found(self, name, value):
+        (problem,) = DWMConfig(**{name: value}).problems()
+        assert problem.startswith(f"{flag(name)} is ")
+        assert str(value) in problem and "\n" not in problem
+
+    @pytest.mark.parametrize(
+        ("name", "allowed"),
+        [("policy", "learned, uniform, shuffled"), ("schedule", "staged, joint, frozen")],
+    )
+    def test_a_choice_lists_what_is_allowed(self, name, allowed):
+        (problem,) = DWMConfig(**{name: "x"}).problems()
+        assert allowed in problem
+
+    def test_frozen_needs_the_weights_to_be_used(self):
+        (problem,) = DWMConfig(schedule="frozen").problems()
+        assert "--dwm-load" in problem
+        assert DWMConfig(schedule="frozen", load="x").problems() == []
+        assert DWMConfig(schedule="frozen", policy="uniform").problems() == []
+
+    def test_all_problems_are_listed_at_once(self):
+        bad = {"policy": "x", "stages": 0, "warmup_steps": -1, "meta_batch_size": 0}
+        problems = DWMConfig(**bad).problems()
+        assert [p.split()[0] for p in problems] == [
+            "--dwm-policy", "--dwm-stages", "--dwm-warmup-steps", "--dwm-meta-batch-size",
+        ]  # fmt: skip
+        with pytest.raises(DWMError) as caught:
+            raise_all(problems)
+        assert all(problem in str(caught.value) for problem in problems)
+        assert "\n" not in str(caught.value)
+
+    def test_no_problem_raises_nothing(self):
+        raise_all([])
+
+    @pytest.mark.parametrize(
+        ("policy", "schedule", "scores", "trains"),
+        [
+            ("learned", "staged", True, True),
+            ("shuffled", "joint", True, True),
+            ("learned", "frozen", True, False),
+            ("uniform", "staged", False, False),
+        ],
+    )
+    def test_what_is_built_follows_policy_and_schedule(self, policy, schedule, scores, trains):
+        config = DWMConfig(policy=policy, schedule=schedule)
+        assert (config.scores, config.trains) == (scores, trains)
+
+
+class TestShapes:
+    def test_defaults_divide_at_the_usual_tensor_parallel_sizes(self):
+        for size in (1, 2, 4):
+            assert DWMConfig().head_dim_problems(size) == []
+
+    @pytest.mark.parametrize(
+        ("options", "size", "words"),
+        [
+            ({"hidden_size": 250}, 1, ["--dwm-hidden-size 250", "--dwm-num-attention-heads 4"]),
+            ({"hidden_size": 60}, 1, ["--dwm-hidden-size 60", "odd"]),
+            ({"num_query_groups": 3}, 1, ["--dwm-num-query-groups 3"]),
+            ({}, 8, ["--dwm-num-attention-heads 4", "--tensor-model-parallel-size 8"]),
+            ({"num_query_groups": 1}, 2, ["--dwm-num-query-groups 1", "parallel-size 2"]),
+            ({"ffn_hidden_size": 333}, 2, ["--dwm-ffn-hidden-size 333", "parallel-size 2"]),
+            ({"hidden_size": 252}, 8, ["--dwm-hidden-size 252", "parallel-size 8"]),
+        ],
+    )
+    def test_a_shape_that_does_not_divide_names_its_flags(self, options, size, words):
+        problems = DWMConfig(**options).head_dim_problems(size)
+        assert any(all(word in problem for word in words) for problem in problems), problems
+
+    @pytest.mark.parametrize(("hidden", "ffn"), [(256, 704), (192, 512), (64, 192), (24, 64)])
+    def test_mlp_size_is_llamas_rounded_up_to_64(self, hidden, ffn):
+        assert DWMConfig(hidden_size=hidden).resolved_ffn_hidden_size == ffn
+        assert DWMConfig(hidden_size=hidden, ffn_hidden_size=100).resolved_ffn_hidden_size == 100
+
+    def test_shape_tells_apart_what_a_checkpoint_must_agree_in(self):
+        """And fills in defaults, so that a default and its explicit value are the same shape."""
+        shape = DWMConfig().shape()
+        assert shape == DWMConfig(ffn_hidden_size=704, num_query_groups=4).shape()
+        changes = {
+            "num_layers": 3, "hidden_size": 128, "num_attention_heads": 8, "pooling": "last",
+            "ffn_hidden_size": 64, "num_query_groups": 2,
+        }  # fmt: skip
+        assert set(changes) == set(shape)
+        for name, value in changes.items():
+            assert DWMConfig(**{name: value}).shape() != shape
+        assert DWMConfig(head_lr=1.0, seed=2, temperature=3.0).shape() == shape
+
+
+class TestFlags:
+    def test_table_of_other_values_is_complete(self):
+        """Guards the round trip below: a new field must be put into the table."""
+        assert set(OTHER_VALUES) == set(FIELDS)
+
+    def test_every_field_has_one_flag_with_its_default_and_a_help_text(self):
+        parser = parser_of_flags()
+        actions = {a.dest: a for a in parser._actions if a.dest != "help"}
+        assert set(actions) == {attribute_name(name) for name in FIELDS}
+        for name, spec in FIELDS.items():
+            action = actions[attribute_name(name)]
+            assert action.option_strings == [flag(name)]
+            assert action.default == spec.default
+            assert len(action.help.split()) >= 2
+
+    def test_flags_are_dashed_names(self):
+        assert flag("enabled") == "--dwm"
+        assert flag("meta_batch_size") == "--dwm-meta-batch-size"
+        assert attribute_name("enabled") == "dwm"
+        assert attribute_name("meta_batch_size") == "dwm_meta_batch_size"
+
+    def test_help_can_be_printed(self):
+        """A bare percent sign in a help text would fail here."""
+        text = parser_of_flags().format_help()
+        assert all(flag(name) in text for name in FIELDS)
+
+    def test_adding_twice_is_harmless(self):
+        """The launcher adds them, and so may the script that it runs."""
+        parser = parser_of_flags()
+        count = len(parser._actions)
+        assert add_dwm_args(parser) is parser
+        assert len(parser._actions) == count
+
+    def test_defaults_come_back_from_an_empty_command_line(self):
+        assert DWMConfig.from_args(parser_of_flags().parse_args([])) == DWMConfig()
+
+    def test_every_flag_comes_back_from_the_command_line_in_its_type(self):
+        argv = []
+        for name, value in OTHER_VALUES.items():
+            argv.append(flag(name))
+            if isinstance(value, list):
+                argv += value
+            elif value is not True:
+                argv.append(str(value))
+        config = DWMConfig.from_args(parser_of_flags().parse_args(argv))
+        assert config == DWMConfig(**OTHER_VALUES)
+        for name, value in OTHER_VALUES.items():
+            assert type(getattr(config, name)) is type(value), name
+
+    def test_arguments_without_the_flags_give_the_defaults(self):
+        """A script that never added the flags runs stock training."""
+        config = DWMConfig.from_args(SimpleNamespace(lr=1.0, num_layers=99))
+        assert config == DWMConfig() and not config.enabled
+
+    @pytest.mark.parametrize("argv", [["--dwm-stages", "two"], ["--dwm-head-lr"]])
+    def test_a_value_of_another_type_is_refused_by_the_parser(self, argv, capsys):
+        with pytest.raises(SystemExit):
+            parser_of_flags().parse_args(argv)
+        assert argv[0] in capsys.readouterr().err

@@ -1,0 +1,204 @@
+"""The step log: its lines, what a resumed run keeps of them, the console line and TensorBoard."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from megatron_dwm import host
+
+host.install()
+
+from megatron_dwm.analysis.weight_log import (  # noqa: E402
+    FILE_NAME,
+    WeightLog,
+    console_line,
+    describe,
+    read_log,
+)
+from megatron_dwm.schedule import StepPlan  # noqa: E402
+from megatron_dwm.train_step import MetaResult, StepRecord  # noqa: E402
+
+WEIGHTS = torch.tensor([2.0, 0.5, 1.0, 0.5])
+DOMAINS = torch.tensor([0, 1, 0, -1])
+NAMES = ["web", "code"]
+NAN = float("nan")
+
+
+def record(iteration=7, meta=True, weights=WEIGHTS, domains=DOMAINS, lm_loss=3.25, **changes):
+    plan = StepPlan(stage=1, window="meta", weighted=True, meta_step=meta, ends_stage=False)
+    result = None
+    if meta:
+        values = {
+            "loss": 2.5, "influence": torch.tensor([3.0, 0.0, -4.0, 0.0]), "grad_norm": 0.125,
+            "updated": True, "seconds": 0.5,
+        }  # fmt: skip
+        result = MetaResult(**{**values, **changes})
+    return StepRecord(iteration, plan, weights, domains, result, lm_loss)
+
+
+class Writer:
+    def __init__(self):
+        self.scalars = {}
+
+    def add_scalar(self, name, value, iteration):
+        self.scalars[name, iteration] = value
+
+
+class Log:
+    """A `WeightLog` in a folder, with what it printed and what it wrote."""
+
+    def __init__(self, folder, first_iteration=0, log_interval=1, **options):
+        self.printed, self.writer = [], Writer()
+        arguments = {
+            "folder": None if folder is None else str(folder), "domains": NAMES,
+            "writer": self.writer, "log_interval": log_interval, "samples": False,
+            "first_iteration": first_iteration, "printer": self.printed.append, "writes": True,
+        }  # fmt: skip
+        self.log = WeightLog(**{**arguments, **options})
+        self.path = None if folder is None else folder / FILE_NAME
+
+    def write(self, *iterations):
+        for iteration in iterations:
+            self.log.write(record(iteration))
+        return self
+
+    def iterations(self):
+        return [line["iteration"] for line in read_log(self.path)]
+
+
+class TestDescribe:
+    def test_says_what_the_step_did(self):
+        line = describe(record(), NAMES)
+        assert line["iteration"] == 7
+        # Stages are counted from 1 wherever a person reads them, as in the snapshots' names.
+        assert line["stage"] == 2 and line["window"] == "meta"
+        assert line["lm_loss"] == 3.25 and line["meta_loss"] == 2.5
+        assert line["meta_gradient_norm"] == pytest.approx(5.0)
+        assert line["dwm_grad_norm"] == 0.125 and line["dwm_updated"] == 1
+        assert line["max_weight"] == 2.0 and line["min_weight"] == 0.5
+        # (sum w)^2 / sum w^2 / N = 16 / 5.5 / 4
+        assert line["effective_sample_size"] == pytest.approx(16 / 5.5 / 4, abs=1e-6)
+
+    def test_domain_weights_are_means_over_the_samples_of_each_data_set(self):
+        """A sample of unknown origin (-1) counts for none."""
+        line = describe(record(), NAMES)
+        assert line["domain_weight"] == {"web": 1.5, "code": 0.5}
+        assert line["domain_samples"] == {"web": 2, "code": 1}
+
+    def test_a_data_set_beyond_the_names_is_called_by_its_number(self):
+        line = describe(record(domains=torch.tensor([5, 5, 0, 0])), NAMES)
+        assert set(line["domain_weight"]) == {"web", "5"}
+
+    @pytest.mark.parametrize("domains", [None, torch.full((4,), -1)])
+    def test_without_known_data_sets_the_table_is_empty(self, domains):
+        line = describe(record(domains=domains), NAMES)
+        assert line["domain_weight"] == {} == line["domain_samples"]
+
+    def test_a_step_without_a_meta_step_has_no_meta_values(self):
+        line = describe(record(meta=False), NAMES)
+        assert not [name for name in line if "meta" in name or name.startswith("dwm")]
+
+    def test_samples_are_written_only_when_asked_for(self):
+        assert not {"weights", "domains", "influence"} & set(describe(record(), NAMES))
+        line = describe(record(), NAMES, samples=True)
+        assert line["weights"] == WEIGHTS.tolist() and line["domains"] == [0, 1, 0, -1]
+        assert line["influence"] == [3.0, 0.0, -4.0, 0.0]
+
+    @pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
+    def test_values_that_are_not_finite_become_null(self, bad):
+        """JSON knows neither NaN nor infinity; strict readers refuse the whole line."""
+        broken = record(lm_loss=bad, loss=bad, grad_norm=bad, influence=torch.full((4,), bad))
+        line = describe(broken, NAMES)
+        text = json.dumps(line, allow_nan=False)
+        names = ("lm_loss", "meta_loss", "dwm_grad_norm", "meta_gradient_norm")
+        assert [json.loads(text)[name] for name in names] == [None] * 4
+
+    def test_a_step_without_a_reported_loss_has_null(self):
+        assert describe(record(lm_loss=None), NAMES)["lm_loss"] is None
+
+    def test_bfloat16_weights_can_be_described(self):
+        assert describe(record(weights=WEIGHTS.bfloat16()), NAMES)["max_weight"] == 2.0
+
+
+class TestConsoleLine:
+    def test_a_meta_step(self):
+        text = console_line(describe(record(), NAMES))
+        assert "dwm iteration        7" in text and "stage 2 meta" in text
+        assert "meta loss: 2.500000E+00" in text and "meta-gradient norm: 5.000E+00" in text
+        assert "max weight: 2.000" in text
+        assert "web: 1.500" in text and "code: 0.500" in text
+        assert "\n" not in text
+
+    def test_a_step_without_a_meta_step(self):
+        text = console_line(describe(record(meta=False), NAMES))
+        assert "meta loss" not in text and "effective sample size: 0.727" in text
+
+
+class TestWriting:
+    def test_one_strict_json_line_a_step_at_once(self, tmp_path):
+        """Readable while the run goes on: lines are not held back in a buffer."""
+        log = Log(tmp_path).write(1, 2, 3)
+        lines = log.path.read_text().splitlines()
+        parsed = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+        assert [line["iteration"] for line in parsed] == [1, 2, 3]
+
+    def test_console_lines_come_every_interval(self):
+        log = Log(None, log_interval=3).write(*range(1, 8))
+        assert [int(line.split()[2]) for line in log.printed] == [3, 6]
+
+    def test_tensorboard_gets_numbers_and_domain_weights(self):
+        scalars = Log(None).write(7).writer.scalars
+        assert scalars["dwm/lm_loss", 7] == 3.25 and scalars["dwm/domain_weight/web", 7] == 1.5
+        assert {type(value) for value in scalars.values()} <= {int, float}
+        assert ("dwm/window", 7) not in scalars and ("dwm/iteration", 7) not in scalars
+
+    def test_tensorboard_gets_no_missing_values(self):
+        log = Log(None, log_interval=10)
+        log.log.write(record(lm_loss=NAN, loss=NAN))
+        assert ("dwm/lm_loss", 7) not in log.writer.scalars
+        assert ("dwm/meta_loss", 7) not in log.writer.scalars
+
+    def test_other_ranks_write_nothing_and_make_no_file(self, tmp_path):
+        log = Log(tmp_path / "run", writes=False).write(1)
+        assert not (tmp_path / "run").exists()
+        assert log.printed == [] and log.writer.scalars == {}
+
+    def test_a_rank_without_weights_writes_nothing(self, tmp_path):
+        log = Log(tmp_path)
+        log.log.write(record(weights=None))
+        assert log.path.read_text() == "" and log.printed == []
+
+    def test_the_folder_is_made(self, tmp_path):
+        assert Log(tmp_path / "a" / "b").write(1).iterations() == [1]
+
+
+class TestResume:
+    def test_steps_that_are_taken_again_replace_the_old_lines(self, tmp_path):
+        Log(tmp_path).write(1, 2, 3, 4, 5)
+        log = Log(tmp_path, first_iteration=3)
+        assert log.iterations() == [1, 2, 3]
+        assert log.write(4, 5, 6).iterations() == [1, 2, 3, 4, 5, 6]
+
+    def test_a_run_from_the_start_begins_a_new_log(self, tmp_path):
+        Log(tmp_path).write(1, 2)
+        assert Log(tmp_path).write(1).iterations() == [1]
+
+    def test_lines_that_are_kept_are_unchanged(self, tmp_path):
+        before = Log(tmp_path).write(1, 2).path.read_text()
+        assert Log(tmp_path, first_iteration=2).path.read_text() == before
+
+    def test_a_torn_last_line_is_left_out(self, tmp_path):
+        """A killed run may leave half a line, without its line end."""
+        log = Log(tmp_path).write(1, 2, 3)
+        text = log.path.read_text()
+        for cut in (1, 5, 60):
+            log.path.write_text(text[: -1 - cut])
+            assert log.iterations() == [1, 2]
+            assert Log(tmp_path, first_iteration=3).write(4).iterations() == [1, 2, 4]
+            log.path.write_text(text)
+
+    def test_resuming_without_an_old_log_is_fine(self, tmp_path):
+        """`--load` may name another folder than `--save`."""
+        assert Log(tmp_path, first_iteration=100).write(101).iterations() == [101]

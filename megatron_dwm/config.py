@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,6 +108,13 @@ class DWMConfig:
     def problems(self) -> list[str]:
         """Returns one line for each setting that cannot work, independent of the LLM."""
         found = []
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                found.append(f"{flag(spec.name)} is {value}; it must be a finite number")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                found.append(f"{flag(name)} is {getattr(self, name)}; it must lie in [0, 1)")
         for name, allowed in (
             ("policy", POLICIES),
             ("schedule", SCHEDULES),
@@ -122,7 +130,7 @@ class DWMConfig:
         for name in (*positive, "temperature", "head_lr"):
             if getattr(self, name) <= 0:
                 found.append(f"{flag(name)} is {getattr(self, name)}; it must be above 0")
-        for name in ("warmup_steps", "backbone_lr", "weight_decay", "clip_grad"):
+        for name in ("warmup_steps", "backbone_lr", "weight_decay", "clip_grad", "seed"):
             if getattr(self, name) < 0:
                 found.append(f"{flag(name)} is {getattr(self, name)}; it must not be negative")
         for name in ("stage_meta_steps", "meta_batch_size", "ffn_hidden_size", "num_query_groups"):
@@ -141,9 +149,11 @@ class DWMConfig:
         Args:
             tensor_parallel_size: the LLM's tensor-parallel size, which the DWM shares.
         """
-        found = []
+        found: list[str] = []
         heads = self.num_attention_heads
         groups = self.num_query_groups or heads
+        if min(heads, groups, self.hidden_size, self.resolved_ffn_hidden_size) <= 0:
+            return found  # already among problems()
         if self.hidden_size % heads:
             found.append(
                 f"--dwm-hidden-size {self.hidden_size} is not divisible by "

@@ -75,7 +75,8 @@ def wanted() -> bool:
     choice = os.environ.get("MEGATRON_DWM_HOST", "auto").lower()
     if choice not in ("auto", "cpu", "cuda"):
         raise ValueError(
-            f"MEGATRON_DWM_HOST is '{choice}'; allowed are auto, cpu and cuda. Unset it or correct it."
+            f"MEGATRON_DWM_HOST is '{choice}'; allowed are auto, cpu and cuda. "
+            "Unset it or correct it."
         )
     if choice != "auto":
         return choice == "cpu"
@@ -392,9 +393,9 @@ def _replace_distributed() -> None:
 
     @functools.wraps(init_process_group)
     def gloo_init(*args: Any, **kwargs: Any) -> None:
-        kwargs["backend"] = "gloo"
+        kwargs.pop("backend", None)
         kwargs.pop("device_id", None)
-        return init_process_group(**kwargs) if not args else init_process_group("gloo", **kwargs)
+        return init_process_group("gloo", *args[1:], **kwargs)
 
     @functools.wraps(barrier)
     def host_barrier(*args: Any, **kwargs: Any) -> Any:

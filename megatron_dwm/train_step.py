@@ -38,7 +38,6 @@ from megatron_dwm.weighting.scorer import Scorer
 from megatron_dwm.weighting.weights import (
     score_gradient,
     shuffled,
-    weight_statistics,
     weights_from_scores,
 )
 
@@ -241,7 +240,9 @@ class DWMTrainStep:
             parameter.data.copy_(value)
         # In units of the learning rate, so that the DWM's gradient does not follow its decay.
         influence = influence / max(max(before.lrs.values(), default=0.0), 1e-30)
-        updated, norm = self._update(batches, influence, scores)
+        updated, norm = False, 0.0
+        if self._is_finite(influence):
+            updated, norm = self._update(batches, influence, scores)
         self.meta_steps_taken += 1
         return MetaResult(loss, influence, norm, updated, time.perf_counter() - start)
 
@@ -257,7 +258,9 @@ class DWMTrainStep:
         trainee.optimizer.zero_grad()
         meta_batches = StepBatches.like(trainee.data_iterator, self.meta_data.next_batches())
         with _deterministic(trainee), self.forward_step.measured() as losses:
-            self.run_passes(trainee, meta_batches, self.meta_data.num_microbatches, forward_only=False)
+            self.run_passes(
+                trainee, meta_batches, self.meta_data.num_microbatches, forward_only=False
+            )
         return self._mean_loss(losses)
 
     @torch.no_grad()
@@ -266,12 +269,12 @@ class DWMTrainStep:
         assert self.meta_data is not None
         meta_batches = StepBatches.like(trainee.data_iterator, self.meta_data.batches_at(position))
         with _deterministic(trainee), self.forward_step.measured() as losses:
-            self.run_passes(trainee, meta_batches, self.meta_data.num_microbatches, forward_only=True)
+            self.run_passes(
+                trainee, meta_batches, self.meta_data.num_microbatches, forward_only=True
+            )
         return self._mean_loss(losses)
 
-    def _influence(
-        self, trainee: Trainee, batches: StepBatches, before: _Before
-    ) -> torch.Tensor:
+    def _influence(self, trainee: Trainee, batches: StepBatches, before: _Before) -> torch.Tensor:
         """Pass D: c_i of the global batch, `[N]`; zeros on ranks that see no losses."""
         num_microbatches = get_num_microbatches()
 
@@ -293,6 +296,11 @@ class DWMTrainStep:
         if local is None:
             return torch.zeros(1, device=self.shape.device)
         return collectives.gather_samples(local, self.groups.dp)
+
+    def _is_finite(self, influence: torch.Tensor) -> bool:
+        """Returns, on every rank alike, whether the DWM may step on this influence."""
+        finite = torch.isfinite(influence).all().float().view(1)
+        return bool(collectives.broadcast_from_last_stage(finite, self.groups.pp).item())
 
     def _update(
         self, batches: StepBatches, influence: torch.Tensor, scores: torch.Tensor | None
@@ -335,6 +343,7 @@ class DWMTrainStep:
     def run_passes(
         self, trainee: Trainee, batches: StepBatches, num_microbatches: int, forward_only: bool
     ) -> None:
+        """Runs the LLM's schedule over micro-batches; whoever calls says how losses count."""
         trainee.forward_backward(
             forward_step_func=self.forward_step,
             data_iterator=batches.replay(),

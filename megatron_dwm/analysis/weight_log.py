@@ -105,11 +105,11 @@ def describe(record: StepRecord, domains: list[str], samples: bool = False) -> d
             meta_seconds=round(record.meta.seconds, 4),
         )
     if samples:
-        line["weights"] = [round(w, 6) for w in weights.tolist()]
+        line["weights"] = [_finite(round(w, 6)) for w in weights.tolist()]
         if record.domains is not None:
             line["domains"] = record.domains.tolist()
         if record.meta is not None:
-            line["influence"] = record.meta.influence.tolist()
+            line["influence"] = [_finite(c) for c in record.meta.influence.tolist()]
     return line
 
 
@@ -123,8 +123,10 @@ def console_line(line: dict[str, Any]) -> str:
         f"max weight: {line['max_weight']:.3f}",
     ]
     if "meta_loss" in line:
-        parts.insert(2, f"meta loss: {line['meta_loss']:.6E}")
-        parts.insert(3, f"meta-gradient norm: {line['meta_gradient_norm']:.3E}")
+        parts.insert(2, f"meta loss: {_number(line['meta_loss'], '.6E')}")
+        parts.insert(3, f"meta-gradient norm: {_number(line['meta_gradient_norm'], '.3E')}")
+        if not line["dwm_updated"]:
+            parts.insert(4, "DWM update skipped")
     for name, weight in line["domain_weight"].items():
         parts.append(f"{name}: {weight:.3f}")
     return " | ".join(parts) + " |"
@@ -146,6 +148,10 @@ def _lines_up_to(path: str, iteration: int) -> list[str]:
     if iteration == 0 or not os.path.exists(path):
         return []
     return [json.dumps(x) + "\n" for x in read_log(path) if x["iteration"] <= iteration]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "nan" if value is None else format(value, form)
 
 
 def _finite(value: float | None) -> float | None:

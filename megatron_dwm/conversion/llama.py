@@ -166,6 +166,7 @@ def megatron_layer_to_hf(
     _check("Megatron layer", {n: tuple(t.shape) for n, t in local.items()}, config.layer_shapes())
     out: dict[str, torch.Tensor] = {}
     for name, hf_names in LAYER_NAMES.items():
+        parts: tuple[torch.Tensor, ...]
         if name == "self_attention.linear_qkv.weight":
             parts = split_qkv(
                 local[name],
@@ -205,11 +206,13 @@ def hf_layer_to_megatron(
     for name, hf_names in LAYER_NAMES.items():
         parts = [tensors[hf_name] for hf_name in hf_names]
         if name == "self_attention.linear_qkv.weight":
+            q, k, v = parts
             out[name] = merge_qkv(
-                *parts, config.num_attention_heads, config.num_query_groups, config.kv_channels
+                q, k, v, config.num_attention_heads, config.num_query_groups, config.kv_channels
             )
         elif name == "mlp.linear_fc1.weight":
-            out[name] = merge_gate_up(*parts)
+            gate, up = parts
+            out[name] = merge_gate_up(gate, up)
         else:
             out[name] = parts[0]
     shapes = {name: tuple(tensor.shape) for name, tensor in out.items()}

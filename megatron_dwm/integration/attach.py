@@ -96,5 +96,3 @@ def _parse_with_dwm_flags(
         return add_dwm_args(parser)
 
     return original(provider, *args, **kwargs)
-
-

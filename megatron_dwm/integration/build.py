@@ -152,9 +152,15 @@ def _build_scorer(
         )
     elif config.init.startswith("hf:"):
         source = read_hf_config(config.init[3:])
-        shape["layernorm_epsilon"] = source.norm_epsilon
-        shape["kv_channels"] = source.head_dim
-        embedding = dataclasses.replace(embedding, rotary_base=source.rotary_base)
+        shape["layernorm_epsilon"] = source.layernorm_epsilon
+        shape["kv_channels"] = source.kv_channels
+        scaling = source.rope_scaling
+        embedding = dataclasses.replace(
+            embedding,
+            rotary_base=source.rotary_base,
+            rope_scaling=scaling is not None,
+            rope_scaling_factor=float(scaling["factor"]) if scaling is not None else 8.0,
+        )
     model = DataWeightingModel(
         config=dwm_transformer_config(llm_config, config.num_layers, like_llm, **shape),
         embedding=embedding,
@@ -168,7 +174,7 @@ def _build_scorer(
 
 def _build_meta_data(config: DWMConfig, args: Any) -> MetaData:
     vp_size = args.virtual_pipeline_model_parallel_size
-    stages = [None] if vp_size is None else list(range(vp_size))
+    stages: list[int | None] = [None] if vp_size is None else list(range(vp_size))
 
     def on_this_rank() -> bool:
         reads = any(is_first_or_last_pipeline_stage(stage) for stage in stages)
@@ -176,7 +182,8 @@ def _build_meta_data(config: DWMConfig, args: Any) -> MetaData:
 
     prefixes, weights = blend_of(config.meta_data_path, "--dwm-meta-data-path")
     build = partial(_build_dataset, args, on_this_rank, config.seed)
-    datasets = [build(prefix) for prefix in (prefixes or [None])]
+    wanted: list[str | None] = [*prefixes] or [None]
+    datasets = [build(prefix) for prefix in wanted]
     assert config.meta_batch_size is not None
     return MetaData(
         datasets=[dataset for dataset in datasets if dataset is not None],
@@ -215,8 +222,10 @@ def _build_dataset(
 
 @contextmanager
 def _random_states_kept(seed: int) -> Iterator[None]:
-    """Seeds every generator for what is built inside, and puts all back, so that the LLM's
-    training does not depend on there being a weighting model."""
+    """Seeds every generator for what is built inside, and puts all back.
+
+    So the LLM's training does not depend on there being a weighting model.
+    """
     states = _get_all_rng_states()
     python_state, numpy_state = random.getstate(), numpy.random.get_state()
     torch.manual_seed(seed)

@@ -181,7 +181,7 @@ def check_data(config: DWMConfig, args: Any) -> None:
                     f"--dwm-meta-data-path {prefix} is also the reported validation data "
                     f"({other}); what the weights are tuned on cannot measure them. Split the "
                     "held-out documents into two data sets",
-                    )
+                )
 
 
 def _same_data(a: str, b: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +22,7 @@ def check_version() -> None:
     """
     from megatron.core.package_info import __version__ as version
 
-    numbers = tuple(int(part) for part in version.split(".")[:2])
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     if not SUPPORTED[0] <= numbers < SUPPORTED[1]:
         raise DWMError(
             f"megatron-core {version} was found; megatron_dwm supports >=0.19,<0.20. "
@@ -41,7 +42,7 @@ def rebound(
     Args:
         module: a module of Megatron.
         name: the function to wrap.
-        parameters: names that its signature must hold, the leading ones in this order.
+        parameters: names that its signature must hold, in this order.
         wrapper: called with the original function first.
 
     Raises:
@@ -52,10 +53,10 @@ def rebound(
     if original is None:
         raise DWMError(f"{where} is missing; this Megatron is not one that megatron_dwm supports")
     found = tuple(inspect.signature(original).parameters)
-    if not set(parameters) <= set(found):
+    if tuple(name for name in found if name in parameters) != parameters:
         raise DWMError(
-            f"{where} takes {', '.join(found)}, but {', '.join(parameters)} were expected; this "
-            "Megatron is not one that megatron_dwm supports"
+            f"{where} takes {', '.join(found)}, but {', '.join(parameters)} were expected in this "
+            "order; this Megatron is not one that megatron_dwm supports"
         )
 
     @functools.wraps(original)

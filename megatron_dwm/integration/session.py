@@ -143,7 +143,7 @@ class Session:
 
 def _on_first_rank(check: Callable[[], None]) -> None:
     """Runs a check of files on rank 0 and raises its error on every rank, so that none waits."""
-    message = [None]
+    message: list[str | None] = [None]
     if torch.distributed.get_rank() == 0:
         try:
             check()

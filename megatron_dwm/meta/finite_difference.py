@@ -8,6 +8,7 @@ one difference for all samples at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -39,9 +40,10 @@ def estimate(
         `[n]` float32 on ranks that see losses, None elsewhere.
     """
     eps = step_size(parameters, theta, relative_step, model_parallel_group)
-    if eps == 0.0:
+    if eps == 0.0 or not math.isfinite(eps):
+        # No direction: influence 0. A direction that is not finite: influence not finite.
         losses = measure()
-        return None if losses is None else torch.zeros_like(losses)
+        return None if losses is None else torch.full_like(losses, eps)
     _move(parameters, theta, eps)
     above = measure()
     _move(parameters, theta, -eps)
@@ -57,7 +59,10 @@ def step_size(
     relative_step: float,
     model_parallel_group: dist.ProcessGroup,
 ) -> float:
-    """Returns eps with `|eps v| = relative_step |theta|` over the whole model; 0 when v is 0."""
+    """Returns eps with `|eps v| = relative_step |theta|` over the whole model.
+
+    0 when v is 0, NaN when v or theta is not finite.
+    """
     device = theta[0].device if theta else torch.device("cpu")
     squares = torch.zeros(2, dtype=torch.float64, device=device)
     for parameter, value in zip(parameters, theta, strict=True):
@@ -67,6 +72,8 @@ def step_size(
     # everywhere, not exact.
     squares = collectives.sum_of_shards(squares, model_parallel_group)
     theta_norm, v_norm = squares.sqrt().tolist()
+    if not (math.isfinite(v_norm) and math.isfinite(theta_norm)):
+        return math.nan
     return relative_step * theta_norm / v_norm if v_norm > 0.0 else 0.0
 
 

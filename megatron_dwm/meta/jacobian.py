@@ -58,16 +58,31 @@ def adam(
     correction1, correction2 = 1.0 - beta1**step, 1.0 - beta2**step
     root = (exp_avg_sq.float() / correction2).sqrt()
     denominator = root + eps
-    direct = (1.0 - beta1) / correction1 / denominator
-    # Where the second moment is 0, so are G and the first moment: the term vanishes.
+    # Where the second moment is 0, so are G and the first moment: the second term vanishes.
+    # Divided step by step, as the denominator's square can underflow.
+    ratio = torch.where(root > 0, grad / root, torch.zeros_like(root))
     through_root = (
-        exp_avg.float()
-        / correction1
-        * ((1.0 - beta2) / correction2)
-        * grad
-        / (root.clamp_min(torch.finfo(torch.float32).tiny) * denominator**2)
+        exp_avg.float() / correction1 / denominator * ((1.0 - beta2) / correction2) * ratio
     )
-    return -lr * (direct - torch.where(root > 0, through_root, torch.zeros_like(root)))
+    return -lr / denominator * ((1.0 - beta1) / correction1 - through_root)
+
+
+def adam_update(
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> torch.Tensor:
+    """Returns what Adam added to the parameter: `-lr mhat / (sqrt(vhat) + eps)`.
+
+    Arguments as for `adam`; decoupled weight decay is not included.
+    """
+    first = exp_avg.float() / (1.0 - beta1**step)
+    root = (exp_avg_sq.float() / (1.0 - beta2**step)).sqrt()
+    return -lr * first / (root + eps)
 
 
 def clip_coefficient(grad_norm: float, max_norm: float) -> float:

@@ -65,9 +65,18 @@ class ParamShard:
 
 def leaf_optimizers(optimizer: Any) -> list[Any]:
     """Returns the Megatron optimizers inside a (possibly chained) optimizer, stubs left out."""
+    leaves = all_leaves(optimizer)
+    return [leaf for leaf in leaves if not getattr(leaf, "is_stub_optimizer", False)]
+
+
+def all_leaves(optimizer: Any) -> list[Any]:
+    """Returns the Megatron optimizers inside a chained one, those without parameters too.
+
+    For collectives: every rank of an optimizer's group must take part, with or without a share.
+    """
     if hasattr(optimizer, "chained_optimizers"):
-        return [leaf for o in optimizer.chained_optimizers for leaf in leaf_optimizers(o)]
-    return [] if getattr(optimizer, "is_stub_optimizer", False) else [optimizer]
+        return [leaf for o in optimizer.chained_optimizers for leaf in all_leaves(o)]
+    return [optimizer]
 
 
 def check_supported(optimizer: Any) -> None:
@@ -175,18 +184,16 @@ def update_jacobian(shard: ParamShard, lr: float) -> torch.Tensor | float:
             group.get("dampening", 0.0),
             group.get("nesterov", False),
         )
-    step = state.get("step", group.get("step"))
+    # torch keeps the step with each parameter, Transformer Engine and Apex with the group.
+    step = state["step"] if "step" in state else group["step"]
     beta1, beta2 = group["betas"]
     grad = shard.stepped_grad()
-    if not shard.optimizer.config.decoupled_weight_decay:
-        grad = grad + group["weight_decay"] * shard.main_param.detach().view(-1)
-    return jacobian.adam(
-        grad,
-        state["exp_avg"].view(-1),
-        state["exp_avg_sq"].view(-1),
-        int(step),
-        lr,
-        beta1,
-        beta2,
-        group["eps"],
-    )
+    moments = (state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1), int(step))
+    constants = (lr, beta1, beta2, group["eps"])
+    if not shard.optimizer.config.decoupled_weight_decay and group["weight_decay"]:
+        # The decay that entered the moments was that of the parameter before the step.
+        before = shard.main_param.detach().view(-1).float() - jacobian.adam_update(
+            *moments, *constants
+        )
+        grad = grad + group["weight_decay"] * before
+    return jacobian.adam(grad, *moments, *constants)

@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel.random import _get_all_rng_states
 
 from megatron_dwm.batches import StepBatches
 from megatron_dwm.meta import reference as reference_estimator
-from megatron_dwm.meta.optimizer_view import learning_rates, leaf_optimizers
+from megatron_dwm.meta.optimizer_view import leaf_optimizers, learning_rates
 from megatron_dwm.meta.update import InnerStep, trainable_parameters
 from megatron_dwm.train_step import (
     DWMTrainStep,
@@ -97,7 +97,8 @@ def brute_force(
     """
     assert step.meta_data is not None
     position = step.meta_data.consumed_samples
-    state = TrainerState(trainee, scheduler)
+    with gathered_parameters(trainee):
+        state = TrainerState(trainee, scheduler)
     found = torch.zeros(len(samples), dtype=torch.float64)
     for k, sample in enumerate(samples):
         losses = []
@@ -127,9 +128,9 @@ def reference(
     """
     assert step.meta_data is not None
     position = step.meta_data.consumed_samples
-    state = TrainerState(trainee, scheduler)
     lrs = learning_rates(trainee.optimizer)
     with gathered_parameters(trainee):
+        state = TrainerState(trainee, scheduler)
         result = weighted_step(step, stock_step, batches, weights)
         inner = InnerStep.capture(trainee.optimizer, lrs, result[5])
         found = _pull_back_and_loop(step, trainee, batches, weights, inner, state)

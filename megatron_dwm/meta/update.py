@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_dwm.meta import collectives, jacobian
-from megatron_dwm.meta.optimizer_view import ParamShard, shards, update_jacobian
+from megatron_dwm.meta.optimizer_view import ParamShard, all_leaves, shards, update_jacobian
 
 
 @dataclass
@@ -24,10 +24,12 @@ class InnerStep:
         entries: for each slice that this rank steps: the slice, the diagonal `dU/dG'` (`[k]`
             float32 or a number) and, when clipping was active, the clipped gradient `[k]`.
         clip: `(a, b)` of `jacobian.clip_projection`.
+        optimizers: the Megatron optimizers, those without a share on this rank too.
     """
 
     entries: list[tuple[ParamShard, torch.Tensor | float, torch.Tensor | None]]
     clip: tuple[float, float]
+    optimizers: list[Any]
 
     @classmethod
     @torch.no_grad()
@@ -40,14 +42,15 @@ class InnerStep:
             grad_norm: global norm before clipping, as the trainer reports it.
         """
         parts = list(shards(optimizer))
-        max_norm = parts[0].optimizer.config.clip_grad if parts else 0.0
+        leaves = all_leaves(optimizer)
+        max_norm = leaves[0].config.clip_grad
         clip = jacobian.clip_projection(float(grad_norm or 0.0), max_norm)
         entries = []
         for shard in parts:
             diagonal = update_jacobian(shard, lrs[id(shard.group)])
             clipped = shard.stepped_grad().clone() if clip[1] else None
             entries.append((shard, diagonal, clipped))
-        return cls(entries, clip)
+        return cls(entries, clip, leaves)
 
     @torch.no_grad()
     def pull_back(self, model: list[Any]) -> None:
@@ -60,7 +63,7 @@ class InnerStep:
         a, b = self.clip
         dot = 0.0
         if b:
-            dot = self._dot_with_clipped_gradient()
+            dot = self._dot_with_clipped_gradient(next(model[0].parameters()).device)
         for shard, diagonal, clipped in self.entries:
             h = shard.grad_slice()
             h.mul_(diagonal)
@@ -74,19 +77,19 @@ class InnerStep:
                     for bucket in buffer.buckets:
                         collectives.gather_shards(bucket.grad_data, buffer.data_parallel_group)
 
-    def _dot_with_clipped_gradient(self) -> float:
+    def _dot_with_clipped_gradient(self, device: torch.device) -> float:
         """Returns `<G', D h>` over the whole model, each parameter once."""
-        by_optimizer: dict[int, tuple[Any, list[torch.Tensor]]] = {}
+        terms: dict[int, list[torch.Tensor]] = {id(o): [] for o in self.optimizers}
         for shard, diagonal, clipped in self.entries:
-            terms = by_optimizer.setdefault(id(shard.optimizer), (shard.optimizer, []))[1]
             if shard.counts_in_norm() and clipped is not None:
-                terms.append(((shard.grad_slice().float() * diagonal) * clipped).sum().double())
+                term = ((shard.grad_slice().float() * diagonal) * clipped).sum().double()
+                terms[id(shard.optimizer)].append(term)
         total = 0.0
-        for optimizer, terms in by_optimizer.values():
-            zero = torch.zeros((), dtype=torch.float64, device=self.entries[0][0].main_param.device)
-            local = torch.stack(terms).sum() if terms else zero
+        for optimizer in self.optimizers:
+            mine = terms[id(optimizer)]
+            local = torch.stack(mine).sum() if mine else torch.zeros((), dtype=torch.float64)
             group = optimizer.get_grad_stats_parallel_group()
-            total += collectives.sum_of_shards(local, group).item()
+            total += collectives.sum_of_shards(local.to(device), group).item()
         return total
 
 

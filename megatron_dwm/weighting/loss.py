@@ -55,6 +55,12 @@ class SampleLosses:
         parts = []
         for sums, tokens in zip(self.sums, self.num_tokens, strict=True):
             if tokens is None:
+                if per_token:
+                    raise DWMError(
+                        "--calculate-per-token-loss needs a loss_func that returns (loss sum, "
+                        "num_tokens, report), but this script's returns two values",
+                        this_rank_only=True,
+                    )
                 parts.append(sums * (context_parallel_size / (count * data_parallel_size)))
             elif per_token:
                 parts.append(sums)
@@ -98,6 +104,7 @@ class WeightedForwardStep:
             self._losses = None
 
     def __call__(self, data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Runs the trainer's forward step; the loss function is wrapped within a mode."""
         output, loss_func = self.forward_step(data_iterator, model, *args, **kwargs)
         if self._losses is not None:
             return output, functools.partial(self._measure, loss_func, self._losses)

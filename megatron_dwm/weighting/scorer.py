@@ -53,9 +53,7 @@ class Scorer:
         )
         model.config.finalize_model_grads_func = _finalize_grads
         self.optimizer = build_optimizer(self.ddp, config, model.config)
-        self.schedule = get_forward_backward_func(
-            pp_size=pg_collection.pp.size(), vp_size=None
-        )
+        self.schedule = get_forward_backward_func(pp_size=pg_collection.pp.size(), vp_size=None)
         self.position_ids = torch.arange(seq_length, device=device).unsqueeze(0)
 
     @property

@@ -108,7 +108,7 @@ def load_hf_folder(model: DataWeightingModel, folder: str, groups: Any) -> None:
 
 
 def _local_name(name: str, offset: int) -> str:
-    """Turns a global layer index into this stage's: `decoder.layers.5.x` -> `decoder.layers.1.x`."""
+    """Turns the global layer index in a name into this stage's."""
     parts = name.split(".")
     if parts[:2] == ["decoder", "layers"]:
         parts[2] = str(int(parts[2]) - offset)

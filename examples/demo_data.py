@@ -1,0 +1,46 @@
+"""Turns the demo corpus into Megatron data sets, all in one process.
+
+    python examples/demo_data.py CORPUS DATA
+
+Each is what `tools/preprocess_data.py --input FILE --output-prefix DATA/NAME ...` makes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "tools"))
+
+import preprocess_data
+
+
+def main(corpus: Path, data: Path) -> int:
+    """Preprocesses every training domain, the meta set and the validation set."""
+    files = [
+        *sorted((corpus / "train").glob("*.jsonl")),
+        *sorted((corpus / "target").glob("*.jsonl")),
+    ]
+    for file in files:
+        target = data / file.stem
+        if Path(f"{target}.idx").exists() and Path(f"{target}.bin").exists():
+            print(f"{target}: done already")
+            continue
+        code = preprocess_data.main(
+            [
+                *("--input", str(file), "--output-prefix", str(target)),
+                *("--tokenizer-type", "SentencePieceTokenizer"),
+                *("--tokenizer-model", str(corpus / "tokenizer.model")),
+                *("--append-eod", "--workers", "2"),
+            ]
+        )
+        if code:
+            return code
+        for ending in (".bin", ".idx"):
+            os.replace(f"{target}_text_document{ending}", f"{target}{ending}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -15,6 +15,10 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "tools"))
 
 import preprocess_data
 
+from megatron_dwm.data.index import num_packed_samples, read_index
+
+SEQUENCE_LENGTH = 128
+
 
 def main(corpus: Path, data: Path) -> int:
     """Preprocesses every training domain, the meta set and the validation set."""
@@ -39,6 +43,11 @@ def main(corpus: Path, data: Path) -> int:
             return code
         for ending in (".bin", ".idx"):
             os.replace(f"{target}_text_document{ending}", f"{target}{ending}")
+    print(f"{'data set':<14} {'documents':>9} {'tokens':>10} {'samples':>8}  (of {SEQUENCE_LENGTH})")
+    for file in files:
+        index = read_index(str(data / file.stem))
+        samples = num_packed_samples(index.prefix_sums, SEQUENCE_LENGTH)
+        print(f"{file.stem:<14} {index.documents:>9} {index.tokens:>10} {samples:>8}")
     return 0
 
 

@@ -66,6 +66,25 @@ def data_flags(data: dict[str, str], folder: Path) -> list[str]:
     ]
 
 
+def write_llama(folder: Path) -> Path:
+    """Writes a random Hugging Face Llama with grouped queries, and returns its folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=250,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 def without_split(words: list[str]) -> list[str]:
     """The split goes with one --data-path, not with a path for each part."""
     at = words.index("--split")
@@ -93,6 +112,13 @@ def results(folder: Path, data: dict[str, str], data_flags: list[str]) -> Result
         Run("other-shape", [*pp2, *DWM, *saved, "--dwm-num-layers", "3"]),
     ]
     runs[-2].args += ["--dwm-load", str(folder / "pp2-whole")]
+    llama = write_llama(folder / "llama")
+    start = ["--save", str(folder / "hf"), "--save-interval", "6", "--dwm-init", f"hf:{llama}"]
+    still = ["--dwm-head-lr", "1e-12", "--dwm-backbone-lr", "0"]
+    runs += [
+        Run("hf", [*tiny, *data_flags, *DWM, "--tensor-model-parallel-size", "2", *start, *still]),
+        Run("shuffled", [*pp2, *DWM, "--dwm-policy", "shuffled"]),
+    ]
     base = [*tiny, *data_flags, *DWM]
     runs += [Run(f"bad-{name}", [*base, *flags]) for name, (flags, _) in BAD.items()]
 
@@ -178,6 +204,38 @@ def test_frozen_schedule_uses_snapshots(results: Results) -> None:
     assert len(lines) == 6
     assert not any("meta loss" in line for line in lines)
     assert not any("max weight: 1.000 " in line for line in lines)
+
+
+def test_start_from_a_hugging_face_folder(results: Results, folder: Path) -> None:
+    """Under TP2, the weighting model's tensors are the folder's, bit for bit.
+
+    Its learning rates are so small that nothing moved. The shape came from the folder.
+    """
+    import torch
+
+    from megatron_dwm.conversion.checkpoint import TorchDistCheckpoint, find_checkpoint
+    from megatron_dwm.conversion.hf_folder import iter_megatron_tensors
+
+    out = results.succeeded("hf")
+    assert "'hidden_size': 48" in out[0]["stdout"]
+    saved = TorchDistCheckpoint(find_checkpoint(folder / "hf"))
+    compared = 0
+    for name, tensor in iter_megatron_tensors(folder / "llama"):
+        if name == "output_layer.weight":
+            continue
+        stored = saved.load(f"dwm.{name}")
+        if name == "embedding.word_embeddings.weight":
+            assert not stored[250:].any()
+            stored = stored[:250]
+        assert torch.equal(stored, tensor), name
+        compared += 1
+    assert compared == 2 + 2 * 6
+
+
+def test_shuffled_weights_train(results: Results) -> None:
+    """The control policy runs, with weights that differ from 1."""
+    lines = results.succeeded("shuffled")[-1]["stdout"].splitlines()
+    assert "max weight: 1.000 " not in [x for x in lines if "dwm iteration" in x][-1]
 
 
 def refused(results: Results, name: str, words: list[str]) -> None:

@@ -70,7 +70,7 @@ run() {
     if ! SAVE_DIR="$OUT/$name" TENSORBOARD_DIR="$OUT/$name/tensorboard" \
         bash examples/pretrain_dwm.sh --ckpt-format torch_dist --num-workers 0 "$@" 2>&1 |
         tee "$OUT/$name.log" |
-        grep --line-buffered -E '^ *(\[[^]]*\] )?(dwm )?iteration|validation loss|^DWM|error:'; then
+        grep --line-buffered -E '^ *(\[[^]]*\] )?(dwm )?iteration +[0-9]|validation loss|^DWM|error:'; then
         echo "The run failed; its whole output is in $OUT/$name.log" >&2
         exit 1
     fi

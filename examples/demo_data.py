@@ -43,7 +43,9 @@ def main(corpus: Path, data: Path) -> int:
             return code
         for ending in (".bin", ".idx"):
             os.replace(f"{target}_text_document{ending}", f"{target}{ending}")
-    print(f"{'data set':<14} {'documents':>9} {'tokens':>10} {'samples':>8}  (of {SEQUENCE_LENGTH})")
+    print(
+        f"{'data set':<14} {'documents':>9} {'tokens':>10} {'samples':>8}  (of {SEQUENCE_LENGTH})"
+    )
     for file in files:
         index = read_index(str(data / file.stem))
         samples = num_packed_samples(index.prefix_sums, SEQUENCE_LENGTH)

@@ -49,9 +49,7 @@ def results(folder: Path) -> Results:
 
 def test_uniform_is_bit_identical_to_stock(results: Results) -> None:
     """Losses, gradient norms and parameters are those of the stock trainer."""
-    for before, after in zip(
-        results.succeeded("stock"), results.succeeded("uniform"), strict=True
-    ):
+    for before, after in zip(results.succeeded("stock"), results.succeeded("uniform"), strict=True):
         assert before["steps"] == after["steps"]
         assert before["parameters"] == after["parameters"]
 

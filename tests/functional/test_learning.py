@@ -101,6 +101,7 @@ def results(folder: Path, data: dict[str, str], data_flags: list[str]) -> Result
         runs.append(Run(f"{name}-whole", [*common, "--save", whole]))
         runs.append(Run(f"{name}-first", [*common, "--save", parts, "--exit-interval", "3"]))
         runs.append(Run(f"{name}-second", [*common, "--save", parts, "--load", parts]))
+    runs[0].args += ["--tensorboard-dir", str(folder / "tensorboard")]
     pp2 = [*tiny, *data_flags, "--pipeline-model-parallel-size", "2"]
     saved = ["--load", str(folder / "pp2-parts"), "--ckpt-step", "3"]
     stock = str(folder / "stock")
@@ -173,6 +174,22 @@ def test_log_has_what_the_weights_were(results: Results, folder: Path) -> None:
     assert "dwm iteration" in results.succeeded("pp2-whole")[-1]["stdout"]
 
 
+def test_tensorboard_has_the_same_figures(results: Results, folder: Path) -> None:
+    """The scalars under dwm/ are the log's, one for each step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    results.succeeded("pp2-whole")
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    log = read_log(folder / "pp2-whole" / FILE_NAME)
+    for name in ("entropy", "meta_loss", "max_weight"):
+        values = [event.value for event in events.Scalars(f"dwm/{name}")]
+        assert values == pytest.approx([line[name] for line in log[: len(values)]])
+        # The event file may lose its last scalars when a process ends.
+        assert len(values) >= len(log) - 1
+    assert events.Scalars("dwm/domain_weight/good")
+
+
 def test_stages_follow_the_schedule(results: Results, folder: Path) -> None:
     """Warm-up, meta and frozen windows come as planned; each stage leaves a snapshot."""
     results.succeeded("tp2-llm2-whole")
@@ -220,7 +237,8 @@ def test_start_from_a_hugging_face_folder(results: Results, folder: Path) -> Non
     assert "'hidden_size': 48" in out[0]["stdout"]
     saved = TorchDistCheckpoint(find_checkpoint(folder / "hf"))
     compared = 0
-    for name, tensor in iter_megatron_tensors(folder / "llama"):
+    # Megatron's checkpoints name norms as the fused layers do, whatever the layer spec.
+    for name, tensor in iter_megatron_tensors(folder / "llama", fused_layernorm=True):
         if name == "output_layer.weight":
             continue
         stored = saved.load(f"dwm.{name}")
@@ -283,6 +301,27 @@ def test_torchrun_ends_with_an_error(folder: Path) -> None:
     )
     assert done.returncode != 0
     assert "megatron_dwm: error: --dwm-policy is 'clever'" in done.stderr
+
+
+def test_unchanged_script_learns_under_the_launcher(folder: Path) -> None:
+    """A script that knows nothing of the DWM is weighted by putting the launcher before it."""
+    from tests.functional.harness import ROOT, host_flags
+
+    done = torchrun(
+        1,
+        [
+            *(
+                "-m",
+                "megatron_dwm.launch",
+                str(ROOT / "tests" / "functional" / "_tiny_pretrain.py"),
+            ),
+            str(folder / "logits.pt"),
+            *(*host_flags(), *TINY, *MOCK, *DWM, "--dwm-init", "llm:1", "--eval-iters", "0"),
+        ],
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line for line in done.stdout.splitlines() if "dwm iteration" in line]
+    assert len(lines) == 4 and all("meta loss" in line for line in lines)
 
 
 def test_log_is_json_lines(results: Results, folder: Path) -> None:

@@ -28,9 +28,12 @@ class StepBatches:
                 self.chunks.append(None)
                 continue
             if hasattr(iterator, "advance"):
-                # Drops what Megatron's replaying iterator kept of the previous step.
+                # Megatron's replaying iterator keeps what it hands out until it advances; the
+                # step's own copies are here.
                 iterator.advance()
             self.chunks.append([next(iterator) for _ in range(num_microbatches)])
+            if hasattr(iterator, "advance"):
+                iterator.advance()
 
     @classmethod
     def like(cls, data_iterator: Any, batches: list[Any] | None) -> StepBatches:

@@ -2,21 +2,25 @@
 
 Everything lies under the key `dwm` of the trainer's state dict: tensors (`dwm.*`), the DWM's
 optimizer, the position in the meta data and the count of meta steps. The schedule is a function
-of the iteration and needs no state. The stock trainer can load such a checkpoint: it does not
-ask for the extra keys.
+of the iteration, so its state is the iteration; what it was is kept to notice a change. The stock
+trainer can load such a checkpoint: it does not ask for the extra keys.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
 
+from megatron_dwm.config import flag
 from megatron_dwm.errors import DWMError
+from megatron_dwm.meta.optimizer_view import leaf_optimizers
 from megatron_dwm.train_step import DWMTrainStep
+from megatron_dwm.weighting.scorer import set_hyperparameters
 
 KEY = "dwm"
 _PREFIX = "dwm."
@@ -32,16 +36,26 @@ def state_for_saving(
         metadata: the trainer's sharding metadata (its `dp_cp_group` numbers the replicas).
         with_optimizer: whether the DWM's optimizer is saved too (not `--no-save-optim`).
     """
-    # An optimizer that never stepped has no state to save.
-    with_optimizer = with_optimizer and step.meta_steps_taken > 0
+    with_optimizer = with_optimizer and _optimizer_has_state(step)
     return _sharded_state(step, metadata, with_optimizer, loading=False)
+
+
+def _optimizer_has_state(step: DWMTrainStep) -> bool:
+    """Returns, on every rank alike, whether the DWM's optimizer has stepped since it was made."""
+    if step.scorer is None:
+        return False
+    found = any(len(leaf.optimizer.state) for leaf in leaf_optimizers(step.scorer.optimizer))
+    has_state = torch.tensor([float(found)], device=step.shape.device)
+    torch.distributed.all_reduce(has_state, op=torch.distributed.ReduceOp.MAX)
+    return bool(has_state.item())
 
 
 def _sharded_state(
     step: DWMTrainStep, metadata: dict | None, with_optimizer: bool, loading: bool
 ) -> dict[str, Any]:
     state: dict[str, Any] = {
-        "shape": step.config.shape() if step.scorer is not None else None,
+        "shape": step.description if step.scorer is not None else None,
+        "stages": step.schedule.description(),
         "meta_steps_taken": step.meta_steps_taken,
         "warm_started": step.warm_started,
         "has_optimizer": with_optimizer,
@@ -81,11 +95,16 @@ def load(step: DWMTrainStep, folder: str, with_optimizer: bool = True) -> str:
     state = _load_sharded(step, folder, with_optimizer)
     if with_optimizer:
         step.scorer.optimizer.load_state_dict(state["optimizer"])
+        set_hyperparameters(step.scorer.optimizer, step.config)
     step.meta_steps_taken = int(found["meta_steps_taken"])
     step.warm_started = step.warm_start is None or bool(found["warm_started"])
     if step.meta_data is not None and found["meta_data"] is not None:
         step.meta_data.load_state_dict(found["meta_data"])
-    return f"DWM: loaded from {folder} after {step.meta_steps_taken} meta steps"
+    line = f"DWM: loaded from {folder} after {step.meta_steps_taken} meta steps"
+    planned, plans = found.get("stages"), step.schedule.description()
+    if planned is not None and planned != plans:
+        line += f"; NOTE: the schedule was {planned} when it was saved and is now {plans}"
+    return line
 
 
 def _load_sharded(step: DWMTrainStep, folder: str, with_optimizer: bool) -> dict[str, Any]:
@@ -96,21 +115,22 @@ def _load_sharded(step: DWMTrainStep, folder: str, with_optimizer: bool) -> dict
     weights = {name.removeprefix(_PREFIX): value for name, value in state["model"].items()}
     step.scorer.module.load_state_dict(weights)
     if not with_optimizer:
-        step.scorer.optimizer.reload_model_params()
+        # With it, the optimizer's own copies come from the checkpoint, more precise than these.
+        step.scorer.weights_changed()
     return state
 
 
 def _check_shape(step: DWMTrainStep, found: dict[str, Any], folder: str) -> None:
-    wanted = step.config.shape()
+    wanted, flags = step.description, step.config.shape()
     different = [
-        f"--dwm-{name.replace('_', '-')} is {wanted[name]}, the checkpoint's is {found.get(name)}"
-        for name in wanted
-        if wanted[name] != found.get(name)
+        f"{flag(name) if name in flags else name} is {value}, the checkpoint's is {found[name]}"
+        for name, value in wanted.items()
+        if name in found and value != found[name]
     ]
     if different:
         raise DWMError(
-            f"the weighting model in {folder} has another shape: {'; '.join(different)}. Set the "
-            "flags to the checkpoint's values, or start the DWM anew with another --save/--load"
+            f"the weighting model in {folder} has another shape: {'; '.join(different)}. Use the "
+            "--dwm-init and sizes that it was made with, or start the DWM anew (another --save)"
         )
 
 
@@ -128,9 +148,8 @@ def save_snapshot(step: DWMTrainStep, folder: str) -> None:
     """
     assert step.scorer is not None
     if torch.distributed.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
         os.makedirs(folder, exist_ok=True)
-        for name in os.listdir(folder):
-            os.remove(os.path.join(folder, name))
     torch.distributed.barrier()
     state = _sharded_state(step, None, with_optimizer=False, loading=False)
     dist_checkpointing.save({KEY: state}, folder)

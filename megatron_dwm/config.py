@@ -45,7 +45,9 @@ class DWMConfig:
         "staged: each stage is a meta window and a frozen window; joint: a meta step every "
         "--dwm-meta-interval steps; frozen: weights from --dwm-load, no meta steps",
     )
-    stages: int = _option(5, "number of stages that the training is cut into (staged, frozen)")
+    stages: int = _option(
+        5, "number of stages that the training is cut into; a snapshot is taken after each"
+    )
     stage_meta_steps: int | None = _option(
         None, "length of each stage's meta window in steps; default: half of the stage"
     )
@@ -190,7 +192,7 @@ class DWMConfig:
         return -(-self.hidden_size * 8 // (3 * 64)) * 64
 
     def shape(self) -> dict[str, Any]:
-        """Returns what must agree between a checkpoint's DWM and this one."""
+        """Returns the sizes that the flags set, resolved."""
         names = ("num_layers", "hidden_size", "num_attention_heads", "pooling")
         return {
             **{name: getattr(self, name) for name in names},

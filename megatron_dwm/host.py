@@ -111,6 +111,8 @@ def install() -> bool:
     )
     # The DataLoader asks torch.accelerator whether pinned memory makes sense.
     torch.accelerator.is_available = lambda: False
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print("megatron_dwm: no GPU in use, training on the CPU with gloo", file=sys.stderr)
     mode = _CudaToCpu()
     mode.__enter__()
     _State.mode = mode

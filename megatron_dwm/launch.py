@@ -24,11 +24,14 @@ def main() -> None:
         print(f"megatron_dwm: error: script '{script}' does not exist", file=sys.stderr)
         raise SystemExit(2)
     host.install()
-    from megatron_dwm.integration.attach import attach
-
     sys.argv = [script, *sys.argv[2:]]
     # As python itself does for a script, so that it finds the modules beside it.
     sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
+    if not any(word.startswith("--dwm") for word in sys.argv):
+        runpy.run_path(script, run_name="__main__")
+        return
+    from megatron_dwm.integration.attach import attach
+
     with attach(add_arguments=True):
         runpy.run_path(script, run_name="__main__")
 

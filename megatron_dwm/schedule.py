@@ -54,6 +54,17 @@ class Schedule:
         due = (iteration - config.warmup_steps) % config.meta_interval == 0
         return StepPlan(stage, window, True, config.trains and window == "meta" and due, ends_stage)
 
+    def description(self) -> dict[str, object]:
+        """Returns what the plans follow from, to notice that a resumed run changed it."""
+        config = self.config
+        return {
+            "schedule": config.schedule,
+            "bounds": list(self.bounds),
+            "warmup_steps": config.warmup_steps,
+            "stage_meta_steps": config.stage_meta_steps,
+            "meta_interval": config.meta_interval,
+        }
+
     def _window(self, stage: int, iteration: int) -> str:
         config = self.config
         if config.schedule == "joint":

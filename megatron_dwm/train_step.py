@@ -124,6 +124,7 @@ class DWMTrainStep:
         scorer: the weighting model; None for the uniform policy.
         meta_data: the meta set; None without meta steps.
         warm_start: copies the LLM's layers into the DWM (`--dwm-init llm:K`), or None.
+        description: what must agree between this DWM and a saved one, for the checkpoint.
     """
 
     def __init__(
@@ -136,10 +137,12 @@ class DWMTrainStep:
         scorer: Scorer | None,
         meta_data: MetaData | None,
         warm_start: Callable[[], None] | None = None,
+        description: dict[str, Any] | None = None,
     ) -> None:
         self.config, self.schedule, self.forward_step = config, schedule, forward_step
         self.groups, self.shape = groups, shape
         self.scorer, self.meta_data, self.warm_start = scorer, meta_data, warm_start
+        self.description = description or config.shape()
         self.sees_losses = groups.pp.rank() == groups.pp.size() - 1
         self.meta_steps_taken = 0
         self.warm_started = warm_start is None
@@ -163,7 +166,8 @@ class DWMTrainStep:
         plan = self.schedule.plan(iteration)
         num_microbatches = get_num_microbatches()
         if plan.meta_step and not self.warm_started and self.warm_start is not None:
-            self.warm_start()
+            with gathered_parameters(trainee):
+                self.warm_start()
             self.warm_started = True
         if self.scorer is None:
             return self._uniform_step(stock_step, trainee, plan, iteration, num_microbatches)
@@ -232,7 +236,7 @@ class DWMTrainStep:
         start = time.perf_counter()
         inner = InnerStep.capture(trainee.optimizer, before.lrs, grad_norm)
         after = [p.detach().clone() for p in before.parameters]
-        with quiet(trainee.config):
+        with quiet(trainee):
             loss = self.meta_gradient(trainee)
             inner.pull_back(trainee.model)
             influence = self._influence(trainee, batches, before)
@@ -290,7 +294,7 @@ class DWMTrainStep:
         if relative_step is None:
             relative_step = 5e-3 if trainee.config.params_dtype == torch.bfloat16 else 3e-4
         local = finite_difference.estimate(
-            before.parameters, before.theta, measure, relative_step, self.groups.mp
+            before.parameters, before.theta, measure, relative_step, torch.distributed.group.WORLD
         )
         restore_rng(rng_after)
         if local is None:
@@ -372,7 +376,7 @@ class DWMTrainStep:
             local = torch.cat([batch["dataset_id"].view(-1).long().cpu() for batch in chunk])
         local = local.to(self.shape.device)
         if self.groups.tp.size() > 1:
-            local = collectives.broadcast_tokens(
+            local = collectives.broadcast_from_first_tensor_rank(
                 local, tuple(local.shape), self.groups.tp, self.shape.device
             )
         return collectives.gather_samples(local, self.groups.dp)
@@ -414,47 +418,64 @@ def gathered_parameters(trainee: Trainee) -> Iterator[None]:
         yield
     finally:
         if overlapping:
-            trainee.optimizer.step = step
+            del trainee.optimizer.step
         for chunk in hooked:
             chunk.enable_forward_pre_hook()
         trainee.config.param_sync_func = param_sync_func
 
 
 @contextlib.contextmanager
-def quiet(config: Any) -> Iterator[None]:
-    """Keeps the extra passes out of the trainer's timers and of its rerun state machine.
+def quiet(trainee: Trainee) -> Iterator[None]:
+    """Keeps the extra passes out of the trainer's timers and of its checks of results.
 
-    The machine validates results inside the trainer's own passes only; evaluation switches it
-    off in the same way.
+    The rerun state machine validates the trainer's own passes only, and its checks, like DDP's
+    for NaN in gradients, would end the run where a meta step should just be skipped.
     """
     machine = get_rerun_state_machine()
-    mode, timers = machine.mode, config.timers
+    mode, timers = machine.mode, trainee.config.timers
+    checks = [(c.ddp_config, c.ddp_config.check_for_nan_in_grad) for c in trainee.model]
     # Not set_mode(), which prints a warning at every call.
     machine.mode = RerunMode.DISABLED
-    config.timers = None
+    machine.validate_result = lambda *args, **kwargs: None
+    trainee.config.timers = None
+    for ddp_config, _ in checks:
+        ddp_config.check_for_nan_in_grad = False
     try:
         yield
     finally:
-        config.timers = timers
+        for ddp_config, check in checks:
+            ddp_config.check_for_nan_in_grad = check
+        trainee.config.timers = timers
+        del machine.validate_result
         machine.mode = mode
 
 
 @contextlib.contextmanager
 def _deterministic(trainee: Trainee) -> Iterator[None]:
-    """The meta loss is a validation loss: no dropout, no auxiliary losses.
+    """The meta loss is a validation loss: no dropout, no auxiliary losses of MoE layers.
 
     Activation recomputation happens in training mode only, so a run that needs it to fit keeps
-    that mode, and its random state is put back afterwards.
+    that mode (and its dropout, if it has any); the auxiliary losses are switched off by their
+    coefficients, and the random state is put back afterwards.
     """
     rng = _get_all_rng_states()
-    if trainee.config.recompute_granularity is None:
+    config = trainee.config
+    kept = {
+        name: getattr(config, name, None) for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff")
+    }
+    if config.recompute_granularity is None:
         for chunk in trainee.model:
             chunk.eval()
+    elif config.num_moe_experts is not None:
+        config.moe_aux_loss_coeff, config.moe_z_loss_coeff = 0.0, None
     try:
         yield
     finally:
         for chunk in trainee.model:
             chunk.train()
+        if config.num_moe_experts is not None:
+            for name, value in kept.items():
+                setattr(config, name, value)
         restore_rng(rng)
 
 

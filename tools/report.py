@@ -13,12 +13,12 @@ import os
 import re
 import sys
 
+from megatron_dwm.analysis.log_file import FILE_NAME, read_log
 from megatron_dwm.analysis.report import (
     domain_weights_by_stage,
     format_table,
     mean_over_last_stage,
 )
-from megatron_dwm.analysis.weight_log import FILE_NAME, read_log
 from megatron_dwm.errors import DWMError
 
 _VALIDATION = re.compile(r"validation loss at (.+?) \| lm loss value: ([\d.E+-]+)")

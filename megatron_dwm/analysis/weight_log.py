@@ -6,14 +6,15 @@ import json
 import math
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_dwm.train_step import StepRecord
+from megatron_dwm.analysis.log_file import FILE_NAME, read_log
 from megatron_dwm.weighting.weights import weight_statistics
 
-FILE_NAME = "dwm_log.jsonl"
+if TYPE_CHECKING:
+    from megatron_dwm.train_step import StepRecord
 
 
 class WeightLog:
@@ -49,8 +50,11 @@ class WeightLog:
             os.makedirs(folder, exist_ok=True)
             path = os.path.join(folder, FILE_NAME)
             kept = _lines_up_to(path, first_iteration)
-            self.file = open(path, "w", buffering=1)  # noqa: SIM115 - open for the run
-            self.file.writelines(kept)
+            # Beside, then in place of, the old log: a kill in between loses nothing.
+            with open(f"{path}.tmp", "w") as file:
+                file.writelines(kept)
+            os.replace(f"{path}.tmp", path)
+            self.file = open(path, "a", buffering=1)  # noqa: SIM115 - open for the run
 
     def write(self, record: StepRecord) -> None:
         """Logs one step."""
@@ -91,6 +95,8 @@ def describe(record: StepRecord, domains: list[str], samples: bool = False) -> d
     }
     if record.domains is not None:
         ids = record.domains.cpu()
+        if len(domains) == 1 and bool((ids < 0).all()):
+            ids = torch.zeros_like(ids)  # a single data set is not numbered by the loader
         for i in sorted({int(i) for i in ids.tolist() if i >= 0}):
             name = domains[i] if i < len(domains) else str(i)
             chosen = weights[ids == i]
@@ -130,18 +136,6 @@ def console_line(line: dict[str, Any]) -> str:
     for name, weight in line["domain_weight"].items():
         parts.append(f"{name}: {weight:.3f}")
     return " | ".join(parts) + " |"
-
-
-def read_log(path: str) -> list[dict[str, Any]]:
-    """Returns the lines of a step log, a torn last line left out."""
-    lines = []
-    with open(path) as file:
-        for text in file:
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                continue
-    return lines
 
 
 def _lines_up_to(path: str, iteration: int) -> list[str]:

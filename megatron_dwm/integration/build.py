@@ -14,9 +14,13 @@ import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
-from megatron.core.tensor_parallel.random import _get_all_rng_states, _set_all_rng_states
-from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.tensor_parallel.random import (
+    _get_all_rng_states,
+    _set_all_rng_states,
+    model_parallel_cuda_manual_seed,
+)
 from megatron.core.utils import get_model_config, unwrap_model
+from megatron.training import get_tokenizer
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
 from megatron_dwm import host
@@ -96,13 +100,14 @@ def build_train_step(
             scorer = _build_scorer(config, args, llm_config, groups, device)
             if config.init.startswith("hf:"):
                 load_hf_folder(scorer.module, config.init[3:], groups)
-                scorer.optimizer.reload_model_params()
+                scorer.weights_changed()
         if config.init.startswith("llm:"):
             chunks = [unwrap_model(chunk) for chunk in model]
+            _take_over_positions(scorer.module, chunks[0])
 
             def warm_start() -> None:
                 copy_from_llm(scorer.module, chunks, groups)
-                scorer.optimizer.reload_model_params()
+                scorer.weights_changed()
 
     meta_data = None
     if config.trains:
@@ -111,7 +116,7 @@ def build_train_step(
             meta_data = _build_meta_data(config, args)
     return DWMTrainStep(
         config=config,
-        schedule=Schedule(config, args.train_iters or 1),
+        schedule=Schedule(config, args.train_iters),
         forward_step=WeightedForwardStep(_not_set),
         groups=groups,
         shape=RunShape(
@@ -124,7 +129,39 @@ def build_train_step(
         scorer=scorer,
         meta_data=meta_data,
         warm_start=warm_start,
+        description=None if scorer is None else _description(config, scorer),
     )
+
+
+def _take_over_positions(dwm: DataWeightingModel, llm: Any) -> None:
+    """Uses the LLM's own rotary frequencies, with whatever scaling they were made."""
+    if dwm.rotary_pos_emb is not None:
+        dwm.rotary_pos_emb.inv_freq = llm.rotary_pos_emb.inv_freq
+        factor = llm.rotary_pos_emb.seq_len_interpolation_factor
+        dwm.rotary_pos_emb.seq_len_interpolation_factor = factor
+
+
+def _description(config: DWMConfig, scorer: Scorer) -> dict[str, Any]:
+    """Returns all that must agree between this DWM and one in a checkpoint, as plain values."""
+    transformer, embedding = scorer.transformer_config, scorer.module.embedding_shape
+    tokenizer = get_tokenizer()
+    return {
+        **config.shape(),
+        "kv_channels": transformer.kv_channels,
+        "normalization": transformer.normalization,
+        "layernorm_epsilon": transformer.layernorm_epsilon,
+        "gated_linear_unit": transformer.gated_linear_unit,
+        "activation_func": transformer.activation_func.__name__,
+        "add_bias_linear": transformer.add_bias_linear,
+        "add_qkv_bias": transformer.add_qkv_bias,
+        "qk_layernorm": transformer.qk_layernorm,
+        "position_embedding_type": embedding.position_embedding_type,
+        "rotary_base": float(embedding.rotary_base),
+        "rotary_percent": float(embedding.rotary_percent),
+        "rope_scaling": embedding.rope_scaling,
+        # Not the padded size, which depends on the tensor-parallel size.
+        "vocab_size": int(tokenizer.vocab_size),
+    }
 
 
 def _not_set(*args: Any, **kwargs: Any) -> Any:
@@ -205,7 +242,7 @@ def _build_dataset(
         sequence_length=args.seq_length,
         blend=None if prefix is None else ([prefix], None),
         split="1,0,0",
-        tokenizer=build_tokenizer(args),
+        tokenizer=get_tokenizer(),
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
         reset_position_ids=args.reset_position_ids,
@@ -228,6 +265,7 @@ def _random_states_kept(seed: int) -> Iterator[None]:
     """
     states = _get_all_rng_states()
     python_state, numpy_state = random.getstate(), numpy.random.get_state()
+    model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)
     numpy.random.seed(seed)
     try:

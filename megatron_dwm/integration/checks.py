@@ -25,7 +25,23 @@ _REFUSED = {
     "reuse_grad_buf_for_mxfp8_param_ag": "parameters share the gradient buffer",
     "overlap_moe_expert_parallel_comm": "its schedule was not shown to work with extra passes",
     "optimizer_cuda_graph": "the optimizer's state is read between steps",
+    "overlap_param_gather_with_optimizer_step": "parameters must be whole between the passes",
+    "moe_expert_rank_capacity_factor": "it wraps the schedule that the extra passes use",
+    "te_rng_tracker": "its random states cannot be put back between the passes",
 }
+# Refused with meta steps only.
+_REFUSED_FOR_META = {
+    "fp8": "a perturbation is far below its precision",
+    "fp4": "a perturbation is far below its precision",
+    "moe_router_enable_expert_bias": "the extra passes would update the router's bias",
+}
+# Parallel sizes that must be 1.
+_ONE = (
+    "context_parallel_size",
+    "gtp_weight_remat_size",
+    "expert_gtp_weight_remat_size",
+    "num_distributed_optimizer_instances",
+)
 
 
 def check_arguments(config: DWMConfig, args: Any) -> None:
@@ -39,8 +55,10 @@ def check_arguments(config: DWMConfig, args: Any) -> None:
         DWMError: lists every problem with its flag.
     """
     problems = config.problems()
+    if args.sft and not config.scores:
+        problems.append(f"--sft is not supported with --dwm: {_REFUSED['sft']}")
     if config.scores:
-        problems += _unsupported_flags(args)
+        problems += _unsupported_flags(config, args)
         if config.init == "random":
             problems += config.head_dim_problems(args.tensor_model_parallel_size)
         problems += _init_problems(config, args)
@@ -53,17 +71,20 @@ def check_arguments(config: DWMConfig, args: Any) -> None:
     raise_all(problems)
 
 
-def _unsupported_flags(args: Any) -> list[str]:
+def _unsupported_flags(config: DWMConfig, args: Any) -> list[str]:
+    refused = {**_REFUSED, **(_REFUSED_FOR_META if config.trains else {})}
     found = [
         f"--{name.replace('_', '-')} is not supported with --dwm: {why}"
-        for name, why in _REFUSED.items()
+        for name, why in refused.items()
         if getattr(args, name, None)
     ]
-    if args.context_parallel_size > 1:
-        found.append(
-            f"--context-parallel-size {args.context_parallel_size} is not supported with --dwm yet;"
-            " use 1"
-        )
+    found += [
+        f"--{name.replace('_', '-')} {getattr(args, name)} is not supported with --dwm yet; use 1"
+        for name in _ONE
+        if (getattr(args, name, 1) or 1) > 1
+    ]
+    if args.non_persistent_ckpt_type == "local":
+        found.append("--non-persistent-ckpt-type local cannot hold the weighting model; use global")
     if getattr(args, "cuda_graph_impl", "none") not in (None, "none"):
         found.append(f"--cuda-graph-impl {args.cuda_graph_impl} is not supported with --dwm")
     return found
@@ -83,6 +104,17 @@ def _init_problems(config: DWMConfig, args: Any) -> list[str]:
                 f"--dwm-init {config.init} copies dense layers, but the LLM has --num-experts "
                 f"{args.num_experts}; use random or hf:DIR"
             )
+        if args.position_embedding_type not in ("rope", "learned_absolute", "none"):
+            found.append(
+                f"--dwm-init {config.init} does not support --position-embedding-type "
+                f"{args.position_embedding_type}; use random or hf:DIR"
+            )
+        for name in ("no_rope_freq", "spec", "heterogeneous_layers_config_path"):
+            if getattr(args, name, None):
+                found.append(
+                    f"--dwm-init {config.init} does not support --{name.replace('_', '-')}; use "
+                    "random or hf:DIR"
+                )
         if args.multi_latent_attention:
             found.append(f"--dwm-init {config.init} does not support --multi-latent-attention")
         return found
@@ -98,9 +130,7 @@ def _meta_problems(config: DWMConfig, args: Any) -> list[str]:
             "--dwm-meta-data-path is missing: name the meta set's data set prefix(es), or use "
             "--dwm-policy uniform or --dwm-schedule frozen"
         )
-    unit = args.micro_batch_size * args.data_parallel_size
-    if args.virtual_pipeline_model_parallel_size is not None:
-        unit *= args.pipeline_model_parallel_size
+    unit = _meta_batch_unit(args)
     if config.meta_batch_size is not None and config.meta_batch_size % unit:
         factors = "micro-batch-size x data-parallel size"
         if args.virtual_pipeline_model_parallel_size is not None:
@@ -112,11 +142,18 @@ def _meta_problems(config: DWMConfig, args: Any) -> list[str]:
     return found
 
 
-def default_meta_batch_size(args: Any) -> int:
-    """Returns the legal size nearest to a quarter of the global batch."""
+def _meta_batch_unit(args: Any) -> int:
+    """Returns what the meta batch must be a multiple of, for the trainer's schedule."""
     unit = args.micro_batch_size * args.data_parallel_size
     if args.virtual_pipeline_model_parallel_size is not None:
-        unit *= args.pipeline_model_parallel_size
+        stages = args.pipeline_model_parallel_size
+        unit *= max(stages, args.microbatch_group_size_per_vp_stage or stages)
+    return unit
+
+
+def default_meta_batch_size(args: Any) -> int:
+    """Returns the legal size nearest to a quarter of the global batch."""
+    unit = _meta_batch_unit(args)
     return max(1, round(args.global_batch_size / 4 / unit)) * unit
 
 

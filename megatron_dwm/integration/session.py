@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +15,7 @@ from megatron.training.global_vars import get_tensorboard_writer
 
 from megatron_dwm import checkpoint
 from megatron_dwm.analysis.weight_log import WeightLog
-from megatron_dwm.config import DWMConfig
+from megatron_dwm.config import DWMConfig, flag
 from megatron_dwm.errors import DWMError
 from megatron_dwm.integration.build import build_train_step, resolve_shapes
 from megatron_dwm.integration.checks import check_arguments, check_data, training_prefixes
@@ -27,12 +28,16 @@ class Session:
     def __init__(self) -> None:
         self.step: DWMTrainStep | None = None
         self.log: WeightLog | None = None
+        self.stage_loaded: int | None = None
 
     def setup_model_and_optimizer(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
         """Checks the arguments, lets the trainer build and load, then builds and loads the DWM."""
+        # One attach() may see several runs; each starts without a DWM.
+        self.step, self.log, self.stage_loaded = None, None, None
         run = get_args()
         config = DWMConfig.from_args(run)
         if not config.enabled:
+            _check_no_flags(config)
             return stock(*args, **kwargs)
         check_arguments(config, run)
         if not run.mock_data:
@@ -43,9 +48,6 @@ class Session:
             print_rank_0("DWM: --skip-train is set, nothing is weighted")
             return model, optimizer, scheduler
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        if run.train_iters is None and run.train_samples:
-            run_iters = run.train_samples // run.global_batch_size
-            print_rank_0(f"DWM: stages are cut from {run_iters} iterations (--train-samples)")
         self.step = build_train_step(config, run, model, optimizer, groups)
         self._load(config, run)
         self.log = WeightLog(
@@ -87,6 +89,7 @@ class Session:
             return stock(wrapped, iterator, *rest, iteration=iteration, **kwargs)
 
         done = get_args().curr_iteration if iteration is None else iteration
+        self._load_stage(done)
         result, record = self.step(stock_step, trainee, done)
         self.log.write(record)
         self._snapshot(record)
@@ -111,8 +114,21 @@ class Session:
             print_rank_0(checkpoint.load(self.step, folder, with_optimizer=not run.no_load_optim))
             if self.step.meta_steps_taken or not config.load:
                 return
-        if config.load and config.scores:
+        elif run.load and run.finetune and config.scores:
+            print_rank_0("DWM: --finetune starts a fresh weighting model")
+        if config.load and config.scores and config.schedule != "frozen":
             print_rank_0(checkpoint.load_snapshot(self.step, config.load))
+
+    def _load_stage(self, iteration: int) -> None:
+        """With the frozen schedule, takes the snapshot that matches each stage, or the last."""
+        assert self.step is not None
+        config = self.step.config
+        if config.schedule != "frozen" or not config.load or not config.scores:
+            return
+        stage = self.step.schedule.plan(iteration).stage
+        if stage != self.stage_loaded:
+            self.stage_loaded = stage
+            print_rank_0(checkpoint.load_snapshot(self.step, config.load, stage))
 
     def _snapshot(self, record: StepRecord) -> None:
         """Keeps the DWM of each stage, for transfer to another LLM or data set."""
@@ -141,13 +157,24 @@ class Session:
         return "; ".join(parts)
 
 
+def _check_no_flags(config: DWMConfig) -> None:
+    """Refuses DWM settings without --dwm, which would silently train without weights."""
+    given = [
+        flag(spec.name)
+        for spec in dataclasses.fields(config)
+        if getattr(config, spec.name) != spec.default
+    ]
+    if given:
+        raise DWMError(f"{', '.join(given)} given without --dwm; add --dwm, or remove them")
+
+
 def _on_first_rank(check: Callable[[], None]) -> None:
     """Runs a check of files on rank 0 and raises its error on every rank, so that none waits."""
     message: list[str | None] = [None]
     if torch.distributed.get_rank() == 0:
         try:
             check()
-        except DWMError as error:
+        except (DWMError, OSError) as error:
             message = [str(error)]
     torch.distributed.broadcast_object_list(message, src=0)
     if message[0] is not None:

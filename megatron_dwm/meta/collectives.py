@@ -61,13 +61,20 @@ def broadcast_from_last_stage(value: torch.Tensor, pp_group: dist.ProcessGroup) 
     return value
 
 
-def broadcast_tokens(
+def broadcast_from_first_tensor_rank(
     tokens: torch.Tensor | None,
     shape: tuple[int, ...],
     tp_group: dist.ProcessGroup,
     device: torch.device,
 ) -> torch.Tensor:
-    """Sends token ids from tensor-parallel rank 0, which alone reads data, to its peers."""
+    """Sends integers of the data from tensor-parallel rank 0, which alone reads it, to its peers.
+
+    Args:
+        tokens: what rank 0 has (its peers' value, if any, is overwritten); None: nothing here.
+        shape: shape to receive.
+        tp_group: tensor-parallel group.
+        device: where the result lives.
+    """
     if tokens is None:
         received = torch.empty(shape, dtype=torch.int64, device=device)
     else:

@@ -23,7 +23,7 @@ def estimate(
     theta: list[torch.Tensor],
     measure: Callable[[], torch.Tensor | None],
     relative_step: float,
-    model_parallel_group: dist.ProcessGroup,
+    group: dist.ProcessGroup,
 ) -> torch.Tensor | None:
     """Returns this rank's `c_i`.
 
@@ -34,12 +34,13 @@ def estimate(
         measure: runs the model forward over the step's micro-batches and returns each
             sample's share of the loss, `[n]`, on ranks that see losses and None elsewhere.
         relative_step: `|eps v| / |theta|`.
-        model_parallel_group: tensor x pipeline parallel group, over which eps must agree.
+        group: all ranks, over which eps must agree: with expert parallelism, data-parallel ranks
+            hold different parameters too.
 
     Returns:
         `[n]` float32 on ranks that see losses, None elsewhere.
     """
-    eps = step_size(parameters, theta, relative_step, model_parallel_group)
+    eps = step_size(parameters, theta, relative_step, group)
     if eps == 0.0 or not math.isfinite(eps):
         # No direction: influence 0. A direction that is not finite: influence not finite.
         losses = measure()
@@ -57,7 +58,7 @@ def step_size(
     parameters: list[torch.nn.Parameter],
     theta: list[torch.Tensor],
     relative_step: float,
-    model_parallel_group: dist.ProcessGroup,
+    group: dist.ProcessGroup,
 ) -> float:
     """Returns eps with `|eps v| = relative_step |theta|` over the whole model.
 
@@ -70,7 +71,7 @@ def step_size(
         squares[1] += parameter.main_grad.float().square().sum()
     # Replicated parameters count on every rank, in both sums: eps need only be the same
     # everywhere, not exact.
-    squares = collectives.sum_of_shards(squares, model_parallel_group)
+    squares = collectives.sum_of_shards(squares, group)
     theta_norm, v_norm = squares.sqrt().tolist()
     if not (math.isfinite(v_norm) and math.isfinite(theta_norm)):
         return math.nan

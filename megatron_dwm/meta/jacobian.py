@@ -2,7 +2,7 @@
 
 One step is `theta+ = theta + U(G)`. `U` acts elementwise, so its Jacobian is the diagonal
 returned here; clipping by the global norm comes on top and is not diagonal
-(`clip_factors`). Optimizer states are those *after* the step.
+(`clip_projection`). Optimizer states are those *after* the step.
 
 Sources: the update rules of `torch.optim.SGD`, `Adam` and `AdamW`, differentiated by hand.
 """

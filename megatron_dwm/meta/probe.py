@@ -107,7 +107,7 @@ def brute_force(
             changed[sample] += sign * delta
             with gathered_parameters(trainee):
                 weighted_step(step, stock_step, batches, changed)
-                with quiet(trainee.config):
+                with quiet(trainee):
                     losses.append(step.meta_loss(trainee, position))
                 state.restore()
         found[k] = (losses[0] - losses[1]) / (2.0 * delta)
@@ -148,7 +148,7 @@ def _pull_back_and_loop(
     state: TrainerState,
 ) -> torch.Tensor:
     """Passes C and the reference estimator, at the state before the step."""
-    with quiet(trainee.config):
+    with quiet(trainee):
         step.meta_gradient(trainee)
         inner.pull_back(trainee.model)
         v = [p.main_grad.clone() for p in trainable_parameters(trainee.model)]

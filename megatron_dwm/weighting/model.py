@@ -57,6 +57,14 @@ _LAYER_FIELDS = (
     "gated_linear_unit",
     "activation_func",
     "qk_layernorm",
+    "attention_softmax_in_fp32",
+    "apply_query_key_layer_scaling",
+    "softmax_scale",
+    "softmax_type",
+    "window_size",
+    "attention_output_gate",
+    "activation_func_clamp_value",
+    "glu_linear_offset",
     "rotary_interleaved",
     "init_method_std",
 )
@@ -173,6 +181,7 @@ class DataWeightingModel(MegatronModule):
         self.pre_process, self.post_process = pre_process, post_process
         self.share_embeddings_and_output_weights = False
         self.pooling = pooling
+        self.embedding_shape = embedding
         self.input_tensor: torch.Tensor | None = None
         if pre_process:
             self.embedding = LanguageModelEmbedding(

@@ -9,13 +9,23 @@ from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
 )
-from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
 
 from megatron_dwm.config import DWMConfig
-from megatron_dwm.meta.collectives import broadcast_tokens
+from megatron_dwm.meta.collectives import broadcast_from_first_tensor_rank
 from megatron_dwm.weighting.model import DataWeightingModel
+
+# Megatron finds the group that a saved one belongs to by, among others, its largest learning rate.
+# These constants tell head and backbone apart whatever the learning rates are, so that those can be
+# changed on resume.
+_HEAD_MARK, _BACKBONE_MARK = 2.0, 1.0
 
 
 class Scorer:
@@ -53,6 +63,7 @@ class Scorer:
         )
         model.config.finalize_model_grads_func = _finalize_grads
         self.optimizer = build_optimizer(self.ddp, config, model.config)
+        self.weights_changed()
         self.schedule = get_forward_backward_func(pp_size=pg_collection.pp.size(), vp_size=None)
         self.position_ids = torch.arange(seq_length, device=device).unsqueeze(0)
 
@@ -60,6 +71,16 @@ class Scorer:
     def module(self) -> DataWeightingModel:
         """The weighting model without its wrapper."""
         return self.ddp.module
+
+    @torch.no_grad()
+    def weights_changed(self) -> None:
+        """To be called after the weights were set from outside.
+
+        Makes the data-parallel replicas equal, whatever each was built from, and takes the
+        weights over into the optimizer's own copies.
+        """
+        self.ddp.broadcast_params()
+        self.optimizer.reload_model_params()
 
     @torch.no_grad()
     def scores(self, tokens: list[torch.Tensor] | None, num_microbatches: int) -> torch.Tensor:
@@ -128,7 +149,7 @@ class Scorer:
             k = next(position)
             ids = None
             if self.module.pre_process:
-                ids = broadcast_tokens(
+                ids = broadcast_from_first_tensor_rank(
                     None if tokens is None else tokens[k],
                     (self.micro_batch_size, self.seq_length),
                     self.groups.tp,
@@ -155,8 +176,8 @@ def build_optimizer(ddp: Any, config: DWMConfig, transformer: Any) -> Any:
     """
     optimizer_config = OptimizerConfig(
         optimizer="adam",
-        lr=config.backbone_lr,
-        min_lr=config.backbone_lr,
+        lr=_BACKBONE_MARK,
+        min_lr=_BACKBONE_MARK,
         weight_decay=config.weight_decay,
         adam_beta1=config.adam_beta1,
         adam_beta2=config.adam_beta2,
@@ -170,13 +191,23 @@ def build_optimizer(ddp: Any, config: DWMConfig, transformer: Any) -> Any:
         optimizer_config,
         [ddp],
         config_overrides={
-            ParamKey(name="*score.weight"): {"max_lr": config.head_lr, "min_lr": config.head_lr}
+            **get_standard_config_overrides(optimizer_config),
+            ParamKey(name="*score.weight"): {"max_lr": _HEAD_MARK, "min_lr": _HEAD_MARK},
         },
+        # Those serve the distributed optimizer's checkpoints, and may not exist.
+        use_gloo_process_groups=False,
     )
-    for group in optimizer.param_groups:
-        group["lr"] = group["max_lr"]
-        group["weight_decay"] = config.weight_decay * group.get("wd_mult", 1.0)
+    set_hyperparameters(optimizer, config)
     return optimizer
+
+
+def set_hyperparameters(optimizer: Any, config: DWMConfig) -> None:
+    """Sets what the settings say: after building, and after loading an older optimizer."""
+    for group in optimizer.param_groups:
+        head = group["max_lr"] == _HEAD_MARK
+        group["lr"] = config.head_lr if head else config.backbone_lr
+        group["weight_decay"] = config.weight_decay * group.get("wd_mult", 1.0)
+        group["betas"] = (config.adam_beta1, config.adam_beta2)
 
 
 def _finalize_grads(

@@ -249,11 +249,24 @@ class TestRerunMachine:
         """`quiet` switches the machine and the timers off for the extra passes."""
         machine = get_rerun_state_machine()
         before, config = machine.mode, SimpleNamespace(timers="timers")
+        chunk = SimpleNamespace(ddp_config=SimpleNamespace(check_for_nan_in_grad=True))
+        trainee = SimpleNamespace(config=config, model=[chunk])
         machine.mode = RerunMode.VALIDATE_RESULTS
         try:
-            with pytest.raises(KeyError), quiet(config):
+            with pytest.raises(KeyError), quiet(trainee):
                 assert machine.get_mode() == RerunMode.DISABLED and config.timers is None
+                # A NaN in an extra pass must not end the run.
+                machine.validate_result(
+                    result=torch.tensor(float("nan")),
+                    rejection_func=torch.isnan,
+                    message="NaN",
+                    tolerance=0.0,
+                    fatal=True,
+                )
+                assert not chunk.ddp_config.check_for_nan_in_grad
                 raise KeyError
+            assert chunk.ddp_config.check_for_nan_in_grad
+            assert "validate_result" not in vars(machine)
             assert machine.get_mode() == RerunMode.VALIDATE_RESULTS and config.timers == "timers"
         finally:
             machine.mode = before

@@ -22,6 +22,13 @@ CASES = {
     "adamw-clipped": (1, "--clip-grad 0.3"),
     "sgd-momentum-clipped": (1, "--optimizer sgd --sgd-momentum 0.9 --lr 0.1 --clip-grad 0.3"),
     "tp2-pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+    # All experts active: a change of the routing has no derivative.
+    "moe-ep2": (
+        2,
+        "--num-experts 2 --expert-model-parallel-size 2 --moe-router-topk 2 "
+        "--moe-token-dispatcher-type alltoall --moe-router-load-balancing-type none "
+        "--clip-grad 0.3 --use-distributed-optimizer",
+    ),
     "vpp2-dp2-distributed-optimizer": (
         4,
         "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "

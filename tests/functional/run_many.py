@@ -32,6 +32,8 @@ from megatron.core import mpu  # noqa: E402
 from megatron.core.tensor_parallel import random as megatron_random  # noqa: E402
 from megatron.training import training  # noqa: E402
 
+from megatron_dwm.weighting.loss import WeightedForwardStep  # noqa: E402
+
 SCRIPT = os.environ.get("RUN_SCRIPT", os.path.join(ROOT, "examples", "pretrain_dwm.py"))
 
 
@@ -43,6 +45,13 @@ def parameters_hash(model):
             digest.update(name.encode())
             digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def poisoned(measure):
+    """Makes every loss of the meta step's own passes NaN."""
+    return lambda loss_func, losses, output, **k: measure(
+        loss_func, losses, output * float("nan"), **k
+    )
 
 
 def run(args):
@@ -69,6 +78,9 @@ def run(args):
         seen["valid"].append({name: float(v) for name, v in (found[0] or {}).items()})
         return found
 
+    if os.environ.get("POISON_META_LOSS") == "1":
+        kept["measure"] = WeightedForwardStep._measure
+        WeightedForwardStep._measure = staticmethod(poisoned(WeightedForwardStep._measure))
     training.setup_model_and_optimizer = keep_model
     training.training_log = keep_losses
     training.evaluate = keep_evaluation
@@ -86,6 +98,8 @@ def run(args):
     finally:
         training.setup_model_and_optimizer, training.training_log = setup, log
         training.evaluate = evaluate
+        if "measure" in kept:
+            WeightedForwardStep._measure = staticmethod(kept["measure"])
     if "model" in kept:
         seen["parameters"] = parameters_hash(kept["model"])
     return {**seen, "code": code, "stdout": out.getvalue(), "stderr": err.getvalue()}

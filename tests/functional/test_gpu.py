@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dwm.analysis.weight_log import FILE_NAME, read_log
+from megatron_dwm.analysis.log_file import FILE_NAME, read_log
 from tests.functional.corpus import write_dataset
 from tests.functional.harness import DWM, MOCK, TINY, Results, Run, run_all
 

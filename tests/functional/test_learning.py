@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dwm.analysis.weight_log import FILE_NAME, read_log
+from megatron_dwm.analysis.log_file import FILE_NAME, read_log
 from tests.functional.corpus import write_dataset
 from tests.functional.harness import DWM, MOCK, TINY, Results, Run, run_all, torchrun
 
 LAYOUTS = {
     "pp2": "--pipeline-model-parallel-size 2",
     "dp2-bf16": "--use-distributed-optimizer --bf16 --dist-ckpt-optim-fully-reshardable",
+    "dp2-overlap-llm2": "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather "
+    "--dwm-init llm:2 --dwm-warmup-steps 2",
     "tp2-llm2": "--tensor-model-parallel-size 2 --dwm-init llm:2 --dwm-schedule staged "
     "--dwm-stages 2 --dwm-warmup-steps 1",
 }
@@ -105,10 +107,12 @@ def results(folder: Path, data: dict[str, str], data_flags: list[str]) -> Result
     pp2 = [*tiny, *data_flags, "--pipeline-model-parallel-size", "2"]
     saved = ["--load", str(folder / "pp2-parts"), "--ckpt-step", "3"]
     stock = str(folder / "stock")
+    at = pp2.index("--dwm-meta-data-path")
+    plain = [*pp2[:at], *pp2[at + 2 :]]
     runs += [
-        Run("stock", [*pp2, "--save", stock, "--save-interval", "3", "--exit-interval", "3"]),
+        Run("stock", [*plain, "--save", stock, "--save-interval", "3", "--exit-interval", "3"]),
         Run("fresh", [*pp2, *DWM, "--load", stock]),
-        Run("stock-loads-dwm", [*pp2, *saved]),
+        Run("stock-loads-dwm", [*plain, *saved]),
         Run("frozen", [*pp2, *DWM, "--dwm-schedule", "frozen"]),
         Run("other-shape", [*pp2, *DWM, *saved, "--dwm-num-layers", "3"]),
     ]
@@ -119,6 +123,20 @@ def results(folder: Path, data: dict[str, str], data_flags: list[str]) -> Result
     runs += [
         Run("hf", [*tiny, *data_flags, *DWM, "--tensor-model-parallel-size", "2", *start, *still]),
         Run("shuffled", [*pp2, *DWM, "--dwm-policy", "shuffled"]),
+    ]
+    # Other learning rates on resume; then without the optimizers, saved, and loaded once more.
+    other = str(folder / "other")
+    frozen = ["--dwm-warmup-steps", "5"]  # no meta step before iteration 6
+    runs += [
+        Run("other-lr", [*pp2, *DWM, *saved, "--dwm-head-lr", "1e-4", "--dwm-backbone-lr", "0"]),
+        Run(
+            "no-optimizer",
+            [*pp2, *DWM, *saved, *frozen, "--no-load-optim", "--save", other]
+            + ["--save-interval", "1", "--exit-interval", "4"],
+        ),
+        Run("once-more", [*pp2, *DWM, *frozen, "--load", other]),
+        Run("poisoned", [*pp2, *DWM], {"POISON_META_LOSS": "1"}),
+        Run("no-dwm", [*plain, "--dwm-temperature", "2"]),
     ]
     base = [*tiny, *data_flags, *DWM]
     runs += [Run(f"bad-{name}", [*base, *flags]) for name, (flags, _) in BAD.items()]
@@ -254,6 +272,33 @@ def test_shuffled_weights_train(results: Results) -> None:
     """The control policy runs, with weights that differ from 1."""
     lines = results.succeeded("shuffled")[-1]["stdout"].splitlines()
     assert "max weight: 1.000 " not in [x for x in lines if "dwm iteration" in x][-1]
+
+
+def test_learning_rates_can_change_on_resume(results: Results) -> None:
+    """The DWM's new rates are taken, its state is loaded, and the steps go on."""
+    assert [s[0] for s in results.losses("other-lr")] == [4, 5, 6]
+    assert "after 3 meta steps" in results["other-lr"][0]["stdout"]
+
+
+def test_checkpoint_of_an_optimizer_without_state_loads(results: Results) -> None:
+    """After --no-load-optim and a save in a window without meta steps, the next load works."""
+    assert [s[0] for s in results.losses("no-optimizer")] == [4]
+    assert [s[0] for s in results.losses("once-more")] == [5, 6]
+    assert "NOTE: the schedule was" in results["no-optimizer"][0]["stdout"]
+
+
+def test_meta_step_that_is_not_finite_is_skipped(results: Results) -> None:
+    """NaN in the meta step's passes skips the DWM's update; the language model trains on."""
+    steps = results.losses("poisoned")
+    assert [s[0] for s in steps] == [1, 2, 3, 4, 5, 6]
+    lines = [x for x in results["poisoned"][-1]["stdout"].splitlines() if "dwm iteration" in x]
+    assert len(lines) == 6
+    assert all("DWM update skipped" in line and "max weight: 1.000 " in line for line in lines)
+
+
+def test_flags_without_dwm_are_refused(results: Results) -> None:
+    """A DWM setting alone would train without weights, so it is an error."""
+    refused(results, "no-dwm", ["--dwm-temperature given without --dwm"])
 
 
 def refused(results: Results, name: str, words: list[str]) -> None:

@@ -93,7 +93,7 @@ def load(step: DWMTrainStep, folder: str, with_optimizer: bool = True) -> str:
     _check_shape(step, found["shape"], folder)
     with_optimizer = with_optimizer and found["has_optimizer"]
     state = _load_sharded(step, folder, with_optimizer)
-    if with_optimizer:
+    if with_optimizer and leaf_optimizers(step.scorer.optimizer):
         step.scorer.optimizer.load_state_dict(state["optimizer"])
         set_hyperparameters(step.scorer.optimizer, step.config)
     step.meta_steps_taken = int(found["meta_steps_taken"])
@@ -112,7 +112,9 @@ def _load_sharded(step: DWMTrainStep, folder: str, with_optimizer: bool) -> dict
     wanted = _sharded_state(step, None, with_optimizer, loading=True)
     request = {KEY: {name: wanted[name] for name in ("model", "optimizer") if name in wanted}}
     state = dist_checkpointing.load(request, folder)[KEY]
-    weights = {name.removeprefix(_PREFIX): value for name, value in state["model"].items()}
+    # A pipeline stage that holds nothing of the DWM asked for nothing and got nothing.
+    loaded = state.get("model", {})
+    weights = {name.removeprefix(_PREFIX): value for name, value in loaded.items()}
     step.scorer.module.load_state_dict(weights)
     if not with_optimizer:
         # With it, the optimizer's own copies come from the checkpoint, more precise than these.

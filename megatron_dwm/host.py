@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_dwm.host_optimizer import mend_distributed_optimizer
+
 # Flags that the local (no Transformer Engine) layer spec needs on the CPU.
 CPU_FLAGS = (
     "--transformer-impl",
@@ -107,7 +109,7 @@ def install() -> bool:
     _replace_rng()
     _replace_distributed()
     _ON_IMPORT.patch_on_import(
-        "megatron.core.optimizer.distrib_optimizer", _mend_distributed_optimizer
+        "megatron.core.optimizer.distrib_optimizer", mend_distributed_optimizer
     )
     # The DataLoader asks torch.accelerator whether pinned memory makes sense.
     torch.accelerator.is_available = lambda: False
@@ -432,57 +434,3 @@ def _as_int_list(value: Any) -> Any:
     if value is None or not hasattr(value, "__len__"):
         return value
     return [int(v) for v in (value.tolist() if hasattr(value, "tolist") else value)]
-
-
-# --------------------------------------------------------------------------- optimizer
-
-
-def _mend_distributed_optimizer(module: types.ModuleType) -> None:
-    """Lets the distributed optimizer load its checkpoints with torch's AdamW.
-
-    Without Apex and Transformer Engine, Megatron 0.19 keeps the step in each parameter's state.
-    Its template for loading finds no step in a new optimizer and stops at an assertion; the
-    parameters' states are then written with the step among them, in place into views of
-    parameters; and after loading all parameters share one step tensor, which every step
-    increments once a parameter. The step itself is saved with the parameter groups.
-    """
-    cls = module.DistributedOptimizer  # type: ignore[attr-defined]
-    sharded_state_dict, load_state_dict = cls.sharded_state_dict, cls.load_state_dict
-    get_states = cls._get_main_param_and_optimizer_states
-    set_states = cls._set_main_param_and_optimizer_states
-
-    @functools.wraps(get_states)
-    def without_step(self: Any, model_param: Any) -> dict:
-        states = get_states(self, model_param)
-        states.pop("step", None)
-        return states
-
-    @functools.wraps(set_states)
-    @torch.no_grad()
-    def leaving_step(self: Any, model_param: Any, tensors: dict) -> None:
-        set_states(self, model_param, {**tensors, "step": None})
-
-    cls._get_main_param_and_optimizer_states = without_step
-    cls._set_main_param_and_optimizer_states = leaving_step
-
-    @functools.wraps(sharded_state_dict)
-    def with_template(self: Any, model_state: Any, is_loading: bool = False, *a: Any, **k: Any):
-        inner = self.optimizer
-        if is_loading and isinstance(inner, torch.optim.Adam) and not inner.state:
-            for group in inner.param_groups:
-                for parameter in group["params"]:
-                    inner.state[parameter] = {
-                        "step": torch.zeros(()),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
-        return sharded_state_dict(self, model_state, is_loading, *a, **k)
-
-    @functools.wraps(load_state_dict)
-    def with_own_steps(self: Any, state_dict: Any) -> None:
-        load_state_dict(self, state_dict)
-        for state in getattr(self.optimizer, "state", {}).values():
-            if isinstance(state.get("step"), torch.Tensor):
-                state["step"] = state["step"].clone()
-
-    cls.sharded_state_dict, cls.load_state_dict = with_template, with_own_steps

@@ -13,22 +13,19 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.core.rerun_state_machine import (
-    RerunDataIterator,
-    RerunMode,
-    get_rerun_state_machine,
-)
-from megatron.core.tensor_parallel.random import _get_all_rng_states, _set_all_rng_states
+from megatron.core.rerun_state_machine import RerunDataIterator
+from megatron.core.tensor_parallel.random import _get_all_rng_states
 
 from megatron_dwm.batches import StepBatches, tokens_of
 from megatron_dwm.config import DWMConfig
 from megatron_dwm.data.meta_dataset import MetaData
+from megatron_dwm.guards import deterministic, gathered_parameters, quiet, restore_rng
 from megatron_dwm.meta import collectives, finite_difference
 from megatron_dwm.meta.optimizer_view import learning_rates
 from megatron_dwm.meta.update import InnerStep, trainable_parameters
@@ -261,7 +258,7 @@ class DWMTrainStep:
             chunk.zero_grad_buffer()
         trainee.optimizer.zero_grad()
         meta_batches = StepBatches.like(trainee.data_iterator, self.meta_data.next_batches())
-        with _deterministic(trainee), self.forward_step.measured() as losses:
+        with deterministic(trainee), self.forward_step.measured() as losses:
             self.run_passes(
                 trainee, meta_batches, self.meta_data.num_microbatches, forward_only=False
             )
@@ -272,7 +269,7 @@ class DWMTrainStep:
         """Returns the meta loss per token of the meta batch at `position`, without gradients."""
         assert self.meta_data is not None
         meta_batches = StepBatches.like(trainee.data_iterator, self.meta_data.batches_at(position))
-        with _deterministic(trainee), self.forward_step.measured() as losses:
+        with deterministic(trainee), self.forward_step.measured() as losses:
             self.run_passes(
                 trainee, meta_batches, self.meta_data.num_microbatches, forward_only=True
             )
@@ -390,99 +387,6 @@ class _Before:
         self.theta = [p.detach().clone() for p in self.parameters]
         self.lrs = learning_rates(trainee.optimizer)
         self.rng = _get_all_rng_states()
-
-
-@contextlib.contextmanager
-def gathered_parameters(trainee: Trainee) -> Iterator[None]:
-    """Keeps all parameters gathered within it, under `--overlap-param-gather` too.
-
-    There the gathering is spread over the next forward pass by hooks, which would overwrite the
-    perturbed parameters of pass D.
-    """
-    overlapping = [c for c in trainee.model if c.ddp_config.overlap_param_gather]
-    hooked = [c for c in overlapping if len(c.remove_forward_pre_hook_handles) > 0]
-    param_sync_func, trainee.config.param_sync_func = trainee.config.param_sync_func, None
-    for chunk in hooked:
-        chunk.disable_forward_pre_hook(param_sync=True)
-    if overlapping:
-        step = trainee.optimizer.step
-
-        def step_and_gather(*args: Any, **kwargs: Any) -> Any:
-            outcome = step(*args, **kwargs)
-            for chunk in overlapping:
-                chunk.start_param_sync(force_sync=True)
-            return outcome
-
-        trainee.optimizer.step = step_and_gather
-    try:
-        yield
-    finally:
-        if overlapping:
-            del trainee.optimizer.step
-        for chunk in hooked:
-            chunk.enable_forward_pre_hook()
-        trainee.config.param_sync_func = param_sync_func
-
-
-@contextlib.contextmanager
-def quiet(trainee: Trainee) -> Iterator[None]:
-    """Keeps the extra passes out of the trainer's timers and of its checks of results.
-
-    The rerun state machine validates the trainer's own passes only, and its checks, like DDP's
-    for NaN in gradients, would end the run where a meta step should just be skipped.
-    """
-    machine = get_rerun_state_machine()
-    mode, timers = machine.mode, trainee.config.timers
-    checks = [(c.ddp_config, c.ddp_config.check_for_nan_in_grad) for c in trainee.model]
-    # Not set_mode(), which prints a warning at every call.
-    machine.mode = RerunMode.DISABLED
-    machine.validate_result = lambda *args, **kwargs: None
-    trainee.config.timers = None
-    for ddp_config, _ in checks:
-        ddp_config.check_for_nan_in_grad = False
-    try:
-        yield
-    finally:
-        for ddp_config, check in checks:
-            ddp_config.check_for_nan_in_grad = check
-        trainee.config.timers = timers
-        del machine.validate_result
-        machine.mode = mode
-
-
-@contextlib.contextmanager
-def _deterministic(trainee: Trainee) -> Iterator[None]:
-    """The meta loss is a validation loss: no dropout, no auxiliary losses of MoE layers.
-
-    Activation recomputation happens in training mode only, so a run that needs it to fit keeps
-    that mode (and its dropout, if it has any); the auxiliary losses are switched off by their
-    coefficients, and the random state is put back afterwards.
-    """
-    rng = _get_all_rng_states()
-    config = trainee.config
-    kept = {
-        name: getattr(config, name, None) for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff")
-    }
-    if config.recompute_granularity is None:
-        for chunk in trainee.model:
-            chunk.eval()
-    elif config.num_moe_experts is not None:
-        config.moe_aux_loss_coeff, config.moe_z_loss_coeff = 0.0, None
-    try:
-        yield
-    finally:
-        for chunk in trainee.model:
-            chunk.train()
-        if config.num_moe_experts is not None:
-            for name, value in kept.items():
-                setattr(config, name, value)
-        restore_rng(rng)
-
-
-def restore_rng(states: tuple) -> None:
-    """Puts back random states; copies the tracker's dict, which the tracker goes on to change."""
-    cpu, cuda, tracker = states
-    _set_all_rng_states(cpu, cuda, dict(tracker))
 
 
 def _first_loss(losses: dict[str, torch.Tensor]) -> float | None:

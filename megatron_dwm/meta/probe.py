@@ -16,16 +16,11 @@ from megatron.core.rerun_state_machine import RerunDataIterator
 from megatron.core.tensor_parallel.random import _get_all_rng_states
 
 from megatron_dwm.batches import StepBatches
+from megatron_dwm.guards import gathered_parameters, quiet, restore_rng
 from megatron_dwm.meta import reference as reference_estimator
 from megatron_dwm.meta.optimizer_view import leaf_optimizers, learning_rates
 from megatron_dwm.meta.update import InnerStep, trainable_parameters
-from megatron_dwm.train_step import (
-    DWMTrainStep,
-    Trainee,
-    gathered_parameters,
-    quiet,
-    restore_rng,
-)
+from megatron_dwm.train_step import DWMTrainStep, Trainee
 
 StockStep = Callable[[Any], tuple]
 

@@ -46,11 +46,11 @@ from megatron.training import arguments, checkpointing, training  # noqa: E402
 
 import megatron_dwm  # noqa: E402
 from megatron_dwm.errors import DWMError  # noqa: E402
+from megatron_dwm.guards import quiet, restore_rng  # noqa: E402
 from megatron_dwm.integration import checks, rebind  # noqa: E402
 from megatron_dwm.integration.rebind import check_version, rebound  # noqa: E402
 from megatron_dwm.meta import jacobian, optimizer_view  # noqa: E402
 from megatron_dwm.meta.update import InnerStep, trainable_parameters  # noqa: E402
-from megatron_dwm.train_step import quiet, restore_rng  # noqa: E402
 from megatron_dwm.weighting import model as dwm_model  # noqa: E402
 from megatron_dwm.weighting.loss import SampleLosses  # noqa: E402
 

@@ -26,9 +26,10 @@ import torch  # noqa: E402
 from megatron.core.num_microbatches_calculator import get_num_microbatches  # noqa: E402
 
 from megatron_dwm.batches import StepBatches, tokens_of  # noqa: E402
+from megatron_dwm.guards import gathered_parameters  # noqa: E402
 from megatron_dwm.integration.session import Session  # noqa: E402
 from megatron_dwm.meta import collectives, probe  # noqa: E402
-from megatron_dwm.train_step import Trainee, gathered_parameters  # noqa: E402
+from megatron_dwm.train_step import Trainee  # noqa: E402
 from megatron_dwm.weighting.weights import weights_from_scores  # noqa: E402
 
 AFTER = int(os.environ.get("PROBE_AFTER", "3"))

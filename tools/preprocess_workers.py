@@ -210,15 +210,17 @@ def build_megatron_tokenizer(args: argparse.Namespace) -> Any:
             f"Megatron cannot build this tokenizer ({type(error).__name__}: {error})."
         ) from error
     if args.append_eod:
+        missing = (
+            f"--append-eod: {args.tokenizer_type} has no end-of-document token here. Leave "
+            f"the flag out or use a tokenizer that has one."
+        )
         try:
             eod = tokenizer.eod
-        except Exception:
-            eod = None
+        except Exception as error:
+            # Megatron's tokenizers say it each in their own way.
+            raise InputError(f"{missing} ({type(error).__name__}: {error})") from error
         if eod is None or eod < 0:
-            raise InputError(
-                f"--append-eod: {args.tokenizer_type} has no end-of-document token here. Leave "
-                f"the flag out or use a tokenizer that has one."
-            )
+            raise InputError(missing)
     return tokenizer
 
 

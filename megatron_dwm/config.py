@@ -12,7 +12,9 @@ from megatron_dwm.errors import DWMError
 
 POLICIES = ("learned", "uniform", "shuffled")
 SCHEDULES = ("staged", "joint", "frozen")
-ESTIMATORS = ("finite_difference",)
+ESTIMATORS = ("auto", "ghost", "finite_difference")
+LOOKAHEADS = ("next", "current")
+JACOBIANS = ("exact", "identity")
 POOLINGS = ("last", "mean")
 _INIT = re.compile(r"random|llm:[1-9]\d*|hf:.+")
 
@@ -33,6 +35,8 @@ class DWMConfig:
             the same histogram).
         schedule: `staged`, `joint` or `frozen` (weights from `load`, no meta steps).
         estimator: how `c_i = dL_meta(theta+)/dw_i` is estimated.
+        lookahead: whether the meta loss is differentiated after the LLM's step or before it.
+        jacobian: the derivative of the optimizer's step that the meta-gradient goes through.
     """
 
     enabled: bool = _option(False, "weigh every sample with a data weighting model (DWM)")
@@ -63,7 +67,33 @@ class DWMConfig:
         None, "samples of the meta set a meta step; default: a quarter of the global batch"
     )
     estimator: str = _option(
-        "finite_difference", "estimator of the per-sample meta-gradient: finite_difference"
+        "auto",
+        "estimator of the per-sample meta-gradient: ghost (exact, by hooks), finite_difference "
+        "(any layer), auto (ghost where it covers every parameter)",
+    )
+    lookahead: str = _option(
+        "next",
+        "next: the meta loss after the LLM's step, exact; current: from before the step, with "
+        "Adam's preconditioner as it stands, at the cost of one forward (ghost only)",
+    )
+    jacobian: str = _option(
+        "exact",
+        "derivative of the LLM's optimizer step: exact (Adam, AdamW, SGD) or identity (any "
+        "optimizer, taken for plain SGD)",
+    )
+    overhead_budget: float | None = _option(
+        None,
+        "space the meta steps so that the DWM's measured time stays within this share of the "
+        "LLM's step time; default: no limit",
+    )
+    verify_meta_gradient: int | None = _option(
+        None,
+        "every this many meta steps, re-run the LLM's step with a changed weight for a few samples "
+        "and compare with the meta-gradient; default: never",
+    )
+    verify_samples: int = _option(4, "samples that are verified each time")
+    verify_correlation: float = _option(
+        0.9, "a verification whose correlation is lower is reported as an error in the log"
     )
     fd_relative_step: float | None = _option(
         None,
@@ -121,6 +151,8 @@ class DWMConfig:
             ("policy", POLICIES),
             ("schedule", SCHEDULES),
             ("estimator", ESTIMATORS),
+            ("lookahead", LOOKAHEADS),
+            ("jacobian", JACOBIANS),
             ("pooling", POOLINGS),
         ):
             value = getattr(self, name)
@@ -135,12 +167,30 @@ class DWMConfig:
         for name in ("warmup_steps", "backbone_lr", "weight_decay", "clip_grad", "seed"):
             if getattr(self, name) < 0:
                 found.append(f"{flag(name)} is {getattr(self, name)}; it must not be negative")
-        for name in ("stage_meta_steps", "meta_batch_size", "ffn_hidden_size", "num_query_groups"):
+        for name in (
+            "stage_meta_steps",
+            "meta_batch_size",
+            "ffn_hidden_size",
+            "num_query_groups",
+            "overhead_budget",
+            "verify_meta_gradient",
+        ):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 found.append(f"{flag(name)} is {value}; it must be above 0")
         if self.fd_relative_step is not None and not 0 < self.fd_relative_step < 1:
             found.append(f"{flag('fd_relative_step')} is {self.fd_relative_step}; use (0, 1)")
+        if self.verify_samples < 3:
+            found.append(
+                f"{flag('verify_samples')} is {self.verify_samples}; a correlation needs 3 or more"
+            )
+        if not 0 <= self.verify_correlation < 1:
+            found.append(f"{flag('verify_correlation')} is {self.verify_correlation}; use [0, 1)")
+        if self.lookahead == "current" and self.estimator == "finite_difference":
+            found.append(
+                "--dwm-lookahead current needs --dwm-estimator ghost: its gain is to read the "
+                "influence off the training pass, which finite_difference cannot do"
+            )
         if self.schedule == "frozen" and self.policy != "uniform" and not self.load:
             found.append("--dwm-schedule frozen needs --dwm-load DIR, the weights to be used")
         return found

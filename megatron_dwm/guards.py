@@ -10,7 +10,7 @@ from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
 from megatron.core.tensor_parallel.random import _get_all_rng_states, _set_all_rng_states
 
 if TYPE_CHECKING:
-    from megatron_dwm.train_step import Trainee
+    from megatron_dwm.passes import Trainee
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel.random import (
     model_parallel_cuda_manual_seed,
 )
 from megatron.core.utils import get_model_config, unwrap_model
-from megatron.training import get_tokenizer
+from megatron.training import get_tokenizer, print_rank_0
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
 from megatron_dwm import host
@@ -28,9 +28,11 @@ from megatron_dwm.config import DWMConfig, raise_all
 from megatron_dwm.conversion.hf_folder import read_hf_config
 from megatron_dwm.data.meta_dataset import MetaData
 from megatron_dwm.integration.checks import blend_of, default_meta_batch_size
+from megatron_dwm.meta.estimators import choose_estimator
 from megatron_dwm.meta.optimizer_view import check_supported
+from megatron_dwm.passes import Passes, RunShape
 from megatron_dwm.schedule import Schedule
-from megatron_dwm.train_step import DWMTrainStep, RunShape
+from megatron_dwm.train_step import DWMTrainStep
 from megatron_dwm.weighting.loss import WeightedForwardStep
 from megatron_dwm.weighting.model import (
     DataWeightingModel,
@@ -111,23 +113,24 @@ def build_train_step(
 
     meta_data = None
     if config.trains:
-        check_supported(optimizer)
+        check_supported(optimizer, config.jacobian)
+        estimator, reason = choose_estimator(config, model)
+        print_rank_0(f"DWM: estimator {estimator}: {reason}")
+        config = dataclasses.replace(config, estimator=estimator)
         with _random_states_kept(config.seed):
             meta_data = _build_meta_data(config, args)
+    shape = RunShape(
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        decoder_seq_length=args.decoder_seq_length,
+        per_token=args.calculate_per_token_loss,
+        device=device,
+    )
     return DWMTrainStep(
         config=config,
         schedule=Schedule(config, args.train_iters),
-        forward_step=WeightedForwardStep(_not_set),
-        groups=groups,
-        shape=RunShape(
-            micro_batch_size=args.micro_batch_size,
-            seq_length=args.seq_length,
-            decoder_seq_length=args.decoder_seq_length,
-            per_token=args.calculate_per_token_loss,
-            device=device,
-        ),
+        passes=Passes(WeightedForwardStep(_not_set), groups, shape, meta_data),
         scorer=scorer,
-        meta_data=meta_data,
         warm_start=warm_start,
         description=None if scorer is None else _description(config, scorer),
     )

@@ -19,7 +19,8 @@ from megatron_dwm.config import DWMConfig, flag
 from megatron_dwm.errors import DWMError
 from megatron_dwm.integration.build import build_train_step, resolve_shapes
 from megatron_dwm.integration.checks import check_arguments, check_data, training_prefixes
-from megatron_dwm.train_step import DWMTrainStep, StepRecord, Trainee
+from megatron_dwm.passes import Trainee
+from megatron_dwm.train_step import DWMTrainStep, StepRecord
 
 
 class Session:
@@ -151,8 +152,8 @@ class Session:
         ]
         if config.trains:
             parts.append(
-                f"estimator {config.estimator} (the only one in this version), "
-                f"meta batch {config.meta_batch_size}"
+                f"estimator {self.step.config.estimator}, lookahead {config.lookahead}, "
+                f"jacobian {config.jacobian}, meta batch {config.meta_batch_size}"
             )
         return "; ".join(parts)
 

@@ -1,12 +1,25 @@
 """Every collective of the meta step, named, with what it sums and why once.
 
-Groups are those of the LLM. "Last stage" ranks are the ones that see losses.
+Groups are those of the LLM. "Last stage" ranks are the ones that see losses. The reduction of the
+meta loss's gradient h over data parallelism is the trainer's own (DDP, overlapped with pass C
+under `--overlap-grad-reduce`); `count_gradient_reduction` only counts it.
 """
 
 from __future__ import annotations
 
+import collections
+from typing import Any
+
 import torch
 import torch.distributed as dist
+
+# Bytes that this rank handed to each collective since the counter was last cleared.
+traffic: collections.Counter[str] = collections.Counter()
+
+
+def _count(name: str, tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
+    if dist.get_world_size(group) > 1:
+        traffic[name] += tensor.numel() * tensor.element_size()
 
 
 def gather_samples(local: torch.Tensor, dp_group: dist.ProcessGroup) -> torch.Tensor:
@@ -23,6 +36,7 @@ def gather_samples(local: torch.Tensor, dp_group: dist.ProcessGroup) -> torch.Te
         `[N]` in the order (data-parallel rank, micro-batch, sample).
     """
     size = dist.get_world_size(dp_group)
+    _count("gather_samples", local, dp_group)
     parts = [torch.empty_like(local) for _ in range(size)]
     dist.all_gather(parts, local.contiguous(), group=dp_group)
     return torch.cat(parts)
@@ -34,7 +48,23 @@ def sum_over_data_parallel(value: torch.Tensor, dp_cp_group: dist.ProcessGroup) 
     Once: tensor-parallel peers hold the same value and are not in the group.
     """
     value = value.clone()
+    _count("sum_over_data_parallel", value, dp_cp_group)
     dist.all_reduce(value, group=dp_cp_group)
+    return value
+
+
+def sum_over_model_parallel(value: torch.Tensor, mp_group: dist.ProcessGroup) -> torch.Tensor:
+    """Sums `<v, g_i>` over the ranks that hold parts of one model: tensor x pipeline parallel.
+
+    Once: each rank's part has the parameters of its pipeline stage and its tensor-parallel
+    shards, and replicated parameters on one tensor-parallel rank only (or, where each rank sees
+    only a part of their gradient, that part). Tied embeddings add their input's term on the first
+    stage and their output's on the last. Data-parallel ranks have other samples and are not in the
+    group.
+    """
+    value = value.clone()
+    _count("sum_over_model_parallel", value, mp_group)
+    dist.all_reduce(value, group=mp_group)
     return value
 
 
@@ -46,7 +76,16 @@ def sum_of_shards(value: torch.Tensor, grad_stats_group: dist.ProcessGroup) -> t
     on all ranks but one by the caller.
     """
     value = value.clone()
+    _count("sum_of_shards", value, grad_stats_group)
     dist.all_reduce(value, group=grad_stats_group)
+    return value
+
+
+def largest(value: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Returns the elementwise maximum over a group, so that all its ranks decide alike."""
+    value = value.clone()
+    _count("largest", value, group)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=group)
     return value
 
 
@@ -57,6 +96,7 @@ def broadcast_from_last_stage(value: torch.Tensor, pp_group: dist.ProcessGroup) 
     """
     size = dist.get_world_size(pp_group)
     if size > 1:
+        _count("broadcast_from_last_stage", value, pp_group)
         dist.broadcast(value, src=dist.get_global_rank(pp_group, size - 1), group=pp_group)
     return value
 
@@ -80,17 +120,49 @@ def broadcast_from_first_tensor_rank(
     else:
         received = tokens.to(device=device, dtype=torch.int64).contiguous()
     if dist.get_world_size(tp_group) > 1:
+        _count("broadcast_from_first_tensor_rank", received, tp_group)
         dist.broadcast(received, src=dist.get_global_rank(tp_group, 0), group=tp_group)
     return received
 
 
-def gather_shards(buffer: torch.Tensor, dp_group: dist.ProcessGroup) -> None:
+def gather_sequence(part: torch.Tensor, tp_group: dist.ProcessGroup) -> torch.Tensor:
+    """All-gathers tokens that sequence parallelism has spread over tensor-parallel ranks.
+
+    Args:
+        part: `[s / tp, b, ...]`.
+        tp_group: tensor-parallel group.
+
+    Returns:
+        `[s, b, ...]`.
+    """
+    _count("gather_sequence", part, tp_group)
+    size = dist.get_world_size(tp_group)
+    whole = torch.empty(
+        (part.size(0) * size, *part.shape[1:]), dtype=part.dtype, device=part.device
+    )
+    dist.all_gather_into_tensor(whole, part.contiguous(), group=tp_group)
+    return whole
+
+
+def gather_shards(buffer: torch.Tensor, dp_group: dist.ProcessGroup) -> Any:
     """All-gathers, in place, a flat buffer of which each data-parallel rank filled its shard.
 
     The distributed optimizer's layout: rank r owns the r-th of equally long shards.
+
+    Returns:
+        A handle to wait for; None when there is nothing to gather. Started without waiting, so
+        that the Jacobian of the next bucket is computed meanwhile.
     """
     size = dist.get_world_size(dp_group)
     if size == 1:
-        return
+        return None
+    _count("gather_shards", buffer, dp_group)
     own = buffer.chunk(size)[dist.get_rank(dp_group)].clone()
-    dist.all_gather_into_tensor(buffer, own, group=dp_group)
+    return dist.all_gather_into_tensor(buffer, own, group=dp_group, async_op=True)
+
+
+def count_gradient_reduction(model: list[Any]) -> None:
+    """Counts the bytes of h that the trainer reduces over data parallelism in pass C."""
+    for chunk in model:
+        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+            _count("gradient_reduction", buffer.grad_data, buffer.data_parallel_group)

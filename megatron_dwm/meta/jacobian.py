@@ -67,6 +67,28 @@ def adam(
     return -lr / denominator * ((1.0 - beta1) / correction1 - through_root)
 
 
+def adam_expected(
+    exp_avg_sq: torch.Tensor, steps: int, lr: float, beta1: float, beta2: float, eps: float
+) -> torch.Tensor:
+    """Returns the diagonal of Adam's *next* step, as far as it is known before the gradient.
+
+    `-lr (1-b1)/(1-b1^(t+1)) / (sqrt(vhat_t)+eps)`: the second moment is taken as it stands, a
+    frozen preconditioner. 0 where no gradient was ever seen: what a first gradient does there is
+    not of that form at all.
+
+    Args:
+        exp_avg_sq: second moment after `steps` steps, any shape.
+        steps: t >= 1.
+        lr: learning rate of the next step.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        eps: Adam's epsilon.
+    """
+    root = (exp_avg_sq.float() / (1.0 - beta2**steps)).sqrt()
+    diagonal = -lr * (1.0 - beta1) / (1.0 - beta1 ** (steps + 1)) / (root + eps)
+    return torch.where(root > 0, diagonal, torch.zeros_like(diagonal))
+
+
 def adam_update(
     exp_avg: torch.Tensor,
     exp_avg_sq: torch.Tensor,

@@ -79,21 +79,28 @@ def all_leaves(optimizer: Any) -> list[Any]:
     return [optimizer]
 
 
-def check_supported(optimizer: Any) -> None:
+def check_supported(optimizer: Any, kind: str) -> None:
     """Refuses optimizers whose Jacobian is not known.
+
+    Args:
+        optimizer: the Megatron optimizer that the trainer built.
+        kind: `--dwm-jacobian`; `identity` needs nothing of the optimizer.
 
     Raises:
         DWMError: names the optimizer or the flag.
     """
     for leaf in leaf_optimizers(optimizer):
         config = leaf.config
+        if config.fp16:
+            raise DWMError("--fp16 is not supported with a learned --dwm-policy; use --bf16")
+        if kind == "identity":
+            continue
         if config.optimizer not in ("adam", "sgd"):
             raise DWMError(
                 f"--optimizer {config.optimizer}: its Jacobian is not known to the meta-gradient; "
-                "use adam or sgd, or --dwm-policy uniform"
+                "use adam or sgd, --dwm-jacobian identity (taken for plain SGD), or --dwm-policy "
+                "uniform"
             )
-        if config.fp16:
-            raise DWMError("--fp16 is not supported with a learned --dwm-policy; use --bf16")
         for name in ("use_precision_aware_optimizer", "optimizer_cpu_offload"):
             if getattr(config, name, False):
                 raise DWMError(
@@ -166,29 +173,30 @@ def learning_rates(optimizer: Any) -> dict[int, float]:
     }
 
 
-def update_jacobian(shard: ParamShard, lr: float) -> torch.Tensor | float:
-    """Returns the diagonal `dU/dG'` of a slice, at the (clipped) gradient of the last step.
+def needs_gradient(shard: ParamShard) -> bool:
+    """Returns whether the Jacobian of this slice's update depends on the gradient."""
+    return bool(shard.optimizer.config.optimizer == "adam")
+
+
+def update_jacobian(
+    shard: ParamShard, lr: float, grad: torch.Tensor | None
+) -> torch.Tensor | float:
+    """Returns the diagonal `dU/dG'` of a slice, after the step and before the next one.
 
     Args:
-        shard: the slice, after the step and before its gradient is overwritten.
+        shard: the slice.
         lr: the learning rate that the step used.
+        grad: `[end - start]`, the (clipped) gradient that it was stepped with; unused for SGD.
 
     Returns:
         `[end - start]` float32 for Adam, a number for SGD.
     """
     group, state = shard.group, shard.state
     if shard.optimizer.config.optimizer == "sgd":
-        return jacobian.sgd(
-            lr,
-            group.get("momentum", 0.0),
-            group.get("dampening", 0.0),
-            group.get("nesterov", False),
-        )
-    # torch keeps the step with each parameter, Transformer Engine and Apex with the group.
-    step = state["step"] if "step" in state else group["step"]
+        return _sgd_jacobian(group, lr)
+    assert grad is not None
     beta1, beta2 = group["betas"]
-    grad = shard.stepped_grad()
-    moments = (state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1), int(step))
+    moments = (*_moments(shard), _steps(group, state))
     constants = (lr, beta1, beta2, group["eps"])
     if not shard.optimizer.config.decoupled_weight_decay and group["weight_decay"]:
         # The decay that entered the moments was that of the parameter before the step.
@@ -197,3 +205,42 @@ def update_jacobian(shard: ParamShard, lr: float) -> torch.Tensor | float:
         )
         grad = grad + group["weight_decay"] * before
     return jacobian.adam(grad, *moments, *constants)
+
+
+def expected_jacobian(shard: ParamShard, lr: float) -> torch.Tensor | float:
+    """Returns the diagonal that the coming step is expected to have (`jacobian.adam_expected`).
+
+    Args:
+        shard: the slice, after at least one step.
+        lr: the learning rate of the coming step.
+    """
+    group = shard.group
+    if shard.optimizer.config.optimizer == "sgd":
+        return _sgd_jacobian(group, lr)
+    beta1, beta2 = group["betas"]
+    _, exp_avg_sq = _moments(shard)
+    steps = _steps(group, shard.state)
+    return jacobian.adam_expected(exp_avg_sq, steps, lr, beta1, beta2, group["eps"])
+
+
+def _sgd_jacobian(group: dict[str, Any], lr: float) -> float:
+    momentum, dampening = group.get("momentum", 0.0), group.get("dampening", 0.0)
+    return jacobian.sgd(lr, momentum, dampening, group.get("nesterov", False))
+
+
+def _moments(shard: ParamShard) -> tuple[torch.Tensor, torch.Tensor]:
+    state = shard.state
+    return state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
+
+
+def _steps(group: dict[str, Any], state: dict[str, Any]) -> int:
+    # torch keeps the step with each parameter, Transformer Engine and Apex with the group.
+    return int(state["step"] if "step" in state else group["step"])
+
+
+def has_stepped(optimizer: Any) -> bool:
+    """Returns whether the optimizer has the moments of an earlier step on this rank."""
+    return all(
+        shard.optimizer.config.optimizer == "sgd" or "exp_avg" in shard.state
+        for shard in shards(optimizer)
+    )

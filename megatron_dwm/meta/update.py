@@ -13,21 +13,33 @@ from typing import Any
 import torch
 
 from megatron_dwm.meta import collectives, jacobian
-from megatron_dwm.meta.optimizer_view import ParamShard, all_leaves, shards, update_jacobian
+from megatron_dwm.meta.optimizer_view import (
+    ParamShard,
+    all_leaves,
+    expected_jacobian,
+    needs_gradient,
+    shards,
+    update_jacobian,
+)
 
 
 @dataclass
 class InnerStep:
     """What has to be kept of an optimizer step to differentiate it.
 
+    The gradient only, 4 bytes an element that this rank steps: the moments stay with the
+    optimizer until its next step, and the Jacobian is computed from both when h is there.
+
     Attributes:
-        entries: for each slice that this rank steps: the slice, the diagonal `dU/dG'` (`[k]`
-            float32 or a number) and, when clipping was active, the clipped gradient `[k]`.
+        entries: for each slice that this rank steps: the slice and the (clipped) gradient that it
+            was stepped with, `[k]` float32, None where the Jacobian does not need it.
+        lrs: the step's learning rates, by the id of the group.
         clip: `(a, b)` of `jacobian.clip_projection`.
         optimizers: the Megatron optimizers, those without a share on this rank too.
     """
 
-    entries: list[tuple[ParamShard, torch.Tensor | float, torch.Tensor | None]]
+    entries: list[tuple[ParamShard, torch.Tensor | None]]
+    lrs: dict[int, float]
     clip: tuple[float, float]
     optimizers: list[Any]
 
@@ -41,47 +53,47 @@ class InnerStep:
             lrs: `learning_rates(optimizer)` from before the step.
             grad_norm: global norm before clipping, as the trainer reports it.
         """
-        parts = list(shards(optimizer))
         leaves = all_leaves(optimizer)
-        max_norm = leaves[0].config.clip_grad
-        clip = jacobian.clip_projection(float(grad_norm or 0.0), max_norm)
-        entries = []
-        for shard in parts:
-            diagonal = update_jacobian(shard, lrs[id(shard.group)])
-            clipped = shard.stepped_grad().clone() if clip[1] else None
-            entries.append((shard, diagonal, clipped))
-        return cls(entries, clip, leaves)
+        clip = jacobian.clip_projection(float(grad_norm or 0.0), leaves[0].config.clip_grad)
+        entries = [
+            (s, s.stepped_grad().clone() if clip[1] or needs_gradient(s) else None)
+            for s in shards(optimizer)
+        ]
+        return cls(entries, lrs, clip, leaves)
 
     @torch.no_grad()
     def pull_back(self, model: list[Any]) -> None:
-        """Replaces h in the gradient buffers by v, and completes v on every rank.
+        """Replaces h in the gradient buffers by v, completes v on every rank, forgets the step.
 
         Args:
             model: the DDP-wrapped chunks whose `main_grad` hold h, reduced over data parallelism
                 (with the distributed optimizer: this rank's shard of it).
         """
         a, b = self.clip
-        dot = 0.0
-        if b:
-            dot = self._dot_with_clipped_gradient(next(model[0].parameters()).device)
-        for shard, diagonal, clipped in self.entries:
-            h = shard.grad_slice()
-            h.mul_(diagonal)
-            if a != 1.0:
-                h.mul_(a)
-            if clipped is not None:
-                h.add_(clipped.to(h.dtype), alpha=-b * dot)
-        for chunk in model:
-            for buffer in _buffers(chunk):
-                if buffer.ddp_config.use_distributed_optimizer:
-                    for bucket in buffer.buckets:
-                        collectives.gather_shards(bucket.grad_data, buffer.data_parallel_group)
+        dot = self._dot_with_clipped_gradient(model[0]) if b else 0.0
+        by_parameter: dict[int, list[tuple[ParamShard, torch.Tensor | None]]] = {}
+        for entry in self.entries:
+            by_parameter.setdefault(id(entry[0].model_param), []).append(entry)
+        self.entries = []
 
-    def _dot_with_clipped_gradient(self, device: torch.device) -> float:
+        def apply(parameter: torch.nn.Parameter) -> None:
+            for shard, clipped in by_parameter.pop(id(parameter), ()):
+                h = shard.grad_slice()
+                h.mul_(update_jacobian(shard, self.lrs[id(shard.group)], clipped))
+                if a != 1.0:
+                    h.mul_(a)
+                if b and clipped is not None:
+                    h.add_(clipped.to(h.dtype), alpha=-b * dot)
+
+        _transform(model, apply)
+
+    def _dot_with_clipped_gradient(self, chunk: Any) -> float:
         """Returns `<G', D h>` over the whole model, each parameter once."""
+        device = next(chunk.parameters()).device
         terms: dict[int, list[torch.Tensor]] = {id(o): [] for o in self.optimizers}
-        for shard, diagonal, clipped in self.entries:
+        for shard, clipped in self.entries:
             if shard.counts_in_norm() and clipped is not None:
+                diagonal = update_jacobian(shard, self.lrs[id(shard.group)], clipped)
                 term = ((shard.grad_slice().float() * diagonal) * clipped).sum().double()
                 terms[id(shard.optimizer)].append(term)
         total = 0.0
@@ -93,11 +105,67 @@ class InnerStep:
         return total
 
 
-def _buffers(chunk: Any) -> Iterator[Any]:
-    yield from chunk.buffers
-    yield from chunk.expert_parallel_buffers
+@torch.no_grad()
+def pull_back_before_step(optimizer: Any, lrs: dict[int, float], model: list[Any]) -> None:
+    """Replaces h, taken before the step, by v with the Jacobian that the step is expected to have.
+
+    The gradient of the coming step is not known yet. Adam's Jacobian is taken with the second
+    moment as it stands (a frozen preconditioner, as in OPUS, ICML 2026); SGD's does not
+    depend on the gradient and is exact. Clipping is left to the caller, which knows its factor
+    after the step; its projection is not applied.
+
+    Args:
+        optimizer: Megatron's optimizer, which must have taken a step before.
+        lrs: the coming step's learning rates.
+        model: as for `InnerStep.pull_back`.
+    """
+    by_parameter: dict[int, list[ParamShard]] = {}
+    for shard in shards(optimizer):
+        by_parameter.setdefault(id(shard.model_param), []).append(shard)
+
+    def apply(parameter: torch.nn.Parameter) -> None:
+        for shard in by_parameter.pop(id(parameter), ()):
+            shard.grad_slice().mul_(expected_jacobian(shard, lrs[id(shard.group)]))
+
+    _transform(model, apply)
+
+
+@torch.no_grad()
+def pull_back_identity(lr: float, model: list[Any]) -> None:
+    """Replaces h by `v = -lr h` (`--dwm-jacobian identity`): any optimizer taken for plain SGD."""
+
+    def apply(parameter: torch.nn.Parameter) -> None:
+        parameter.main_grad.mul_(-lr)
+
+    _transform(model, apply)
+
+
+def _transform(model: list[Any], apply: Any) -> None:
+    """Applies a function to each parameter's `main_grad`, and completes it on every rank.
+
+    With the distributed optimizer a rank's own shards become right, and are gathered bucket by
+    bucket while the next bucket is worked on.
+    """
+    handles = []
+    for chunk in model:
+        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+            for bucket in buffer.buckets:
+                for parameter in bucket.params_list:
+                    apply(parameter)
+                if buffer.ddp_config.use_distributed_optimizer:
+                    group = buffer.data_parallel_group
+                    handles.append(collectives.gather_shards(bucket.grad_data, group))
+    for handle in handles:
+        if handle is not None:
+            handle.wait()
 
 
 def trainable_parameters(model: list[Any]) -> list[torch.nn.Parameter]:
     """Returns the parameters of the DDP-wrapped chunks that have a gradient buffer."""
     return [p for chunk in model for p in chunk.parameters() if hasattr(p, "main_grad")]
+
+
+def directions(model: list[Any]) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """Yields each trained parameter with its `main_grad` in the parameter's shape."""
+    for parameter in trainable_parameters(model):
+        yield parameter, parameter.main_grad.view_as(parameter)

@@ -56,17 +56,33 @@ class SampleLosses:
         for sums, tokens in zip(self.sums, self.num_tokens, strict=True):
             if tokens is None:
                 if per_token:
-                    raise DWMError(
-                        "--calculate-per-token-loss needs a loss_func that returns (loss sum, "
-                        "num_tokens, report), but this script's returns two values",
-                        this_rank_only=True,
-                    )
+                    raise _no_token_count()
                 parts.append(sums * (context_parallel_size / (count * data_parallel_size)))
             elif per_token:
                 parts.append(sums)
             else:
                 parts.append(sums / tokens.clamp(min=1) / (count * data_parallel_size))
         return torch.cat(parts)
+
+
+def token_counts(num_tokens: list[torch.Tensor | None]) -> list[torch.Tensor]:
+    """Returns the token count of each micro-batch.
+
+    Raises:
+        DWMError: the loss function gives none.
+    """
+    counts = [t for t in num_tokens if t is not None]
+    if len(counts) < len(num_tokens):
+        raise _no_token_count()
+    return counts
+
+
+def _no_token_count() -> DWMError:
+    return DWMError(
+        "--calculate-per-token-loss needs a loss_func that returns (loss sum, "
+        "num_tokens, report), but this script's returns two values",
+        this_rank_only=True,
+    )
 
 
 class WeightedForwardStep:
@@ -77,22 +93,36 @@ class WeightedForwardStep:
         self.forward_step = forward_step
         self._weights: torch.Tensor | None = None
         self._losses: SampleLosses | None = None
+        self._num_tokens: list[torch.Tensor | None] | None = None
         self._calls = 0
 
     @contextlib.contextmanager
-    def weighted(self, weights: torch.Tensor | None) -> Iterator[None]:
+    def weighted(self, weights: torch.Tensor | None) -> Iterator[list[torch.Tensor | None]]:
         """Within it, the k-th loss of the step is weighted by `weights[k % m]`.
 
         Modulo, because Megatron's rerun state machine may run a step's passes again.
 
         Args:
             weights: `[m, b]` on ranks that see losses; None elsewhere.
+
+        Yields:
+            A list that fills with the token count of each micro-batch (None where `loss_func`
+            averages by itself).
         """
-        self._weights, self._calls = weights, 0
+        self._weights, self._calls, self._num_tokens = weights, 0, []
         try:
-            yield
+            yield self._num_tokens
         finally:
-            self._weights = None
+            self._weights, self._num_tokens = None, None
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[list[torch.Tensor | None]]:
+        """Within it, losses are the script's own, and token counts are collected as above."""
+        self._num_tokens = []
+        try:
+            yield self._num_tokens
+        finally:
+            self._num_tokens = None
 
     @contextlib.contextmanager
     def measured(self) -> Iterator[SampleLosses]:
@@ -110,15 +140,29 @@ class WeightedForwardStep:
             return output, functools.partial(self._measure, loss_func, self._losses)
         if self._weights is not None:
             return output, functools.partial(self._weigh, loss_func)
+        if self._num_tokens is not None:
+            return output, functools.partial(self._count, loss_func)
         return output, loss_func
 
     def _weigh(self, loss_func: Callable[..., Any], output: torch.Tensor, **kwargs: Any) -> Any:
         assert self._weights is not None
         weights = self._weights[self._calls % self._weights.size(0)]
+        if self._calls % self._weights.size(0) == 0 and self._num_tokens is not None:
+            self._num_tokens.clear()
         self._calls += 1
         weighted = loss_func(_scale(output, weights), **kwargs)
         reported = loss_func(output.detach(), **kwargs)
+        self._note_tokens(weighted)
         return (*weighted[:-1], reported[-1])
+
+    def _count(self, loss_func: Callable[..., Any], output: torch.Tensor, **kwargs: Any) -> Any:
+        result = loss_func(output, **kwargs)
+        self._note_tokens(result)
+        return result
+
+    def _note_tokens(self, result: tuple) -> None:
+        if self._num_tokens is not None:
+            self._num_tokens.append(result[1].detach().clone() if len(result) == 3 else None)
 
     @staticmethod
     def _measure(

@@ -1,19 +1,29 @@
-"""Run under torchrun: compares the product's meta-gradient with brute force and the reference.
+"""Run under torchrun: takes the meta-gradients of many real runs apart, one after the other.
 
-A real run of the stock trainer (examples/pretrain_dwm.py). After some plain steps, one meta step
-is taken apart:
+Reads a JSON list of cases from the file named by CASES, each a run of the stock trainer
+(examples/pretrain_dwm.py) that is stopped before a step:
 
-    c          the product's own passes A to D (finite difference)
-    reference  <v, g_i> by a backward pass for every sample, v from passes B and C
-    brute      w_i really changed, the trainer's own step re-run, the meta loss measured
+    name, args   the run
+    after        plain steps before the one that is taken apart
+    estimators   the product's passes B to D with each of these: `c` by name
+    reference    <v, g_i> by a backward pass for every sample, v from the product's B and C
+    brute        half the change of the weight: w_i really changed, the trainer's step re-run,
+                 the meta loss measured; 0: not wanted
+    break        a name of `BREAKS`: something is put wrong first, to see that a check notices
+    update       take the whole step, and tell how the scores of its batch changed
 
-The last rank writes the three vectors as JSON to the file named by PROBE_OUT.
+The last rank writes what came out to OUT/<name>.json, vectors in the order (data-parallel rank,
+micro-batch, sample).
 """
 
+import contextlib
+import functools
+import gc
 import json
 import os
 import runpy
 import sys
+import traceback
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
@@ -22,79 +32,166 @@ from megatron_dwm import host  # noqa: E402
 
 host.install()
 
+import psutil  # noqa: E402
 import torch  # noqa: E402
+from megatron.core import mpu  # noqa: E402
 from megatron.core.num_microbatches_calculator import get_num_microbatches  # noqa: E402
+from megatron.core.tensor_parallel import random as megatron_random  # noqa: E402
+from megatron.training import training  # noqa: E402
 
-from megatron_dwm.batches import StepBatches, tokens_of  # noqa: E402
+from megatron_dwm.batches import StepBatches  # noqa: E402
 from megatron_dwm.guards import gathered_parameters  # noqa: E402
 from megatron_dwm.integration.session import Session  # noqa: E402
-from megatron_dwm.meta import collectives, probe  # noqa: E402
-from megatron_dwm.train_step import Trainee  # noqa: E402
-from megatron_dwm.weighting.weights import weights_from_scores  # noqa: E402
+from megatron_dwm.meta import collectives, ghost, jacobian, probe  # noqa: E402
+from megatron_dwm.passes import Trainee  # noqa: E402
 
-AFTER = int(os.environ.get("PROBE_AFTER", "3"))
-DELTA = float(os.environ.get("PROBE_DELTA", "0.25"))
 plain_train_step = Session.train_step
+SCRIPT = os.path.join(ROOT, "examples", "pretrain_dwm.py")
 
 
-def train_step(self, stock, forward_step, iterator, model, optimizer, scheduler, *rest, **kwargs):
-    """Takes plain steps, then the one that is compared, and ends the run."""
-    arguments = (stock, forward_step, iterator, model, optimizer, scheduler, *rest)
-    iteration = kwargs["iteration"]
-    if iteration < AFTER:
-        return plain_train_step(self, *arguments, **kwargs)
+class Done(Exception):  # noqa: N818 - not an error
+    """Ends a run when its step has been taken apart."""
+
+
+@contextlib.contextmanager
+def replaced(owner, name, value):
+    """Replaces an attribute within it."""
+    kept = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, kept)
+
+
+# What each negative control puts wrong.
+BREAKS = {
+    None: contextlib.nullcontext,
+    # The sum over tensor- and pipeline-parallel ranks is left out.
+    "no-model-parallel-sum": lambda: replaced(
+        collectives, "sum_over_model_parallel", lambda value, group: value
+    ),
+    # A replicated norm counts on every tensor-parallel rank.
+    "norms-twice": lambda: replaced(ghost.Ghost, "share", lambda self, parameter: 1.0),
+    # Clipping is taken for a constant factor.
+    "no-clip-projection": lambda: replaced(
+        jacobian,
+        "clip_projection",
+        lambda norm, limit: (jacobian.clip_coefficient(norm, limit), 0.0),
+    ),
+    # Shards of v are not completed under the distributed optimizer.
+    "no-shard-gather": lambda: replaced(collectives, "gather_shards", lambda buffer, group: None),
+}
+
+
+def take_apart(case, self, stock, forward_step, iterator, model, optimizer, scheduler, *rest, **kw):
+    """Returns what the case asks for at this step."""
     config, schedule = rest[:2]
     step = self.step
     step.forward_step.forward_step = forward_step
-    num_microbatches = get_num_microbatches()
-    batches = StepBatches(iterator, num_microbatches)
-    again = Trainee(model, optimizer, config, schedule, batches.replay())
+    batches = StepBatches(iterator, get_num_microbatches())
+    trainee = Trainee(model, optimizer, config, schedule, batches.replay())
 
     def stock_step(data):
-        return stock(step.forward_step, data, model, optimizer, scheduler, *rest, **kwargs)
+        return stock(step.forward_step, data, model, optimizer, scheduler, *rest, **kw)
 
-    local = step.scorer.scores(tokens_of(batches.first()), num_microbatches)
-    weights = torch.zeros(local.numel() * step.groups.dp.size())
-    if step.sees_losses:
-        scores = collectives.gather_samples(local, step.groups.dp)
-        weights = weights_from_scores(scores, step.config.temperature)
-    # Every rank needs the weights only to agree on their number.
-    samples = list(range(weights.numel()))
-    common = (step, again, scheduler, stock_step, batches, weights)
-    reference = probe.reference(*common)
-    brute = probe.brute_force(*common, samples, DELTA)
-    state = probe.TrainerState(again, scheduler)
-    lr = max(float(group["lr"]) for group in optimizer.param_groups)
-    result, record = step(stock_step, again, iteration)
+    scores, weights = step.score(batches, kw["iteration"])
+    if weights is None:  # every rank needs their number
+        count = get_num_microbatches() * step.shape.micro_batch_size * step.groups.dp.size()
+        weights = torch.zeros(count)
+    probed = probe.ProbedStep(step, trainee, scheduler, stock_step, batches, weights)
+    out = {"weights": weights.tolist(), "dp": step.groups.dp.size(), "c": {}}
+    out["micro_batch_size"] = step.shape.micro_batch_size
+    with BREAKS[case.get("break")]():
+        for name in case.get("estimators", ["ghost"]):
+            found = probe.influence(probed, name)
+            out["c"][name] = found.values.tolist()
+            out.setdefault("quality", {}).update(found.quality)
+    if case.get("reference"):
+        out["reference"] = probe.reference(probed).tolist()
+    if case.get("brute"):
+        samples = list(range(weights.numel()))
+        out["brute"] = probe.brute_force(probed, samples, case["brute"]).tolist()
+    if case.get("update"):
+        out.update(update(probed, scores, kw["iteration"]))
+    return out
+
+
+def update(probed, scores, iteration):
+    """Takes the whole step; tells what it did to the scores, and to the LLM."""
+    step, state = probed.step, probed.state()
+    result, record = step(probed.stock_step, probed.trainee, iteration)
     moved = [t.detach().clone() for t, _ in state.tensors]
     # The meta step must leave the LLM exactly where the trainer's step alone takes it.
     state.restore()
-    with gathered_parameters(again):
-        probe.weighted_step(step, stock_step, batches, weights)
+    with gathered_parameters(probed.trainee):
+        step.meta_gradient.weighted_step(probed.stock_step, probed.batches, probed.weights)
     left_alone = all(
         torch.equal(t, m) for (t, _), m in zip(state.tensors, moved, strict=True) if t.dim() > 0
     )
     flag = torch.tensor(float(left_alone))
     torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
-    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-        with open(os.environ["PROBE_OUT"], "w") as file:
-            json.dump(
-                {
-                    "c": (record.meta.influence * lr).tolist(),
-                    "reference": reference.tolist(),
-                    "brute": brute.tolist(),
-                    "weights": weights.tolist(),
-                    "grad_norm": float(result[5]),
-                    "left_alone": bool(flag.item()),
-                },
-                file,
-            )
-    torch.distributed.barrier()
+    after, _ = step.score(probed.batches, iteration)
+    change = None if scores is None else (after - scores).tolist()
+    return {
+        "left_alone": bool(flag.item()),
+        "grad_norm": float(result[5]),
+        "updated": record.meta is not None and record.meta.updated,
+        "scores": None if scores is None else scores.tolist(),
+        "score_change": change,
+    }
+
+
+def run(case):
+    """Runs a case; returns what came out, or the traceback."""
+    kept = {}
+
+    @functools.wraps(plain_train_step)
+    def train_step(self, *args, **kwargs):
+        if kwargs["iteration"] < case.get("after", 3):
+            return plain_train_step(self, *args, **kwargs)
+        kept["out"] = take_apart(case, self, *args, **kwargs)
+        raise Done
+
+    sys.argv = [SCRIPT, *case["args"]]
+    try:
+        with replaced(Session, "train_step", train_step):
+            runpy.run_path(SCRIPT, run_name="__main__")
+    except Done:
+        return kept["out"]
+    except BaseException:
+        return {"error": traceback.format_exc()}
+    return {"error": "the run ended before the step that was to be taken apart"}
+
+
+def clean():
+    """Brings Megatron's globals back to where a new run can start."""
+    with contextlib.suppress(AssertionError):
+        training.destroy_global_state()
+    if mpu.model_parallel_is_initialized():
+        mpu.destroy_model_parallel()
+    megatron_random.initialize_rng_tracker(force_reset=True)
+    gc.collect()
+
+
+def main():
+    """Runs all, in order."""
+    with open(os.environ["CASES"]) as file:
+        cases = json.load(file)
+    rank = int(os.environ["RANK"])
+    for case in cases:
+        out = run(case)
+        if rank == int(os.environ["WORLD_SIZE"]) - 1 or "error" in out:
+            path = os.path.join(os.environ["OUT"], f"{case['name']}.json")
+            with open(path, "w") as file:
+                json.dump(out, file)
+        if "error" in out:
+            break  # the ranks may be out of step
+        clean()
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
     os._exit(0)
 
 
 if __name__ == "__main__":
-    Session.train_step = train_step
-    script = os.path.join(ROOT, "examples", "pretrain_dwm.py")
-    sys.argv[0] = script
-    runpy.run_path(script, run_name="__main__")
+    main()

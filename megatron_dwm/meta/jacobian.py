@@ -2,7 +2,8 @@
 
 One step is `theta+ = theta + U(G)`. `U` acts elementwise, so its Jacobian is the diagonal
 returned here; clipping by the global norm comes on top and is not diagonal
-(`clip_projection`). Optimizer states are those *after* the step.
+(`clip_projection`). Optimizer states are those *after* the step. All is computed in the dtype
+that is given.
 
 Sources: the update rules of `torch.optim.SGD`, `Adam` and `AdamW`, differentiated by hand.
 """
@@ -16,7 +17,8 @@ def sgd(lr: float, momentum: float = 0.0, dampening: float = 0.0, nesterov: bool
     """Returns `dU/dG` of SGD: `-lr`, times `1 - dampening` with momentum, `1 + mu` for Nesterov.
 
     The momentum buffer is `mu * old + (1 - dampening) * G`. (The first step, which torch starts
-    from `G` itself without dampening, is not told apart: Megatron's SGD has no dampening.)
+    from `G` itself without dampening, is not told apart: Megatron's SGD has no dampening.) Weight
+    decay adds a term that does not depend on G.
     """
     if momentum == 0.0:
         return -lr
@@ -43,7 +45,7 @@ def adam(
     including the decay term.
 
     Args:
-        grad: the gradient that entered the moments, any shape, float32.
+        grad: the gradient that entered the moments, any shape.
         exp_avg: first moment after the step, same shape.
         exp_avg_sq: second moment after the step, same shape.
         step: t, counted from 1.
@@ -56,14 +58,12 @@ def adam(
         A tensor of the same shape.
     """
     correction1, correction2 = 1.0 - beta1**step, 1.0 - beta2**step
-    root = (exp_avg_sq.float() / correction2).sqrt()
+    root = (exp_avg_sq / correction2).sqrt()
     denominator = root + eps
     # Where the second moment is 0, so are G and the first moment: the second term vanishes.
     # Divided step by step, as the denominator's square can underflow.
     ratio = torch.where(root > 0, grad / root, torch.zeros_like(root))
-    through_root = (
-        exp_avg.float() / correction1 / denominator * ((1.0 - beta2) / correction2) * ratio
-    )
+    through_root = exp_avg / correction1 / denominator * ((1.0 - beta2) / correction2) * ratio
     return -lr / denominator * ((1.0 - beta1) / correction1 - through_root)
 
 
@@ -84,7 +84,7 @@ def adam_expected(
         beta2: decay of the second moment.
         eps: Adam's epsilon.
     """
-    root = (exp_avg_sq.float() / (1.0 - beta2**steps)).sqrt()
+    root = (exp_avg_sq / (1.0 - beta2**steps)).sqrt()
     diagonal = -lr * (1.0 - beta1) / (1.0 - beta1 ** (steps + 1)) / (root + eps)
     return torch.where(root > 0, diagonal, torch.zeros_like(diagonal))
 
@@ -102,8 +102,8 @@ def adam_update(
 
     Arguments as for `adam`; decoupled weight decay is not included.
     """
-    first = exp_avg.float() / (1.0 - beta1**step)
-    root = (exp_avg_sq.float() / (1.0 - beta2**step)).sqrt()
+    first = exp_avg / (1.0 - beta1**step)
+    root = (exp_avg_sq / (1.0 - beta2**step)).sqrt()
     return -lr * first / (root + eps)
 
 

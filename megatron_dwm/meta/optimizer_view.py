@@ -2,7 +2,12 @@
 
 A `ParamShard` pairs a slice of a model parameter (and of its `main_grad`) with the tensor that
 the inner optimizer steps and with that tensor's state. It hides the difference between the fp32,
-the mixed-precision and the distributed optimizer.
+the mixed-precision and the distributed optimizer, and Transformer Engine's precision-aware Adam.
+
+The last one (`--use-precision-aware-optimizer`) keeps the fp32 weights itself, reads the gradient
+from `decoupled_grad` and stores the moments in few bits. What is read of it follows its source
+(transformer_engine/pytorch/optimizers/fused_adam.py) and Megatron's use of it; it was tested with
+a stand-in only and was never run with Transformer Engine.
 """
 
 from __future__ import annotations
@@ -27,7 +32,8 @@ class ParamShard:
         model_param: the parameter of the model, any shape.
         start: first element of the slice in the flattened parameter.
         end: one past its last element.
-        main_param: what the inner optimizer steps (fp32), `end - start` elements.
+        main_param: what the inner optimizer steps, `end - start` elements: fp32, or the slice of
+            the model parameter itself where the inner optimizer keeps the fp32 weights.
         group: the inner optimizer's parameter group.
         state: the inner optimizer's state of `main_param`.
         optimizer: the Megatron optimizer that it belongs to.
@@ -46,11 +52,30 @@ class ParamShard:
         return self.model_param.main_grad.view(-1)[self.start : self.end]
 
     def stepped_grad(self) -> torch.Tensor:
-        """Returns the flat (clipped, unscaled) gradient of the last optimizer step, float32."""
-        grad = self.main_param.grad
+        """Returns the flat (clipped, unscaled) gradient of the last optimizer step, float32.
+
+        It may be a view: of `main_grad` where the optimizer reads its gradient from there.
+        """
+        name = "decoupled_grad" if _keeps_weights(self.optimizer) else "grad"
+        grad = getattr(self.main_param, name, None)
         if grad is None:
             return torch.zeros(self.end - self.start, device=self.main_param.device)
         return grad.detach().view(-1).float()
+
+    def moments(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns Adam's first and second moment after the last step, flat, float32."""
+        if self.optimizer.config.use_precision_aware_optimizer:
+            # Stored in few bits, with a scale for each tensor that the optimizer keeps apart.
+            read = self.optimizer.optimizer.get_unscaled_state
+            first, second = (read(self.main_param, name) for name in ("exp_avg", "exp_avg_sq"))
+        else:
+            first, second = self.state["exp_avg"], self.state["exp_avg_sq"]
+        return first.view(-1).float(), second.view(-1).float()
+
+    def steps(self) -> int:
+        """Returns how many steps the moments are of, 0 before the first."""
+        # torch counts with each parameter, Transformer Engine and Apex with the group.
+        return int(self.state["step"] if "step" in self.state else self.group.get("step", 0))
 
     def counts_in_norm(self) -> bool:
         """Returns whether this slice counts in global dot products on this rank.
@@ -87,34 +112,64 @@ def check_supported(optimizer: Any, kind: str) -> None:
         kind: `--dwm-jacobian`; `identity` needs nothing of the optimizer.
 
     Raises:
-        DWMError: names the optimizer or the flag.
+        DWMError: names the optimizer or the flag, and the way out.
     """
     for leaf in leaf_optimizers(optimizer):
-        config = leaf.config
-        if config.fp16:
+        if leaf.config.fp16:
             raise DWMError("--fp16 is not supported with a learned --dwm-policy; use --bf16")
-        if kind == "identity":
-            continue
-        if config.optimizer not in ("adam", "sgd"):
+        problem = None if kind == "identity" else _why_unknown(leaf)
+        if problem:
             raise DWMError(
-                f"--optimizer {config.optimizer}: its Jacobian is not known to the meta-gradient; "
-                "use adam or sgd, --dwm-jacobian identity (taken for plain SGD), or --dwm-policy "
-                "uniform"
+                f"{problem}; use --dwm-jacobian identity (the optimizer taken for plain SGD) or "
+                "--dwm-policy uniform"
             )
-        for name in ("use_precision_aware_optimizer", "optimizer_cpu_offload"):
-            if getattr(config, name, False):
-                raise DWMError(
-                    f"--{name.replace('_', '-')} keeps gradients and states where the "
-                    "meta-gradient cannot read them; switch it off, or use --dwm-policy uniform"
-                )
-        known = hasattr(leaf, "fp32_from_float16_groups") or hasattr(
-            leaf, "shard_fp32_from_float16_groups"
+
+
+def _why_unknown(leaf: Any) -> str | None:
+    """Returns why the Jacobian of a Megatron optimizer is not known, None where it is."""
+    config = leaf.config
+    if config.optimizer not in ("adam", "sgd"):
+        return (
+            f"--optimizer {config.optimizer}: its Jacobian is not known to the meta-gradient, only "
+            "those of adam and sgd are"
         )
-        if not known and type(leaf).__name__ != "FP32Optimizer":
-            raise DWMError(
-                f"Megatron optimizer {type(leaf).__name__} is not supported by the meta-gradient; "
-                "use --dwm-policy uniform"
-            )
+    if config.optimizer_cpu_offload:
+        return (
+            "--optimizer-cpu-offload keeps gradients and states where the meta-gradient cannot "
+            "read them"
+        )
+    if config.use_precision_aware_optimizer:
+        return _why_not_readable(leaf)
+    known = hasattr(leaf, "fp32_from_float16_groups") or _is_distributed(leaf)
+    if not known and type(leaf).__name__ != "FP32Optimizer":
+        return f"Megatron optimizer {type(leaf).__name__}: its states are not known"
+    return None
+
+
+def _why_not_readable(leaf: Any) -> str | None:
+    """Returns why a precision-aware optimizer is not supported, None where it is."""
+    config = leaf.config
+    if not (_is_distributed(leaf) and hasattr(leaf.optimizer, "get_unscaled_state")):
+        return (
+            f"--use-precision-aware-optimizer: {type(leaf.optimizer).__name__} does not hand out "
+            "its moments as Transformer Engine's FusedAdam does"
+        )
+    if _keeps_weights(leaf) and not config.decoupled_weight_decay:
+        # The weights before the step, which decay the gradient, may lie there in 16-bit remainders.
+        return (
+            "--use-precision-aware-optimizer with decoupled_weight_decay=False: the decay that "
+            "entered the gradient cannot be read"
+        )
+    return None
+
+
+def _is_distributed(leaf: Any) -> bool:
+    return hasattr(leaf, "shard_fp32_from_float16_groups")
+
+
+def _keeps_weights(leaf: Any) -> bool:
+    """Returns whether the inner optimizer keeps the fp32 weights and reads `decoupled_grad`."""
+    return bool(leaf.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8)
 
 
 def shards(optimizer: Any) -> Iterator[ParamShard]:
@@ -137,9 +192,14 @@ def shards(optimizer: Any) -> Iterator[ParamShard]:
 def _owners(leaf: Any) -> dict[int, tuple[torch.nn.Parameter, int, int]]:
     """Maps the id of each stepped tensor to (model parameter, first, end element)."""
     owners: dict[int, tuple[torch.nn.Parameter, int, int]] = {}
-    if hasattr(leaf, "shard_fp32_from_float16_groups"):
+    if _is_distributed(leaf):
+        main_float16 = (
+            leaf.shard_float16_groups
+            if _keeps_weights(leaf)
+            else leaf.shard_fp32_from_float16_groups
+        )
         for model_groups, main_groups in (
-            (leaf.model_float16_groups, leaf.shard_fp32_from_float16_groups),
+            (leaf.model_float16_groups, main_float16),
             (leaf.model_fp32_groups, leaf.shard_fp32_groups),
         ):
             for models, mains in zip(model_groups, main_groups, strict=True):
@@ -191,12 +251,12 @@ def update_jacobian(
     Returns:
         `[end - start]` float32 for Adam, a number for SGD.
     """
-    group, state = shard.group, shard.state
+    group = shard.group
     if shard.optimizer.config.optimizer == "sgd":
         return _sgd_jacobian(group, lr)
     assert grad is not None
     beta1, beta2 = group["betas"]
-    moments = (*_moments(shard), _steps(group, state))
+    moments = (*shard.moments(), shard.steps())
     constants = (lr, beta1, beta2, group["eps"])
     if not shard.optimizer.config.decoupled_weight_decay and group["weight_decay"]:
         # The decay that entered the moments was that of the parameter before the step.
@@ -218,9 +278,8 @@ def expected_jacobian(shard: ParamShard, lr: float) -> torch.Tensor | float:
     if shard.optimizer.config.optimizer == "sgd":
         return _sgd_jacobian(group, lr)
     beta1, beta2 = group["betas"]
-    _, exp_avg_sq = _moments(shard)
-    steps = _steps(group, shard.state)
-    return jacobian.adam_expected(exp_avg_sq, steps, lr, beta1, beta2, group["eps"])
+    _, exp_avg_sq = shard.moments()
+    return jacobian.adam_expected(exp_avg_sq, shard.steps(), lr, beta1, beta2, group["eps"])
 
 
 def _sgd_jacobian(group: dict[str, Any], lr: float) -> float:
@@ -228,19 +287,9 @@ def _sgd_jacobian(group: dict[str, Any], lr: float) -> float:
     return jacobian.sgd(lr, momentum, dampening, group.get("nesterov", False))
 
 
-def _moments(shard: ParamShard) -> tuple[torch.Tensor, torch.Tensor]:
-    state = shard.state
-    return state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
-
-
-def _steps(group: dict[str, Any], state: dict[str, Any]) -> int:
-    # torch keeps the step with each parameter, Transformer Engine and Apex with the group.
-    return int(state["step"] if "step" in state else group["step"])
-
-
 def has_stepped(optimizer: Any) -> bool:
     """Returns whether the optimizer has the moments of an earlier step on this rank."""
     return all(
-        shard.optimizer.config.optimizer == "sgd" or "exp_avg" in shard.state
+        shard.optimizer.config.optimizer == "sgd" or shard.steps() > 0
         for shard in shards(optimizer)
     )

@@ -1,135 +1,112 @@
-"""The optimizers' Jacobians against finite differences of the real torch optimizers, in float64.
+"""The optimizers' Jacobians against autograd through a literal re-statement of torch's updates.
 
-A history of random gradients brings the optimizer to step t; then the last gradient is moved by
-+-delta and the whole history is replayed. The update is elementwise, so one pair of replays gives
-the whole diagonal (`test_the_update_is_elementwise` proves that). Every comparison has a negative
-control: a formula with one term wrong must fail it.
+The chain of proof, in float64: the re-statement walks with the real `torch.optim` optimizer over
+a history of gradients; autograd gives the whole matrix `d theta+ / dG` of its last step; the
+closed formula must be that matrix's diagonal, and all else 0. With clipping the matrix is full,
+and the pull-back `u -> a u - b <G', u> G'`, `u = D h`, must be its transpose. Every comparison has
+a negative control: a formula with one term wrong must fail it.
 What these tests do not exercise: Megatron's own optimizer wrappers and their shards.
 """
-
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from megatron_dwm import host
+from megatron_dwm.meta import jacobian
+from tests.unit.restated_optimizers import (
+    ADAM_OPTIONS,
+    BETAS,
+    DAMPENED,
+    LR,
+    SGD_OPTIONS,
+    SIZE,
+    adam_step,
+    clipped,
+    gradients,
+    is_diagonal,
+    known_to_sgd,
+    last_step,
+    sgd_step,
+    stepped,
+    torch_optimizer,
+    walk,
+)
 
-host.install()
-
-from megatron_dwm.meta import jacobian  # noqa: E402
-from megatron_dwm.meta.optimizer_view import ParamShard, update_jacobian  # noqa: E402
-
-LR, BETAS, SIZE = 0.01, (0.9, 0.95), 12
-
-
-def gradients(steps, seed=0):
-    """A history `[t, SIZE]` that spans six orders of magnitude and both signs."""
-    generator = torch.Generator().manual_seed(seed)
-    scale = torch.logspace(-4, 2, SIZE, dtype=torch.float64)
-    return torch.randn(steps, SIZE, generator=generator, dtype=torch.float64) * scale
-
-
-def start():
-    return torch.linspace(-1, 1, SIZE, dtype=torch.float64)
-
-
-def replay(make, history):
-    """Runs an optimizer over a history.
-
-    Returns:
-        The parameter before the last step and after it, the state and the optimizer.
-    """
-    parameter = torch.nn.Parameter(start())
-    optimizer = make([parameter])
-    before = parameter.detach().clone()
-    for grad in history:
-        before = parameter.detach().clone()
-        parameter.grad = grad.clone()
-        optimizer.step()
-    return before, parameter, optimizer
+ALL = [(sgd_step, o) for o in [*SGD_OPTIONS, DAMPENED]] + [(adam_step, o) for o in ADAM_OPTIONS]
 
 
-def measured_diagonal(make, history, relative=1e-6):
-    """`dU/dG` of the last gradient by a central difference, step relative to each element."""
-    delta = relative * history[-1].abs()
-    sides = []
-    for sign in (1.0, -1.0):
-        moved = history.clone()
-        moved[-1] += sign * delta
-        sides.append(replay(make, moved)[1].detach())
-    return (sides[0] - sides[1]) / (2 * delta)
+class TestRestatement:
+    @pytest.mark.parametrize(("step", "options"), ALL)
+    def test_walks_with_the_real_optimizer(self, step, options):
+        history = gradients(8)
+        parameter, _ = stepped(torch_optimizer(step, options), history)
+        theta, _ = walk(step, history, options)
+        assert torch.allclose(theta, parameter.detach(), rtol=1e-12, atol=1e-14)
+
+    @pytest.mark.parametrize(
+        ("step", "options", "wrong"),
+        [
+            (sgd_step, DAMPENED, {"momentum": 0.8}),
+            (sgd_step, SGD_OPTIONS[4], SGD_OPTIONS[2]),
+            (adam_step, ADAM_OPTIONS[1], ADAM_OPTIONS[2]),
+        ],
+    )
+    def test_comparison_tells_other_rules_apart(self, step, options, wrong):
+        history = gradients(8)
+        parameter, _ = stepped(torch_optimizer(step, options), history)
+        theta, _ = walk(step, history, wrong)
+        assert not torch.allclose(theta, parameter.detach(), rtol=1e-6)
 
 
-def agree(found, expected, history, lr=LR):
-    """Whether two diagonals agree, with an absolute slack for Adam's cancellation at t = 1.
-
-    There the two terms of the formula almost cancel; each is of the size of lr / |G|.
-    """
-    found = torch.as_tensor(found, dtype=torch.float64).expand(SIZE)
-    slack = 1e-5 * lr / history[-1].abs()
-    return bool(((found - expected).abs() <= 1e-4 * expected.abs() + slack).all())
+# --------------------------------------------------------------------------- SGD
 
 
-SGD_OPTIONS = [
-    {},
-    {"momentum": 0.9},
-    {"momentum": 0.9, "nesterov": True},
-    {"momentum": 0.9, "weight_decay": 0.1},
-    {"weight_decay": 0.1},
-]
-DAMPENED = {"momentum": 0.8, "dampening": 0.3}
 # torch starts the momentum buffer undampened, so dampening shows from the second step on.
 SGD_CASES = [(o, t) for o in SGD_OPTIONS for t in (1, 2, 5)] + [(DAMPENED, 2), (DAMPENED, 5)]
 
 
-def sgd_diagonal(history, **options):
-    """As SGD is linear in G, a large difference is exact and keeps clear of rounding."""
-    make = lambda p: torch.optim.SGD(p, lr=LR, **options)  # noqa: E731
-    # The tiny gradients' share of the parameters would be rounded away at any step.
-    return measured_diagonal(make, history.sign() + history, relative=1.0)
-
-
 class TestSGD:
     @pytest.mark.parametrize(("options", "steps"), SGD_CASES)
-    def test_equals_finite_differences_of_torch(self, options, steps):
-        """Decay adds a term that does not depend on G."""
-        expected = sgd_diagonal(gradients(steps), **options)
-        known = {k: v for k, v in options.items() if k != "weight_decay"}
-        assert expected.tolist() == pytest.approx([jacobian.sgd(LR, **known)] * SIZE, rel=1e-9)
+    def test_equals_autograd(self, options, steps):
+        matrix, _, _ = last_step(sgd_step, gradients(steps), options)
+        assert is_diagonal(matrix, jacobian.sgd(LR, **known_to_sgd(options)))
 
     @pytest.mark.parametrize(
-        ("wrong", "options"),
+        ("wrong", "options", "steps"),
         [
-            ({}, {"momentum": 0.9, "nesterov": True}),
-            ({"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}),
-            ({"momentum": 0.8}, DAMPENED),
-            ({"momentum": 0.9, "nesterov": True}, {"momentum": 0.9}),
+            ({}, {"momentum": 0.9, "nesterov": True}, 1),
+            ({"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, 3),
+            ({"momentum": 0.9, "nesterov": True}, {"momentum": 0.9}, 3),
+            ({"momentum": 0.8}, DAMPENED, 3),
+            # What the docstring says is not told apart.
+            (DAMPENED, DAMPENED, 1),
         ],
     )
-    def test_comparison_tells_other_rules_apart(self, wrong, options):
-        expected = sgd_diagonal(gradients(3), **options).tolist()
-        assert expected != pytest.approx([jacobian.sgd(LR, **wrong)] * SIZE, rel=1e-2)
+    def test_comparison_tells_other_rules_apart(self, wrong, options, steps):
+        matrix, _, _ = last_step(sgd_step, gradients(steps), options)
+        assert not is_diagonal(matrix, jacobian.sgd(LR, **wrong), rtol=1e-2)
 
 
-def adam_of(kind, eps, weight_decay):
-    return lambda p: kind(p, lr=LR, betas=BETAS, eps=eps, weight_decay=weight_decay)
+# --------------------------------------------------------------------------- Adam
 
 
-def adam_inputs(make, history, weight_decay_in_gradient=0.0):
-    """What `jacobian.adam` is given, read from the real optimizer after its step."""
-    before, parameter, optimizer = replay(make, history)
-    state = optimizer.state[parameter]
-    assert int(state["step"]) == len(history)
+def adam_inputs(grad, theta, state, eps=1e-8, weight_decay=0.0, decoupled=True):
+    """What `jacobian.adam` is given after a step with (clipped) `grad` from `theta`."""
     return {
-        "grad": history[-1] + weight_decay_in_gradient * before,
-        "exp_avg": state["exp_avg"],
-        "exp_avg_sq": state["exp_avg_sq"],
-        "step": len(history),
+        "grad": grad if decoupled else grad + weight_decay * theta,
+        "exp_avg": state[0],
+        "exp_avg_sq": state[1],
+        "step": state[2],
         "lr": LR,
         "beta1": BETAS[0],
         "beta2": BETAS[1],
-        "eps": optimizer.param_groups[0]["eps"],
+        "eps": eps,
     }
+
+
+def cancellation(inputs):
+    """The rounding of the formula's two terms, which cancel at t = 1, where Adam is a sign."""
+    root = (inputs["exp_avg_sq"] / (1 - BETAS[1] ** inputs["step"])).sqrt()
+    return 1e-13 * LR / (root + inputs["eps"])
 
 
 def adam_without_root(grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps):
@@ -149,20 +126,14 @@ def adam_root_squared_once(grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, ep
 
 
 class TestAdam:
-    @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
     @pytest.mark.parametrize("steps", [1, 2, 3, 10, 50])
-    @pytest.mark.parametrize("eps", [1e-15, 1e-8, 1e-3, 1.0])
-    @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-    def test_equals_finite_differences_of_torch(self, kind, steps, eps, weight_decay):
+    @pytest.mark.parametrize("options", ADAM_OPTIONS)
+    def test_equals_autograd(self, steps, options):
         """L2 decay (Adam) is part of the gradient; decoupled decay (AdamW) is not."""
         history = gradients(steps, seed=steps)
-        make = adam_of(kind, eps, weight_decay)
-        in_gradient = weight_decay if kind is torch.optim.Adam else 0.0
-        inputs = adam_inputs(make, history, in_gradient)
-        expected = measured_diagonal(make, history)
-        # The scale of the two terms is that of the gradient that entered the moments.
-        scale = torch.minimum(inputs["grad"].abs(), history[-1].abs()).unsqueeze(0)
-        assert agree(jacobian.adam(**inputs), expected, scale)
+        matrix, theta, state = last_step(adam_step, history, options)
+        inputs = adam_inputs(history[-1], theta, state, **options)
+        assert is_diagonal(matrix, jacobian.adam(**inputs), cancellation(inputs))
 
     @pytest.mark.parametrize(
         ("wrong", "steps", "eps"),
@@ -175,24 +146,28 @@ class TestAdam:
     )
     def test_comparison_tells_wrong_formulas_apart(self, wrong, steps, eps):
         history = gradients(steps, seed=steps)
-        make = adam_of(torch.optim.AdamW, eps, 0.0)
-        inputs = adam_inputs(make, history)
-        assert not agree(wrong(**inputs), measured_diagonal(make, history), history)
+        matrix, theta, state = last_step(adam_step, history, {"eps": eps})
+        inputs = adam_inputs(history[-1], theta, state, eps)
+        slack = cancellation(inputs)
+        assert is_diagonal(matrix, jacobian.adam(**inputs), slack)
+        assert not is_diagonal(matrix, wrong(**inputs), slack, rtol=1e-3)
 
     def test_comparison_tells_l2_decay_left_out_apart(self):
-        history = gradients(10, seed=10)
-        make = adam_of(torch.optim.Adam, 1e-8, 0.1)
-        expected = measured_diagonal(make, history)
-        assert not agree(jacobian.adam(**adam_inputs(make, history, 0.0)), expected, history)
+        history, options = gradients(10), {"weight_decay": 0.1, "decoupled": False}
+        matrix, theta, state = last_step(adam_step, history, options)
+        inputs = adam_inputs(history[-1], theta, state)
+        assert not is_diagonal(matrix, jacobian.adam(**inputs), cancellation(inputs), rtol=1e-3)
 
-    def test_the_update_is_elementwise(self):
-        """What lets one pair of replays measure the whole diagonal."""
-        history = gradients(5)
-        make = adam_of(torch.optim.AdamW, 1e-8, 0.1)
-        moved = history.clone()
-        moved[-1, 4] *= 1.5
-        changed = replay(make, history)[1] != replay(make, moved)[1]
-        assert changed.nonzero().view(-1).tolist() == [4]
+    @pytest.mark.parametrize("steps", [1, 5])
+    def test_update_is_what_the_step_added(self, steps):
+        """From it the parameter before the step is known, which L2 decay put in the gradient."""
+        options = {"weight_decay": 0.1, "decoupled": False}
+        history = gradients(steps)
+        before, _ = walk(adam_step, history[:-1], options)
+        after, state = walk(adam_step, history, options)
+        found = jacobian.adam_update(*state, LR, *BETAS, 1e-8)
+        assert torch.allclose(found, after - before, rtol=1e-9, atol=1e-15)
+        assert not torch.allclose(found, 1.01 * (after - before), rtol=1e-3)
 
     def test_zero_second_moment_gives_the_one_sided_slope_not_nan(self):
         """A row of the embedding that was never seen: G, m and v are all 0.
@@ -205,16 +180,17 @@ class TestAdam:
             expected = -LR * (1 - BETAS[0]) / (1 - BETAS[0] ** step) / eps
             assert found.tolist() == pytest.approx([expected] * 3, rel=1e-6)
         history = torch.zeros(5, SIZE, dtype=torch.float64)
-        make = adam_of(torch.optim.AdamW, eps, 0.0)
         moved = history.clone()
         moved[-1] = 1e-14
-        difference = replay(make, moved)[1] - replay(make, history)[1]
+        difference = walk(adam_step, moved, {})[0] - walk(adam_step, history, {})[0]
         assert (difference / 1e-14).tolist() == pytest.approx([expected] * SIZE, rel=1e-4)
 
     def test_zero_and_ordinary_elements_do_not_disturb_each_other(self):
         history = gradients(5)
         history[:, 3] = 0.0
-        inputs = adam_inputs(adam_of(torch.optim.AdamW, 1e-8, 0.0), history)
+        theta, _ = walk(adam_step, history[:-1], {})
+        _, state = walk(adam_step, history, {})
+        inputs = adam_inputs(history[-1], theta, state)
         whole = jacobian.adam(**inputs)
         assert torch.isfinite(whole).all()
         others = torch.arange(SIZE) != 3
@@ -223,15 +199,101 @@ class TestAdam:
         assert torch.equal(whole[others], part)
 
 
-def clipped(grad, max_norm):
-    """Megatron's clipping: `g min(1, C / (|g| + 1e-6))`."""
-    return grad * torch.clamp(max_norm / (grad.norm() + 1e-6), max=1.0)
+class TestAdamExpected:
+    @staticmethod
+    def coming_step(steps, factor, eps):
+        """A step whose gradient is `factor sqrt(vhat)` and after which the first moment is 0.
+
+        At `factor` 1 the second moment does not move: `b2 (1 - b2^t) + (1 - b2) = 1 - b2^(t+1)`.
+        The first moment of 0 takes away the exact diagonal's second term, the rest is the first.
+        """
+        theta, (_, v, t) = walk(adam_step, gradients(steps), {"eps": eps})
+        grad = factor * (v / (1 - BETAS[1] ** t)).sqrt()
+        state = (-(1 - BETAS[0]) / BETAS[0] * grad, v, t)
+
+        def of_gradient(g):
+            return adam_step(g, theta, state, eps)[0]
+
+        matrix = torch.autograd.functional.jacobian(of_gradient, grad)
+        return matrix, jacobian.adam_expected(v, t, LR, *BETAS, eps)
+
+    @pytest.mark.parametrize("steps", [1, 2, 20])
+    @pytest.mark.parametrize("eps", [1e-15, 1e-8, 1e-3])
+    def test_is_the_exact_first_term_when_the_second_moment_does_not_move(self, steps, eps):
+        matrix, expected = self.coming_step(steps, 1.0, eps)
+        assert is_diagonal(matrix, expected)
+
+    @pytest.mark.parametrize("factor", [0.5, 2.0])
+    def test_comparison_tells_a_moving_second_moment_apart(self, factor):
+        matrix, expected = self.coming_step(5, factor, 1e-8)
+        assert not is_diagonal(matrix, expected, rtol=1e-2)
+
+    def test_is_zero_where_no_gradient_was_ever_seen(self):
+        second = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)
+        for eps in (0.0, 1e-8):
+            found = jacobian.adam_expected(second, 3, LR, *BETAS, eps)
+            assert found[0] == found[2] == 0.0 and found[1] < 0.0
+
+
+# --------------------------------------------------------------------------- clipping
+
+
+def pull_back_matrix(diagonal, clipped_grad, a, b):
+    """The columns `a u - b <G', u> G'`, `u = D e_j`, of the pull-back of every unit vector."""
+    u = torch.diag(torch.as_tensor(diagonal, dtype=clipped_grad.dtype).expand(SIZE))
+    return a * u - b * torch.outer(clipped_grad, clipped_grad @ u)
+
+
+COMPOSED = [
+    (sgd_step, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    (adam_step, {"eps": 1e-8, "weight_decay": 0.1, "decoupled": True}),
+    (adam_step, {"eps": 1e-3, "weight_decay": 0.1, "decoupled": False}),
+]
 
 
 class TestClipping:
+    @staticmethod
+    def composed(step, options, max_norm, steps=5):
+        """d theta+ / dG by autograd; what the diagonal is computed from; G' and |G|."""
+        # Of one magnitude: no element's share of the norm is rounded away.
+        generator = torch.Generator().manual_seed(1)
+        noise = torch.randn(steps, SIZE, generator=generator, dtype=torch.float64)
+        history = gradients(steps).sign() + 0.1 * noise
+        matrix, theta, state = last_step(step, history, options, max_norm)
+        grad = clipped(history[-1], max_norm)
+        inputs = None if step is sgd_step else adam_inputs(grad, theta, state, **options)
+        return matrix, inputs, grad, history[-1].norm().item()
+
+    @pytest.mark.parametrize(("step", "options"), COMPOSED)
+    @pytest.mark.parametrize("max_norm", [0.01, 1.0, 100.0])
+    def test_pull_back_is_the_transpose_of_the_whole_jacobian(self, step, options, max_norm):
+        matrix, inputs, grad, norm = self.composed(step, options, max_norm)
+        if inputs is None:
+            diagonal = jacobian.sgd(LR, **known_to_sgd(options))
+        else:
+            diagonal = jacobian.adam(**inputs)
+        a, b = jacobian.clip_projection(norm, max_norm)
+        active = max_norm < norm
+        assert (a < 1.0 and b > 0.0) is active
+        size = matrix.abs().max().item()
+        found = pull_back_matrix(diagonal, grad, a, b)
+        assert torch.allclose(found, matrix.T, rtol=1e-9, atol=1e-11 * size)
+        # Negative controls: without the projection, and without the factor.
+        for wrong in ((a, 0.0), (1.0, b)):
+            found = pull_back_matrix(diagonal, grad, *wrong)
+            assert torch.allclose(found, matrix.T, rtol=1e-3, atol=1e-3 * size) is not active
+
+    @pytest.mark.parametrize("max_norm", [1.0, 100.0])
+    def test_comparison_tells_the_second_moment_left_out_apart(self, max_norm):
+        matrix, inputs, grad, norm = self.composed(adam_step, COMPOSED[1][1], max_norm)
+        size = matrix.abs().max().item()
+        a, b = jacobian.clip_projection(norm, max_norm)
+        found = pull_back_matrix(adam_without_root(**inputs), grad, a, b)
+        assert not torch.allclose(found, matrix.T, rtol=1e-3, atol=1e-3 * size)
+
     @pytest.mark.parametrize("max_norm", [1e-4, 0.5, 1.0, 100.0])
     @pytest.mark.parametrize("norm", [1e-5, 0.3, 0.9999999, 3.0, 250.0])
-    def test_projection_equals_autograd(self, max_norm, norm):
+    def test_projection_alone_equals_autograd(self, max_norm, norm):
         """`u -> a u - b <G', u> G'` is the transposed Jacobian, applied to any u."""
         generator = torch.Generator().manual_seed(3)
         grad = torch.randn(20, generator=generator, dtype=torch.float64)
@@ -258,51 +320,3 @@ class TestClipping:
         """`--clip-grad 0` means no clipping, not clipping to nothing."""
         assert jacobian.clip_coefficient(1e9, max_norm) == 1.0
         assert jacobian.clip_projection(1e9, max_norm) == (1.0, 0.0)
-
-    def test_inactive_clipping_is_the_identity(self):
-        assert jacobian.clip_projection(0.5, 1.0) == (1.0, 0.0)
-
-
-class TestUpdateJacobian:
-    """Reading the real optimizer's group and state gives the same diagonal, in float32."""
-
-    @staticmethod
-    def shard(make, history, name, decoupled):
-        parameter = torch.nn.Parameter(start().float())
-        optimizer = make([parameter])
-        for grad in history.float():
-            parameter.grad = grad.clone()
-            optimizer.step()
-        config = SimpleNamespace(optimizer=name, decoupled_weight_decay=decoupled)
-        group = optimizer.param_groups[0]
-        leaf = SimpleNamespace(config=config)
-        return ParamShard(parameter, 0, SIZE, parameter, group, optimizer.state[parameter], leaf)
-
-    @pytest.mark.parametrize("steps", [2, 10])
-    def test_adamw(self, steps):
-        history = gradients(steps, seed=steps)
-        make = adam_of(torch.optim.AdamW, 1e-8, 0.1)
-        found = update_jacobian(self.shard(make, history, "adam", True), LR)
-        assert agree(found, measured_diagonal(make, history), history)
-        # Negative control: the learning rate is the argument's, not the group's.
-        assert not agree(
-            update_jacobian(self.shard(make, history, "adam", True), 2 * LR),
-            measured_diagonal(make, history),
-            history,
-        )
-
-    def test_sgd_with_momentum(self):
-        options = {"momentum": 0.9, "nesterov": True}
-        make = lambda p: torch.optim.SGD(p, lr=LR, **options)  # noqa: E731
-        found = update_jacobian(self.shard(make, gradients(3), "sgd", True), LR)
-        expected = sgd_diagonal(gradients(3), **options)
-        assert expected.tolist() == pytest.approx([found] * SIZE, rel=1e-9)
-
-    def test_step_count_may_lie_in_the_group(self):
-        """Transformer Engine's fused Adam counts once a group, torch once a parameter."""
-        history = gradients(10)
-        shard = self.shard(adam_of(torch.optim.AdamW, 1e-8, 0.0), history, "adam", True)
-        expected = update_jacobian(shard, LR)
-        shard.group = {**shard.group, "step": int(shard.state["step"])}
-        shard.state = {k: v for k, v in shard.state.items() if k != "step"}
-        assert torch.equal(update_jacobian(shard, LR), expected)

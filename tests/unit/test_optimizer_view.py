@@ -1,0 +1,118 @@
+"""Reading torch's optimizers gives the Jacobians that are proved in test_jacobian.py, in float32.
+
+What these tests do not exercise: Megatron's own optimizers; tests/contract has those.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_dwm import host
+
+host.install()
+
+from megatron_dwm.meta import jacobian  # noqa: E402
+from megatron_dwm.meta.optimizer_view import (  # noqa: E402
+    ParamShard,
+    expected_jacobian,
+    has_stepped,
+    needs_gradient,
+    update_jacobian,
+)
+from tests.unit.restated_optimizers import (  # noqa: E402
+    BETAS,
+    DAMPENED,
+    LR,
+    SGD_OPTIONS,
+    SIZE,
+    adam_step,
+    gradients,
+    is_diagonal,
+    last_step,
+    sgd_step,
+    stepped,
+    torch_optimizer,
+    walk,
+)
+
+
+def shard_of(step, options, history):
+    """The shard of a real float32 torch optimizer after a history."""
+    parameter, optimizer = stepped(torch_optimizer(step, options), history, torch.float32)
+    config = SimpleNamespace(
+        optimizer="sgd" if step is sgd_step else "adam",
+        decoupled_weight_decay=options.get("decoupled", True),
+        use_precision_aware_optimizer=False,
+        use_precision_aware_optimizer_no_fp8_or_ds_fp8=False,
+    )
+    leaf = SimpleNamespace(config=config, optimizer=optimizer)
+    group = optimizer.param_groups[0]
+    return ParamShard(parameter, 0, SIZE, parameter, group, optimizer.state[parameter], leaf)
+
+
+class TestUpdateJacobian:
+    """Reading the real optimizer's group and state gives the same diagonal, in float32."""
+
+    @staticmethod
+    def agree(found, matrix, history):
+        slack = 1e-5 * LR / history[-1].abs()
+        return is_diagonal(matrix, found.double(), slack, rtol=1e-4)
+
+    @pytest.mark.parametrize("steps", [2, 10])
+    @pytest.mark.parametrize("decoupled", [True, False])
+    def test_adam(self, steps, decoupled):
+        """The gradient's L2 decay is that of the parameter before the step, which is gone."""
+        history = gradients(steps, seed=steps)
+        options = {"weight_decay": 0.1, "decoupled": decoupled}
+        matrix, _, _ = last_step(adam_step, history, options)
+        shard = shard_of(adam_step, options, history)
+        assert needs_gradient(shard)
+        grad = shard.stepped_grad()
+        assert torch.equal(grad, history[-1].float())
+        assert self.agree(update_jacobian(shard, LR, grad), matrix, history)
+        # Negative controls: another learning rate than the argument's, another gradient than the
+        # step's, the other kind of decay.
+        assert not self.agree(update_jacobian(shard, 2 * LR, grad), matrix, history)
+        assert not self.agree(update_jacobian(shard, LR, 2 * grad), matrix, history)
+        shard.optimizer.config.decoupled_weight_decay = not decoupled
+        assert not self.agree(update_jacobian(shard, LR, grad), matrix, history)
+
+    @pytest.mark.parametrize("options", [*SGD_OPTIONS, DAMPENED])
+    def test_sgd_needs_no_gradient(self, options):
+        matrix, _, _ = last_step(sgd_step, gradients(3), options)
+        shard = shard_of(sgd_step, options, gradients(3))
+        assert not needs_gradient(shard)
+        assert is_diagonal(matrix, update_jacobian(shard, LR, None))
+        assert expected_jacobian(shard, LR) == update_jacobian(shard, LR, None)
+        assert not is_diagonal(matrix, update_jacobian(shard, 2 * LR, None))
+
+    def test_expected_reads_the_second_moment_and_the_rate_of_the_coming_step(self):
+        history = gradients(4)
+        shard = shard_of(adam_step, {"eps": 1e-3}, history)
+        _, (_, v, t) = walk(adam_step, history, {})
+        expected = jacobian.adam_expected(v, t, 3 * LR, *BETAS, 1e-3)
+        found = expected_jacobian(shard, 3 * LR).double()
+        assert torch.allclose(found, expected, rtol=1e-5)
+        assert not torch.allclose(expected_jacobian(shard, LR).double(), expected, rtol=1e-5)
+
+    def test_step_count_may_lie_in_the_group(self):
+        """Transformer Engine's fused Adam counts once a group, torch once a parameter."""
+        history = gradients(10)
+        shard = shard_of(adam_step, {}, history)
+        expected = update_jacobian(shard, LR, history[-1].float())
+        shard.group = {**shard.group, "step": shard.steps()}
+        shard.state = {k: v for k, v in shard.state.items() if k != "step"}
+        assert torch.equal(update_jacobian(shard, LR, history[-1].float()), expected)
+        shard.group["step"] = 3
+        assert not torch.equal(update_jacobian(shard, LR, history[-1].float()), expected)
+
+    @pytest.mark.parametrize(("steps", "answer"), [(0, False), (1, True)])
+    def test_moments_that_are_there_but_of_no_step_do_not_count_as_stepped(self, steps, answer):
+        """Megatron may lay out the states, of zeros, before the first step."""
+        shard = shard_of(adam_step, {}, gradients(steps))
+        if steps == 0:
+            shard.state.update(exp_avg=torch.zeros(SIZE), exp_avg_sq=torch.zeros(SIZE))
+        leaf = shard.optimizer
+        leaf.optimizer.state[shard.main_param] = shard.state
+        assert has_stepped(leaf) is answer

@@ -154,11 +154,11 @@ def _why_not_readable(leaf: Any) -> str | None:
             f"--use-precision-aware-optimizer: {type(leaf.optimizer).__name__} does not hand out "
             "its moments as Transformer Engine's FusedAdam does"
         )
-    if _keeps_weights(leaf) and not config.decoupled_weight_decay:
-        # The weights before the step, which decay the gradient, may lie there in 16-bit remainders.
+    if not config.decoupled_weight_decay:
+        # The weights, which then are part of the gradient, may lie there in 16-bit remainders.
         return (
-            "--use-precision-aware-optimizer with decoupled_weight_decay=False: the decay that "
-            "entered the gradient cannot be read"
+            "--use-precision-aware-optimizer with decoupled_weight_decay=False: the weights that "
+            "decay the gradient cannot be read"
         )
     return None
 
@@ -256,19 +256,25 @@ def update_jacobian(
         return _sgd_jacobian(group, lr)
     assert grad is not None
     beta1, beta2 = group["betas"]
-    moments = (*shard.moments(), shard.steps())
     constants = (lr, beta1, beta2, group["eps"])
-    if not shard.optimizer.config.decoupled_weight_decay and group["weight_decay"]:
+    config = shard.optimizer.config
+    exp_avg, exp_avg_sq = shard.moments()
+    if config.use_precision_aware_optimizer:
+        # What fp8 stored as 0 was not 0 in the step: it used at least this much.
+        exp_avg_sq = torch.maximum(exp_avg_sq, (1.0 - beta2) * grad.square())
+    moments = (exp_avg, exp_avg_sq, shard.steps())
+    if not config.decoupled_weight_decay and group["weight_decay"]:
         # The decay that entered the moments was that of the parameter before the step.
-        before = shard.main_param.detach().view(-1).float() - jacobian.adam_update(
-            *moments, *constants
-        )
+        update = jacobian.adam_update(*moments, *constants)
+        before = shard.main_param.detach().view(-1).float() - update
         grad = grad + group["weight_decay"] * before
     return jacobian.adam(grad, *moments, *constants)
 
 
 def expected_jacobian(shard: ParamShard, lr: float) -> torch.Tensor | float:
     """Returns the diagonal that the coming step is expected to have (`jacobian.adam_expected`).
+
+    With the second moment in fp8 (`--exp-avg-sq-dtype fp8`) also 0 where it was stored as 0.
 
     Args:
         shard: the slice, after at least one step.

@@ -4,7 +4,8 @@ An upgrade of Megatron must fail here first, with the name of what has changed, 
 training run. Signatures and attributes are read from Megatron by import; where a function is too
 large to be called, its source is parsed. Also here: that the rebinding of Megatron's names is
 checked and undone, and that importing the package has no effects.
-What these tests do not exercise: a training run; tests/functional has those.
+What these tests do not exercise: a training run (tests/functional has those), DDP and the
+optimizers (test_optimizer_contract.py).
 """
 
 import ast
@@ -24,23 +25,15 @@ from megatron_dwm import host
 
 host.install()
 
-from megatron.core import optimizer as megatron_optimizer  # noqa: E402
-from megatron.core import package_info, parallel_state  # noqa: E402
+from megatron.core import package_info  # noqa: E402
 from megatron.core.datasets.blended_dataset import BlendedDataset  # noqa: E402
-from megatron.core.distributed import (  # noqa: E402
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-)
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func, schedules  # noqa: E402
-from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.rerun_state_machine import (  # noqa: E402
     RerunDataIterator,
     RerunMode,
     get_rerun_state_machine,
 )
 from megatron.core.tensor_parallel import random as megatron_random  # noqa: E402
-from megatron.core.transformer.module import MegatronModule  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 from megatron.training import arguments, checkpointing, training  # noqa: E402
 
@@ -49,8 +42,6 @@ from megatron_dwm.errors import DWMError  # noqa: E402
 from megatron_dwm.guards import quiet, restore_rng  # noqa: E402
 from megatron_dwm.integration import checks, rebind  # noqa: E402
 from megatron_dwm.integration.rebind import check_version, rebound  # noqa: E402
-from megatron_dwm.meta import jacobian, optimizer_view  # noqa: E402
-from megatron_dwm.meta.update import InnerStep, trainable_parameters  # noqa: E402
 from megatron_dwm.weighting import model as dwm_model  # noqa: E402
 from megatron_dwm.weighting.loss import SampleLosses  # noqa: E402
 
@@ -346,7 +337,7 @@ class TestSchedules:
         """One rank: the schedule's loss is what `SampleLosses.contributions` sums to.
 
         Three values: / tokens / micro-batches, in place; per-token: untouched; two values:
-        x context-parallel size / micro-batches. DDP's part is in `TestDistributedDataParallel`.
+        x context-parallel size / micro-batches. DDP's part is in test_optimizer_contract.py.
         """
         m, sums, tokens = 4, torch.tensor([3.0, 5.0]), torch.tensor(7)
         loss = sums.sum()
@@ -373,234 +364,6 @@ class TestSchedules:
         # Averaged over the context-parallel ranks by DDP, unless the losses are per token.
         ddp = 1 if per_token else context_parallel
         assert found.item() / ddp == pytest.approx(expected[:2].sum().item(), rel=1e-6)
-
-
-# --------------------------------------------------------------------------- DDP and optimizers
-
-
-@pytest.fixture(scope="module")
-def one_rank():
-    """Megatron's process groups on one rank."""
-    backend = "gloo" if host.is_cpu() else "nccl"
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group(backend=backend, store=store, rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    yield ProcessGroupCollection.use_mpu_process_groups()
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
-
-
-class Linear(MegatronModule):
-    def __init__(self, config):
-        super().__init__(config=config)
-        self.linear = torch.nn.Linear(6, 3)
-
-    def forward(self, x):
-        return self.linear(x)
-
-
-def wrapped(dtype=torch.float32, **ddp_options):
-    """A tiny model in Megatron's DDP."""
-    bf16 = dtype == torch.bfloat16
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=6,
-        num_attention_heads=1,
-        bf16=bf16,
-        params_dtype=dtype,
-        use_cpu_initialization=True,
-    )
-    torch.manual_seed(0)
-    module = Linear(config).to(device=host.device(), dtype=dtype)
-    for parameter in module.parameters():
-        parameter.tensor_model_parallel = False
-    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, **ddp_options)
-    return DistributedDataParallel(config=config, ddp_config=ddp_config, module=module)
-
-
-def optimizer_of(ddp, dtype=torch.float32, distributed=False, **options):
-    config = megatron_optimizer.OptimizerConfig(
-        lr=0.01,
-        bf16=dtype == torch.bfloat16,
-        params_dtype=dtype,
-        use_distributed_optimizer=distributed,
-        **{"optimizer": "adam", "weight_decay": 0.0, **options},
-    )
-    return megatron_optimizer.get_megatron_optimizer(config, [ddp])
-
-
-KINDS = pytest.mark.parametrize(
-    ("dtype", "distributed"),
-    [
-        (torch.float32, False),
-        (torch.bfloat16, False),
-        (torch.float32, True),
-        (torch.bfloat16, True),
-    ],
-    ids=["fp32", "bf16", "distributed-fp32", "distributed-bf16"],
-)
-
-
-def accumulate(ddp, optimizer, seed=1):
-    """One backward pass into `main_grad`, reduced; zeroed first as the trainer does it."""
-    ddp.zero_grad_buffer()
-    optimizer.zero_grad()
-    generator = torch.Generator().manual_seed(seed)
-    parameter = next(ddp.module.parameters())
-    x = torch.randn(5, 6, generator=generator).to(parameter)
-    ddp(x).float().square().sum().backward()
-    ddp.finish_grad_sync()
-
-
-class TestDistributedDataParallel:
-    def test_attributes(self, one_rank):
-        ddp = wrapped(use_distributed_optimizer=True)
-        assert len(ddp.remove_forward_pre_hook_handles) == 0
-        assert ddp.ddp_config.overlap_param_gather is False
-        assert list(ddp.expert_parallel_buffers) == []
-        (buffer,) = ddp.buffers
-        assert buffer.ddp_config.use_distributed_optimizer is True
-        assert torch.distributed.get_world_size(buffer.data_parallel_group) == 1
-        assert sum(bucket.grad_data.numel() for bucket in buffer.buckets) >= 6 * 3 + 3
-
-    def test_signatures(self):
-        assert "force_sync" in parameters_of(DistributedDataParallel.start_param_sync)
-        assert "param_sync" in parameters_of(DistributedDataParallel.disable_forward_pre_hook)
-        assert "force_all_reduce" in parameters_of(DistributedDataParallel.finish_grad_sync)
-        assert parameters_of(DistributedDataParallel.enable_forward_pre_hook) == ["self"]
-        assert {"config", "ddp_config", "module"} <= set(parameters_of(DistributedDataParallel))
-
-    def test_main_grad_is_a_view_of_the_bucket_that_zeroing_clears(self, one_rank):
-        """v is written into `main_grad` and gathered through the buckets."""
-        ddp = wrapped()
-        found = trainable_parameters([ddp])
-        assert len(found) == 2
-        found[0].main_grad.fill_(3.0)
-        data = torch.cat([bucket.grad_data for b in ddp.buffers for bucket in b.buckets])
-        assert (data == 3.0).sum() == found[0].numel()
-        ddp.zero_grad_buffer()
-        assert not found[0].main_grad.any()
-
-
-class TestOptimizers:
-    @KINDS
-    def test_every_element_is_found_once_with_its_state_and_gradient(
-        self, one_rank, dtype, distributed
-    ):
-        """The optimizers' group names, and the range map of the distributed one."""
-        ddp = wrapped(dtype, use_distributed_optimizer=distributed)
-        optimizer = optimizer_of(ddp, dtype, distributed)
-        accumulate(ddp, optimizer)
-        grads = {id(p): p.main_grad.clone().view(-1) for p in trainable_parameters([ddp])}
-        successful, norm, _ = optimizer.step()
-        assert successful and norm > 1.0
-        factor = jacobian.clip_coefficient(float(norm), 1.0)
-        seen = {}
-        for shard in optimizer_view.shards(optimizer):
-            count = shard.end - shard.start
-            assert shard.main_param.dtype == torch.float32 and shard.main_param.numel() == count
-            assert shard.state["exp_avg"].numel() == count
-            assert shard.counts_in_norm()
-            expected = grads[id(shard.model_param)][shard.start : shard.end] * factor
-            assert torch.allclose(shard.stepped_grad(), expected, rtol=1e-5)
-            key = id(shard.model_param)
-            seen[key] = seen.get(key, 0) + count
-        assert seen == {id(p): p.numel() for p in trainable_parameters([ddp])}
-
-    @KINDS
-    def test_pulled_back_gradient_is_the_derivative_of_the_real_step(
-        self, one_rank, dtype, distributed
-    ):
-        """`<v, dG>` against the change of `<h, theta+>` when the real step's gradient moves.
-
-        Clipping active, Adam at t = 3, read from the optimizer's fp32 parameters.
-        """
-        generator = torch.Generator().manual_seed(7)
-        direction = torch.randn(6 * 3 + 3, generator=generator).to(host.device())
-        h = torch.randn(6 * 3 + 3, generator=generator).to(host.device())
-
-        def step(amount):
-            ddp = wrapped(dtype, use_distributed_optimizer=distributed)
-            optimizer = optimizer_of(ddp, dtype, distributed)
-            for t in range(3):
-                accumulate(ddp, optimizer, seed=t)
-                if t == 2:
-                    write(trainable_parameters([ddp]), direction * amount, add=True)
-                lrs = optimizer_view.learning_rates(optimizer)
-                _, norm, _ = optimizer.step()
-            return ddp, optimizer, lrs, norm
-
-        def write(parameters, flat, add):
-            parts = flat.split([p.numel() for p in parameters])
-            for p, part in zip(parameters, parts, strict=True):
-                part = part.view_as(p.main_grad)
-                p.main_grad.copy_(p.main_grad + part if add else part)
-
-        def objective(amount):
-            ddp, optimizer, _, _ = step(amount)
-            parameters = trainable_parameters([ddp])
-            parts = h.double().split([p.numel() for p in parameters])
-            of_parameter = {id(p): part for p, part in zip(parameters, parts, strict=True)}
-            return sum(
-                of_parameter[id(shard.model_param)][shard.start : shard.end]
-                .dot(shard.main_param.detach().view(-1).double())
-                .item()
-                for shard in optimizer_view.shards(optimizer)
-            )
-
-        ddp, optimizer, lrs, norm = step(0.0)
-        inner = InnerStep.capture(optimizer, lrs, norm)
-        assert inner.clip[1] > 0.0
-        write(trainable_parameters([ddp]), h, add=False)
-        inner.pull_back([ddp])
-        v = torch.cat([p.main_grad.view(-1) for p in trainable_parameters([ddp])])
-        found = (v @ direction).item()
-        delta = 0.05
-        expected = (objective(delta) - objective(-delta)) / (2 * delta)
-        assert found == pytest.approx(expected, rel=0.02)
-        # Negative control: h itself, without the optimizer's Jacobian.
-        assert (h @ direction).item() != pytest.approx(expected, rel=0.5)
-
-    def test_fields_of_the_configuration_that_are_read(self):
-        fields = {field.name for field in dataclasses.fields(megatron_optimizer.OptimizerConfig)}
-        assert {
-            "optimizer",
-            "fp16",
-            "clip_grad",
-            "decoupled_weight_decay",
-            "use_precision_aware_optimizer",
-            "optimizer_cpu_offload",
-        } <= fields
-
-    @pytest.mark.parametrize(
-        ("options", "words"),
-        [
-            ({"optimizer": "lion"}, "--optimizer lion"),
-            ({"fp16": True}, "--fp16"),
-            ({"use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer"),
-            ({"optimizer_cpu_offload": True}, "--optimizer-cpu-offload"),
-        ],
-    )
-    def test_an_optimizer_without_a_known_jacobian_is_refused(self, one_rank, options, words):
-        optimizer = optimizer_of(wrapped())
-        optimizer_view.check_supported(optimizer)
-        for leaf in optimizer_view.leaf_optimizers(optimizer):
-            for name, value in options.items():
-                setattr(leaf.config, name, value)
-        with pytest.raises(DWMError, match=words):
-            optimizer_view.check_supported(optimizer)
-
-    @pytest.mark.parametrize(("norm", "max_norm"), [(5.0, 1.0), (0.5, 1.0), (1e-6, 1e-6)])
-    def test_megatrons_clip_factor_is_the_one_that_is_differentiated(self, norm, max_norm):
-        parameter = torch.nn.Parameter(torch.zeros(4, device=host.device()))
-        parameter.grad = torch.full_like(parameter, norm / 2)
-        clip_grad_by_total_norm_fp32([parameter], max_norm, norm)
-        expected = jacobian.clip_coefficient(norm, max_norm) * norm / 2
-        assert parameter.grad.tolist() == pytest.approx([expected] * 4, rel=1e-6)
-
-    def test_process_groups_that_are_read_exist(self, one_rank):
-        for name in ("tp", "pp", "mp", "dp", "dp_cp", "cp"):
-            assert getattr(one_rank, name).size() == 1
 
 
 # --------------------------------------------------------------------------- rebinding

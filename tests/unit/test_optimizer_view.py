@@ -3,6 +3,7 @@
 What these tests do not exercise: Megatron's own optimizers; tests/contract has those.
 """
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from megatron_dwm.meta.optimizer_view import (  # noqa: E402
     needs_gradient,
     update_jacobian,
 )
+from tests.contract.stand_in_fused_adam import FusedAdam  # noqa: E402
 from tests.unit.restated_optimizers import (  # noqa: E402
     BETAS,
     DAMPENED,
@@ -31,10 +33,13 @@ from tests.unit.restated_optimizers import (  # noqa: E402
     is_diagonal,
     last_step,
     sgd_step,
+    start,
     stepped,
     torch_optimizer,
     walk,
 )
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def shard_of(step, options, history):
@@ -116,3 +121,85 @@ class TestUpdateJacobian:
         leaf = shard.optimizer
         leaf.optimizer.state[shard.main_param] = shard.state
         assert has_stepped(leaf) is answer
+
+
+class TestMomentsInFewBits:
+    """The precision-aware Adam, a stand-in for Transformer Engine's, over six orders of magnitude.
+
+    The truth is autograd through the step from the moments that were stored before it.
+    """
+
+    @staticmethod
+    def shard_and_truth(first, second):
+        history = gradients(20, seed=2)
+        parameter = torch.nn.Parameter(start().float())
+        options = {"lr": LR, "weight_decay": 0.1, "betas": BETAS, "eps": 1e-8}
+        optimizer = FusedAdam(
+            [parameter],
+            **options,
+            capturable=False,
+            adam_w_mode=True,
+            exp_avg_dtype=first,
+            exp_avg_sq_dtype=second,
+            master_weights=True,
+            use_decoupled_grad=True,
+        )
+        for grad in history:
+            group, state = optimizer.param_groups[0], None
+            if optimizer.state[parameter]:
+                read = (optimizer.get_unscaled_state(parameter, n) for n in MOMENTS)
+                state = (*(moment.double() for moment in read), group["step"])
+            parameter.decoupled_grad = grad.float()
+            optimizer.step()
+        config = SimpleNamespace(
+            optimizer="adam",
+            decoupled_weight_decay=True,
+            use_precision_aware_optimizer=True,
+            use_precision_aware_optimizer_no_fp8_or_ds_fp8=True,
+        )
+        leaf = SimpleNamespace(config=config, optimizer=optimizer)
+        shard = ParamShard(parameter, 0, SIZE, parameter, group, optimizer.state[parameter], leaf)
+        truth = torch.autograd.functional.jacobian(
+            lambda g: adam_step(g, start(), state)[0], history[-1]
+        )
+        return shard, truth.diagonal()
+
+    @staticmethod
+    def error(found, truth):
+        """The largest relative error, an element at a time, and that of the whole vector."""
+        difference = (found.double() - truth).abs()
+        return (difference / truth.abs()).max().item(), (difference.norm() / truth.norm()).item()
+
+    @pytest.mark.parametrize(
+        ("first", "second", "element", "whole"),
+        [
+            (torch.float32, torch.float32, 1e-3, 1e-3),
+            (torch.bfloat16, torch.bfloat16, 0.02, 0.02),
+            (torch.float16, torch.float16, 0.02, 0.02),
+            (torch.uint8, torch.bfloat16, 0.25, 0.25),
+            (torch.float32, torch.uint8, 0.25, 0.1),
+            # Where both moments were stored as 0, the step is a sign and has no slope at all.
+            (torch.uint8, torch.uint8, math.inf, 0.25),
+        ],
+    )
+    def test_jacobian_is_that_of_the_step_before_storing(self, first, second, element, whole):
+        """Up to the rounding of what was stored, which the two terms' cancellation enlarges."""
+        shard, truth = self.shard_and_truth(first, second)
+        found = self.error(update_jacobian(shard, LR, shard.stepped_grad()), truth)
+        assert found[0] < element and found[1] < whole, found
+
+    def test_second_moment_taken_as_stored_fails_in_fp8(self):
+        """Its small elements are stored as 0, and the step did not divide by epsilon alone."""
+        shard, truth = self.shard_and_truth(torch.float32, torch.uint8)
+        grad, (first, second) = shard.stepped_grad(), shard.moments()
+        assert (second == 0).any() and (grad != 0).all()
+        wrong = jacobian.adam(grad, first, second, shard.steps(), LR, *BETAS, 1e-8)
+        assert self.error(wrong, truth)[1] > 0.5
+        assert self.error(update_jacobian(shard, LR, grad), truth)[1] < 0.1
+
+    def test_gradient_is_the_decoupled_one_and_zero_when_there_is_none(self):
+        shard, _ = self.shard_and_truth(torch.float32, torch.float32)
+        shard.main_param.grad = torch.ones(SIZE)
+        assert torch.equal(shard.stepped_grad(), shard.main_param.decoupled_grad)
+        shard.main_param.decoupled_grad = None
+        assert not shard.stepped_grad().any()

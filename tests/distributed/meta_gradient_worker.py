@@ -11,12 +11,14 @@ Reads a JSON list of cases from the file named by CASES, each a run of the stock
                  the meta loss measured; 0: not wanted
     break        a name of `BREAKS`: something is put wrong first, to see that a check notices
     update       take the whole step, and tell how the scores of its batch changed
+    memory       tell the bytes that a meta step keeps beyond the trainer's own step
 
 The last rank writes what came out to OUT/<name>.json, vectors in the order (data-parallel rank,
 micro-batch, sample).
 """
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import json
@@ -112,6 +114,8 @@ def take_apart(case, self, stock, forward_step, iterator, model, optimizer, sche
     if case.get("brute"):
         samples = list(range(weights.numel()))
         out["brute"] = probe.brute_force(probed, samples, case["brute"]).tolist()
+    if case.get("memory"):
+        out.update(memory(probed))
     if case.get("update"):
         out.update(update(probed, scores, kw["iteration"]))
     return out
@@ -140,6 +144,73 @@ def update(probed, scores, iteration):
         "scores": None if scores is None else scores.tolist(),
         "score_change": change,
     }
+
+
+def live_bytes():
+    """Returns the bytes of all tensors that are alive, each storage once."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and thing.layout == torch.strided:
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def memory(probed):
+    """Returns what each kind of meta step keeps in passes C and D, in bytes a local parameter."""
+    step, found = probed.step, {}
+    elements = sum(p.numel() for chunk in probed.trainee.model for p in chunk.parameters())
+    state = probed.state()
+
+    def without_meta_step():
+        step.meta_gradient.weighted_step(probed.stock_step, probed.batches, probed.weights)
+
+    def peak_of(act, *places):
+        """Runs `act` and returns the most that is alive at the entry of one of the places."""
+        seen = []
+
+        def watched(function):
+            def call(*args, **kwargs):
+                seen.append(live_bytes())
+                return function(*args, **kwargs)
+
+            return call
+
+        with contextlib.ExitStack() as stack:
+            for owner, name in places:
+                stack.enter_context(replaced(owner, name, watched(getattr(owner, name))))
+            act()
+        state.restore()
+        return max(seen, default=0)
+
+    def measure_after_step():
+        without_meta_step()
+        seen.append(live_bytes())
+
+    seen = []
+    with gathered_parameters(probed.trainee):
+        measure_after_step()
+        state.restore()
+    base = seen[0]
+    passes = (step.passes, "meta_gradient"), (step.passes, "run")
+    for name in ("ghost", "finite_difference", "current"):
+        lookahead = "current" if name == "current" else "next"
+        config = dataclasses.replace(step.meta_gradient.config, lookahead=lookahead)
+        places = passes if name != "current" else [(step.meta_gradient, "weighted_step")]
+        with replaced(step.meta_gradient, "config", config), gathered_parameters(probed.trainee):
+            peak = peak_of(
+                lambda name=name: step.meta_gradient.step(
+                    probed.stock_step,
+                    probed.trainee,
+                    probed.batches,
+                    probed.weights,
+                    None if name == "current" else name,
+                ),
+                *places,
+            )
+        found[name] = (peak - base) / elements
+    return {"bytes_per_parameter": found}
 
 
 def run(case):

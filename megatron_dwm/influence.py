@@ -185,16 +185,30 @@ class MetaGradient:
 
         # The parameters are overwritten, and theta is needed for every move.
         after = [p.detach().clone() for p in parameters]
-        relative_step = self.config.fd_relative_step
-        if relative_step is None:
-            relative_step = 5e-3 if trainee.config.params_dtype == torch.bfloat16 else 3e-4
-        local = finite_difference.estimate(
-            parameters, theta, measure, relative_step, torch.distributed.group.WORLD
+        found = finite_difference.estimate(
+            parameters,
+            theta,
+            measure,
+            torch.distributed.group.WORLD,
+            self.passes.shape.device,
+            self.config.fd_relative_step,
+            self._linearity_is_due(),
         )
         with torch.no_grad():
             for parameter, value in zip(parameters, after, strict=True):
                 parameter.data.copy_(value)
-        return local, {}
+        return found.values, found.quality
+
+    def _linearity_is_due(self) -> bool:
+        """Whether this meta step, by its number in the whole run, checks finite differences.
+
+        Counted by the meta batches read, which a checkpoint keeps, so that a resumed run logs
+        what one without an interruption would.
+        """
+        assert self.passes.meta_data is not None
+        data = self.passes.meta_data
+        number = data.consumed_samples // data.batch_size - 1  # pass C has read this step's
+        return number % finite_difference.LINEARITY_INTERVAL == 0
 
     # ------------------------------------------------------------------ lookahead: current
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_dwm.analysis.log_file import FILE_NAME, read_log
+from megatron_dwm.meta import finite_difference
 from megatron_dwm.weighting.weights import weight_statistics
 
 if TYPE_CHECKING:
@@ -65,6 +66,9 @@ class WeightLog:
             self.file.write(json.dumps(line) + "\n")
         if record.iteration % self.log_interval == 0:
             self.printer(console_line(line))
+        warning = finite_difference.warning(record.meta.quality) if record.meta else None
+        if warning is not None:
+            self.printer(warning)
         if self.writer is not None:
             for name, value in line.items():
                 if name not in ("iteration", "stage") and isinstance(value, int | float):
@@ -110,6 +114,7 @@ def describe(record: StepRecord, domains: list[str], samples: bool = False) -> d
             dwm_updated=int(record.meta.updated),
             meta_seconds=round(record.meta.seconds, 4),
         )
+        line.update({name: _finite(value) for name, value in record.meta.quality.items()})
     if samples:
         line["weights"] = [_finite(round(w, 6)) for w in weights.tolist()]
         if record.domains is not None:

@@ -1,18 +1,28 @@
 """The finite-difference estimator against per-sample gradients of a small network.
 
-A group of one gloo rank stands for the model-parallel group. What these tests do not exercise:
-the reduction of eps over several ranks, pipeline stages without losses beside ones with them.
+A group of one gloo rank stands for all ranks; sums over several are imitated. What these tests do
+not exercise: pipeline stages without losses beside ones with them, and a language model's bf16
+forward pass, where the rounding of the activations is as large as that of the weights.
 """
 
 import copy
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_dwm.meta import finite_difference
+from megatron_dwm import host
+
+host.install()
+
+from megatron_dwm.config import DWMConfig  # noqa: E402
+from megatron_dwm.influence import MetaGradient  # noqa: E402
+from megatron_dwm.meta import collectives, finite_difference  # noqa: E402
 
 SAMPLES = 10
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +33,12 @@ def group():
 
 
 class Problem:
-    """A network with v in `main_grad`, samples, and the truth `<v, g_i>` by autograd."""
+    """A network with v in `main_grad`, samples, and the truth `<v, g_i>` by autograd.
 
-    def __init__(self, dtype=torch.float32, seed=0):
+    With `power=5`, v has heavy tails like that of a language model.
+    """
+
+    def __init__(self, dtype=torch.float32, seed=0, power=1):
         torch.manual_seed(seed)
         self.model = torch.nn.Sequential(
             torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 5)
@@ -35,7 +48,7 @@ class Problem:
         self.parameters = list(self.model.parameters())
         self.theta = [p.detach().clone() for p in self.parameters]
         for p in self.parameters:
-            p.main_grad = torch.randn(p.shape) * 1e-3
+            p.main_grad = torch.randn(p.shape).pow(power) * 1e-3
         self.v = [p.main_grad.clone() for p in self.parameters]
 
     def losses(self, model):
@@ -54,9 +67,22 @@ class Problem:
             found.append(sum((g * v).sum() for g, v in zip(grads, self.v, strict=True)))
         return torch.stack(found)
 
-    def estimate(self, relative_step, group):
+    def estimate(self, group, relative_step=None, **options):
         return finite_difference.estimate(
-            self.parameters, self.theta, self.measure, relative_step, group
+            self.parameters, self.theta, self.measure, group, CPU, relative_step, **options
+        )
+
+    def values(self, group, relative_step=None):
+        return self.estimate(group, relative_step).values
+
+    def scale(self, group):
+        """|theta| / |v|."""
+        theta, v = finite_difference.norms(self.parameters, self.theta, group, CPU)
+        return theta / v
+
+    def chosen(self, group):
+        return finite_difference.choose_step(
+            self.parameters, self.theta, self.scale(group), group, CPU
         )
 
 
@@ -69,7 +95,7 @@ class TestEstimate:
     def test_equals_per_sample_dot_products_in_float32(self, group, seed):
         problem = Problem(seed=seed)
         expected = problem.truth()
-        found = problem.estimate(3e-4, group)
+        found = problem.values(group, 3e-4)
         assert found.shape == (SAMPLES,) and found.dtype == torch.float32
         assert relative_error(found, expected) <= 1e-2
 
@@ -77,41 +103,41 @@ class TestEstimate:
         """Central, not one-sided: at large steps ten times smaller is a hundred times better."""
         problem = Problem()
         expected = problem.truth()
-        errors = [relative_error(problem.estimate(step, group), expected) for step in (0.3, 0.03)]
+        errors = [relative_error(problem.values(group, step), expected) for step in (0.3, 0.03)]
         assert errors[0] / errors[1] > 30
 
     def test_estimate_is_of_the_right_sample_and_sign(self, group):
         """Negative control of the tolerance: permuted or negated samples are far off."""
         problem = Problem()
-        expected, found = problem.truth(), problem.estimate(3e-4, group)
+        expected, found = problem.truth(), problem.values(group, 3e-4)
         assert relative_error(found.roll(1), expected) > 0.5
         assert relative_error(-found, expected) > 0.5
 
     def test_scales_with_v_and_not_with_the_step(self, group):
         """eps follows |v|, so a v ten thousand times longer must give ten thousand times c."""
         problem = Problem()
-        small = problem.estimate(3e-4, group)
+        small = problem.values(group, 3e-4)
         for p in problem.parameters:
             p.main_grad.mul_(1e4)
-        assert relative_error(problem.estimate(3e-4, group), small * 1e4) <= 1e-2
+        assert relative_error(problem.values(group, 3e-4), small * 1e4) <= 1e-2
 
     def test_bfloat16_parameters_see_a_step_of_their_own_precision(self, group):
-        """With the default step of bf16 runs the direction survives the rounding."""
+        """With the step that is chosen for them the direction survives the rounding."""
         problem = Problem(dtype=torch.bfloat16)
         expected = problem.truth()
-        found = problem.estimate(5e-3, group)
+        found = problem.values(group)
         cosine = torch.nn.functional.cosine_similarity(found, expected, dim=0)
         assert cosine > 0.9
-        # The float32 step is below half an ulp of most weights: it drowns.
-        drowned = problem.estimate(3e-4, group)
-        assert relative_error(drowned, expected) > relative_error(found, expected)
+        # A step far below half an ulp of most weights drowns.
+        drowned = problem.values(group, 3e-5)
+        assert relative_error(drowned, expected) > 2 * relative_error(found, expected)
 
     def test_v_zero_gives_zeros(self, group):
         """A learning rate of 0 (its warm-up begins there): no influence, and no 0 / 0."""
         problem = Problem()
         for p in problem.parameters:
             p.main_grad.zero_()
-        assert torch.equal(problem.estimate(3e-4, group), torch.zeros(SAMPLES))
+        assert torch.equal(problem.values(group, 3e-4), torch.zeros(SAMPLES))
         assert all(map(torch.equal, problem.parameters, problem.theta))
 
     @pytest.mark.parametrize("v", [0.0, 1.0])
@@ -121,24 +147,21 @@ class TestEstimate:
         for p in problem.parameters:
             p.main_grad.mul_(v)
         problem.measure = lambda: calls.append(1)
-        assert problem.estimate(3e-4, group) is None
+        assert problem.values(group, 3e-4) is None
         assert len(calls) == (2 if v else 1)
 
     def test_starts_from_theta_wherever_the_parameters_are(self, group):
         """On entry the model holds theta+, the parameters after the step."""
         problem = Problem()
-        expected = problem.estimate(3e-4, group)
+        expected = problem.values(group, 3e-4)
         for p in problem.parameters:
             p.data.add_(5.0)
-        assert torch.equal(problem.estimate(3e-4, group), expected)
+        assert torch.equal(problem.values(group, 3e-4), expected)
 
-    def test_parameters_are_left_at_theta_minus_eps_v(self, group):
+    def test_v_is_left_alone(self, group):
         problem = Problem()
-        eps = finite_difference.step_size(problem.parameters, problem.theta, 3e-4, group)
-        problem.estimate(3e-4, group)
-        for p, theta, v in zip(problem.parameters, problem.theta, problem.v, strict=True):
-            assert torch.allclose(p, theta - eps * v, rtol=1e-6, atol=1e-8)
-            assert torch.equal(p.main_grad, v)
+        problem.estimate(group, check_linearity=True)
+        assert all(map(torch.equal, (p.main_grad for p in problem.parameters), problem.v))
 
     def test_builds_no_graph(self, group):
         """Two forward-only passes: what makes it cost 2 F."""
@@ -149,28 +172,242 @@ class TestEstimate:
             return torch.ones(SAMPLES)
 
         problem.measure = measure
-        problem.estimate(3e-4, group)
+        problem.values(group, 3e-4)
         assert seen == [False, False]
 
 
-class TestStepSize:
-    @pytest.mark.parametrize("relative_step", [1e-5, 3e-4, 0.1])
-    def test_step_is_the_wanted_share_of_the_parameters_norm(self, group, relative_step):
-        problem = Problem()
-        eps = finite_difference.step_size(problem.parameters, problem.theta, relative_step, group)
-        flat = lambda tensors: torch.cat([t.reshape(-1) for t in tensors])  # noqa: E731
-        share = (eps * flat(problem.v)).norm() / flat(problem.theta).norm()
-        assert share.item() == pytest.approx(relative_step, rel=1e-5)
+class TestRounding:
+    """What bf16 weights make of the step. On them, `|2 eps v| / |error|` is checked by hand."""
 
-    def test_is_zero_only_where_v_is(self, group):
+    def moves(self, problem, group, step):
+        """The parameters that each forward pass saw, flat, and the result."""
+        seen = []
+
+        def measure():
+            seen.append(torch.cat([p.detach().double().reshape(-1) for p in problem.parameters]))
+            return torch.zeros(SAMPLES)
+
+        problem.measure = measure
+        return seen, problem.estimate(group, step)
+
+    @pytest.mark.parametrize("step", [3e-4, 2e-3, 2e-2])
+    def test_signal_to_noise_is_that_of_the_parameters_that_were_seen(self, group, step):
+        problem = Problem(dtype=torch.bfloat16)
+        seen, result = self.moves(problem, group, step)
+        wanted = torch.cat([v.double().reshape(-1) for v in problem.v])
+        wanted = 2 * step * problem.scale(group) * wanted
+        noise = seen[0] - seen[1] - wanted
+        assert result.quality["fd_relative_step"] == step
+        assert result.quality["fd_signal_to_noise"] == pytest.approx(
+            (wanted.norm() / noise.norm()).item(), rel=1e-3
+        )
+
+    def test_it_falls_when_the_step_is_too_small(self, group):
+        """Negative control: a step below half an ulp moves next to nothing, and it shows."""
+        ratios = [
+            Problem(dtype=torch.bfloat16).estimate(group, step).quality["fd_signal_to_noise"]
+            for step in (1e-2, 1e-3, 1e-4, 1e-5)
+        ]
+        assert ratios == sorted(ratios, reverse=True)
+        assert ratios[0] > finite_difference.SIGNAL_TO_NOISE
+        assert ratios[3] < 1.5
+
+    def test_float32_has_a_thousand_times_as_much(self, group):
+        assert Problem().estimate(group).quality["fd_signal_to_noise"] > 1000
+
+    def test_the_first_moves_rounding_is_no_part_of_the_difference(self, group):
+        """Twice the signal-to-noise of rounding theta + eps v and theta - eps v each."""
+        problem, step = Problem(dtype=torch.bfloat16), 4e-3
+        ours = problem.estimate(group, step).quality["fd_signal_to_noise"]
+        eps = step * problem.scale(group)
+        signal = noise = 0.0
+        for theta, v in zip(problem.theta, problem.v, strict=True):
+            above = (theta.float() + eps * v).bfloat16().float()
+            below = (theta.float() - eps * v).bfloat16().float()
+            signal += (2 * eps * v).square().sum().item()
+            noise += (above - below - 2 * eps * v).square().sum().item()
+        assert ours > 1.5 * math.sqrt(signal / noise)
+
+    def test_ranks_sum_their_noise_and_signal(self, group, monkeypatch):
+        """Nine equal ranks: both norms are three times as large, and the ratio is the same."""
+        alone = Problem(dtype=torch.bfloat16).estimate(group)
+        monkeypatch.setattr(collectives, "sum_of_shards", lambda value, group: value * 9)
+        assert Problem(dtype=torch.bfloat16).estimate(group).quality == pytest.approx(alone.quality)
+
+
+class TestChooseStep:
+    STEPS = finite_difference.RELATIVE_STEPS
+
+    def test_float32_takes_the_least(self, group):
+        assert Problem().chosen(group) == self.STEPS[0] == 3e-4
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_bfloat16_takes_the_least_that_its_rounding_allows(self, group, seed):
+        """What is measured while moving agrees: enough at this step, not at the one before."""
+        problem = Problem(dtype=torch.bfloat16, seed=seed, power=5)
+        chosen = problem.chosen(group)
+        assert self.STEPS[0] < chosen < self.STEPS[-1]
+        before = self.STEPS[self.STEPS.index(chosen) - 1]
+        ratios = [
+            problem.estimate(group, step).quality["fd_signal_to_noise"] for step in (before, chosen)
+        ]
+        assert ratios[0] < finite_difference.SIGNAL_TO_NOISE <= ratios[1]
+
+    def test_half_precision_has_three_bits_more_and_takes_a_smaller_step(self, group):
+        half, brain = (Problem(dtype=t).chosen(group) for t in (torch.float16, torch.bfloat16))
+        assert half < brain
+
+    def test_takes_the_largest_where_none_is_enough(self, group):
+        """v only on a few small entries beside large ones that hold |theta|."""
+        problem = Problem(dtype=torch.bfloat16)
+        for p, theta in zip(problem.parameters, problem.theta, strict=True):
+            theta.fill_(256.0)
+            p.main_grad.mul_(torch.rand(p.shape))
+        assert problem.chosen(group) == self.STEPS[-1]
+
+    def test_depends_on_theta_and_v_only(self, group):
+        """So a resumed run chooses alike: no state, and not where the parameters are now."""
+        problem = Problem(dtype=torch.bfloat16)
+        first = problem.chosen(group)
+        problem.estimate(group, 0.1)
+        assert problem.chosen(group) == first == Problem(dtype=torch.bfloat16).chosen(group)
+
+    def test_a_sample_of_the_elements_decides_as_all_do(self, group, monkeypatch):
+        """With each part in proportion: a wide matrix is not outvoted by small vectors."""
+        torch.manual_seed(0)
         problem = Problem()
-        for p in problem.parameters[1:]:
-            p.main_grad.zero_()
-        step = (problem.parameters, problem.theta, 3e-4, group)
-        assert finite_difference.step_size(*step) > 0.0
-        problem.parameters[0].main_grad.zero_()
-        assert finite_difference.step_size(*step) == 0.0
+        shapes = [(384, 512), (512,), (64, 64)]
+        problem.theta = [(torch.randn(s) * 0.02).bfloat16() for s in shapes]
+        problem.theta[1] += 1.0  # a norm's weight
+        problem.parameters = [torch.nn.Parameter(t.clone()) for t in problem.theta]
+        for p in problem.parameters:
+            p.main_grad = torch.randn(p.shape)
+        sampled = problem.chosen(group)
+        monkeypatch.setattr(finite_difference, "SAMPLED_ELEMENTS", 10**9)
+        assert problem.chosen(group) == sampled
+
+    def test_the_sample_is_not_of_a_few_columns(self):
+        for numel in (2**20, 4096 * 4096, 3 * 2**22):
+            assert (numel // finite_difference.SAMPLED_ELEMENTS | 1) % 2 == 1
+
+    def test_scales_with_v(self, group):
+        problem = Problem(dtype=torch.bfloat16)
+        chosen = problem.chosen(group)
+        for p in problem.parameters:
+            p.main_grad.mul_(2.0**-20)
+        assert problem.chosen(group) == chosen
+
+
+class TestLinearity:
+    def test_the_check_does_not_change_the_values(self, group):
+        plain, checked = Problem(), Problem()
+        values = plain.estimate(group).values
+        found = checked.estimate(group, check_linearity=True)
+        assert torch.equal(found.values, values)
+        assert "fd_linearity_error" in found.quality
+        assert "fd_linearity_error" not in plain.estimate(group).quality
+
+    def test_costs_two_more_forward_passes(self, group):
+        problem, calls = Problem(), []
+        problem.measure = lambda: calls.append(1)
+        problem.estimate(group, check_linearity=True)
+        assert len(calls) == 4
+
+    def test_is_three_times_the_error_where_curvature_makes_it(self, group):
+        """c(eps) = c + k eps^2, so c(2 eps) - c(eps) = 3 k eps^2."""
+        problem = Problem()
+        expected = problem.truth()
+        found = problem.estimate(group, 0.03, check_linearity=True)
+        error = relative_error(found.values, expected)
+        assert found.quality["fd_linearity_error"] == pytest.approx(3 * error, rel=0.1)
+
+    def test_a_nonlinear_loss_raises_it(self, group):
+        """Negative control: quadratic losses have exact central differences, quintic ones not."""
+        errors = {}
+        for power in (1, 2, 5):
+            problem = Problem()
+
+            def measure(problem=problem, power=power):
+                values = torch.cat([p.detach().double().reshape(-1) for p in problem.parameters])
+                return (values[:SAMPLES] * 3).pow(power)
+
+            problem.measure = measure
+            found = problem.estimate(group, 0.5, check_linearity=True)
+            errors[power] = found.quality["fd_linearity_error"]
+        assert max(errors[1], errors[2]) < 1e-3
+        assert errors[5] > finite_difference.LINEARITY_LIMIT
+
+    def test_a_step_that_drowns_raises_it(self, group):
+        """Negative control: rounding is seen too, not only curvature."""
+        problem = Problem(dtype=torch.bfloat16)
+        good = problem.estimate(group, check_linearity=True).quality["fd_linearity_error"]
+        bad = problem.estimate(group, 3e-4, check_linearity=True).quality["fd_linearity_error"]
+        assert bad > 3 * good and bad > finite_difference.LINEARITY_LIMIT
+
+    def test_is_over_the_global_batch_and_ranks_without_losses_get_it(self, group, monkeypatch):
+        """They add nothing and hear the sum, here of a last stage that found 3 and 5 squared."""
+        problem = Problem()
+        problem.measure = lambda: None
+        real, sums = collectives.sum_of_shards, []
+
+        def summed(value, group):
+            sums.append(value)
+            last = value.tolist() == [0.0, 0.0]
+            return torch.tensor([9.0, 25.0], dtype=torch.float64) if last else real(value, group)
+
+        monkeypatch.setattr(collectives, "sum_of_shards", summed)
+        found = problem.estimate(group, 1e-3, check_linearity=True)
+        assert found.values is None
+        assert found.quality["fd_linearity_error"] == pytest.approx(3 / 5)
+
+    def test_is_infinite_where_nothing_moved_the_losses(self, group):
+        problem = Problem()
+        problem.measure = lambda: torch.ones(SAMPLES)
+        found = problem.estimate(group, check_linearity=True)
+        assert found.quality["fd_linearity_error"] == math.inf
+
+
+class TestWhenLinearityIsChecked:
+    def checked(self, first_position=0, steps=250, batch_size=48):
+        """Numbers of the meta steps that check, of a run that begins at a meta set position."""
+        data = SimpleNamespace(consumed_samples=first_position, batch_size=batch_size)
+        step = MetaGradient(DWMConfig(), SimpleNamespace(meta_data=data))
+        found = []
+        for _ in range(steps):
+            data.consumed_samples += batch_size  # pass C
+            if step._linearity_is_due():
+                found.append(data.consumed_samples // batch_size)
+        return found
+
+    def test_at_the_first_meta_step_and_every_hundred(self):
+        assert self.checked() == [1, 101, 201]
+
+    def test_a_resumed_run_goes_on_counting(self):
+        assert self.checked(first_position=150 * 48, steps=100) == [201]
+
+
+class TestNorms:
+    def test_are_those_of_the_whole_model(self, group):
+        problem = Problem()
+        flat = lambda tensors: torch.cat([t.reshape(-1) for t in tensors])  # noqa: E731
+        expected = flat(problem.theta).norm().item(), flat(problem.v).norm().item()
+        found = finite_difference.norms(problem.parameters, problem.theta, group, CPU)
+        assert found == pytest.approx(expected, rel=1e-5)
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    @pytest.mark.parametrize("of", ["v", "theta"])
+    def test_what_is_not_finite_gives_an_influence_that_is_not(self, group, of, bad):
+        """So that the meta step is skipped; and no figures of quality."""
+        problem = Problem()
+        broken = problem.theta[0] if of == "theta" else problem.parameters[0].main_grad
+        broken.view(-1)[0] = bad
+        found = problem.estimate(group)
+        assert found.values.isnan().all() and found.quality == {}
 
     def test_a_rank_without_parameters_takes_part(self, group):
-        """A pipeline stage may hold no trainable parameter; the reduction needs it all the same."""
-        assert finite_difference.step_size([], [], 3e-4, group) == 0.0
+        """A pipeline stage may hold no trainable parameter; the sums need it all the same."""
+        assert finite_difference.norms([], [], group, CPU) == (0.0, 0.0)
+        assert (
+            finite_difference.choose_step([], [], 1.0, group, CPU)
+            in finite_difference.RELATIVE_STEPS
+        )

@@ -136,6 +136,41 @@ class TestConsoleLine:
         assert "meta loss" not in text and "effective sample size: 0.727" in text
 
 
+class TestQuality:
+    """What the estimator says of itself."""
+
+    GOOD = {"fd_relative_step": 1e-3, "fd_signal_to_noise": 7.5, "fd_linearity_error": 0.05}
+
+    def test_goes_into_the_line_and_to_tensorboard(self):
+        assert self.GOOD.items() <= describe(record(quality=self.GOOD), NAMES).items()
+        log = Log(None)
+        log.log.write(record(quality=self.GOOD))
+        assert log.writer.scalars["dwm/fd_signal_to_noise", 7] == 7.5
+
+    def test_an_estimator_without_any_adds_nothing(self):
+        assert not [name for name in describe(record(), NAMES) if name.startswith("fd_")]
+
+    def test_infinite_becomes_null(self):
+        line = describe(record(quality={"fd_signal_to_noise": math.inf}), NAMES)
+        assert line["fd_signal_to_noise"] is None
+
+    @pytest.mark.parametrize("error", [0.75, math.inf, NAN])
+    def test_a_failed_check_is_said_whatever_the_log_interval(self, error):
+        log = Log(None, log_interval=100)
+        log.log.write(record(quality={**self.GOOD, "fd_linearity_error": error}))
+        (text,) = log.printed
+        assert "WARNING" in text and "\n" not in text
+        assert "--dwm-fd-relative-step" in text and "--dwm-estimator ghost" in text
+
+    def test_a_passed_check_and_a_step_without_one_are_not(self):
+        log = Log(None, log_interval=100)
+        log.log.write(record(quality=self.GOOD))
+        log.log.write(record(quality={"fd_relative_step": 1e-3, "fd_signal_to_noise": 7.5}))
+        log.log.write(record(meta=False))
+        log.log.write(record())
+        assert log.printed == []
+
+
 class TestWriting:
     def test_one_strict_json_line_a_step_at_once(self, tmp_path):
         """Readable while the run goes on: lines are not held back in a buffer."""

@@ -1,9 +1,10 @@
 """The weighting model's state inside Megatron's own `torch_dist` checkpoint, and its snapshots.
 
 Everything lies under the key `dwm` of the trainer's state dict: tensors (`dwm.*`), the DWM's
-optimizer, the position in the meta data and the count of meta steps. The schedule is a function
-of the iteration, so its state is the iteration; what it was is kept to notice a change. The stock
-trainer can load such a checkpoint: it does not ask for the extra keys.
+optimizer, the position in the meta data, the count of meta steps and the account of the overhead
+budget. The schedule is a function of the iteration, so its state is the iteration; what it was is
+kept to notice a change. The stock trainer can load such a checkpoint: it does not ask for the
+extra keys.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def _sharded_state(
         "warm_started": step.warm_started,
         "has_optimizer": with_optimizer,
         "meta_data": None if step.meta_data is None else step.meta_data.state_dict(),
+        "overhead_budget": None if step.budget is None else step.budget.state_dict(),
     }
     if step.scorer is not None:
         metadata = {"dp_cp_group": step.groups.dp_cp, **(metadata or {})}
@@ -100,6 +102,10 @@ def load(step: DWMTrainStep, folder: str, with_optimizer: bool = True) -> str:
     step.warm_started = step.warm_start is None or bool(found["warm_started"])
     if step.meta_data is not None and found["meta_data"] is not None:
         step.meta_data.load_state_dict(found["meta_data"])
+    # Missing in a checkpoint of a run that had none, or of an older version.
+    account = found.get("overhead_budget")
+    if step.budget is not None and account is not None:
+        step.budget.load_state_dict(account)
     line = f"DWM: loaded from {folder} after {step.meta_steps_taken} meta steps"
     planned, plans = found.get("stages"), step.schedule.description()
     if planned is not None and planned != plans:

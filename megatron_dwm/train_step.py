@@ -22,6 +22,7 @@ import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from megatron_dwm.batches import StepBatches, tokens_of
+from megatron_dwm.budget import NoMeter, Overhead, OverheadBudget, StepMeter
 from megatron_dwm.config import DWMConfig
 from megatron_dwm.guards import gathered_parameters
 from megatron_dwm.influence import Influence, MetaGradient, StockStep
@@ -68,6 +69,7 @@ class StepRecord:
         domains: `[N]` data set of the blend of each sample, on last-stage ranks; -1 unknown.
         meta: the meta step's results, if one was taken.
         lm_loss: what the trainer reports.
+        overhead: the DWM's share of the time, where it has a budget.
     """
 
     iteration: int
@@ -76,6 +78,7 @@ class StepRecord:
     domains: torch.Tensor | None
     meta: MetaResult | None
     lm_loss: float | None
+    overhead: Overhead | None = None
 
 
 class DWMTrainStep:
@@ -106,6 +109,7 @@ class DWMTrainStep:
         self.scorer, self.warm_start = scorer, warm_start
         self.description = description or config.shape()
         self.meta_gradient = MetaGradient(config, passes)
+        self.budget = OverheadBudget.from_config(config)
         self.meta_steps_taken = 0
         self.warm_started = warm_start is None
 
@@ -122,7 +126,9 @@ class DWMTrainStep:
         Returns:
             The trainer's own result, and the record for the log.
         """
-        plan = self.schedule.plan(iteration)
+        # Spaces and times meta steps under --dwm-overhead-budget; else it does nothing.
+        meter = NoMeter() if self.budget is None else StepMeter(self.budget, self.shape.device)
+        plan = meter.admitted(self.schedule.plan(iteration))
         num_microbatches = get_num_microbatches()
         if plan.meta_step and not self.warm_started and self.warm_start is not None:
             with gathered_parameters(trainee):
@@ -131,7 +137,8 @@ class DWMTrainStep:
         if self.scorer is None:
             return self._uniform_step(stock_step, trainee, plan, iteration, num_microbatches)
 
-        batches = StepBatches(trainee.data_iterator, num_microbatches)
+        batches = meter.own(StepBatches)(trainee.data_iterator, num_microbatches)
+        stock_step = meter.own(stock_step)
 
         # A: scores [N] and weights [N] of the global batch
         scores = weights = None
@@ -153,7 +160,8 @@ class DWMTrainStep:
             result, _ = self.meta_gradient.weighted_step(stock_step, batches, weights)
 
         domains = self._domains(batches) if self.sees_losses else None
-        record = StepRecord(iteration + 1, plan, weights, domains, meta, _first_loss(result[0]))
+        loss, overhead = _first_loss(result[0]), meter.finish(meta is not None)
+        record = StepRecord(iteration + 1, plan, weights, domains, meta, loss, overhead)
         return result, record
 
     def score(

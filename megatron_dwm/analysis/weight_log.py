@@ -69,6 +69,8 @@ class WeightLog:
         warning = finite_difference.warning(record.meta.quality) if record.meta else None
         if warning is not None:
             self.printer(warning)
+        if record.overhead is not None and record.overhead.notice is not None:
+            self.printer(record.overhead.notice)
         if self.writer is not None:
             for name, value in line.items():
                 if name not in ("iteration", "stage") and isinstance(value, int | float):
@@ -115,6 +117,11 @@ def describe(record: StepRecord, domains: list[str], samples: bool = False) -> d
             meta_seconds=round(record.meta.seconds, 4),
         )
         line.update({name: _finite(value) for name, value in record.meta.quality.items()})
+    if record.overhead is not None:
+        line["dwm_time_share"] = round(record.overhead.time_share, 6)
+        line["overhead_budget"] = record.overhead.budget
+        if record.overhead.put_off:
+            line["meta_put_off"] = 1
     if samples:
         line["weights"] = [_finite(round(w, 6)) for w in weights.tolist()]
         if record.domains is not None:
@@ -138,6 +145,10 @@ def console_line(line: dict[str, Any]) -> str:
         parts.insert(3, f"meta-gradient norm: {_number(line['meta_gradient_norm'], '.3E')}")
         if not line["dwm_updated"]:
             parts.insert(4, "DWM update skipped")
+    if "dwm_time_share" in line:
+        parts.append(f"DWM time: {line['dwm_time_share']:.2%} of {line['overhead_budget']:.2%}")
+    if "meta_put_off" in line:
+        parts.append("meta step put off")
     for name, weight in line["domain_weight"].items():
         parts.append(f"{name}: {weight:.3f}")
     return " | ".join(parts) + " |"

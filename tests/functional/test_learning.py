@@ -139,6 +139,15 @@ def results(folder: Path, data: dict[str, str], data_flags: list[str]) -> Result
         Run("no-dwm", [*plain, "--dwm-temperature", "2"]),
     ]
     base = [*tiny, *data_flags, *DWM]
+    # An overhead budget: stopped and resumed; far too small, from a checkpoint without an account.
+    budget = [*base, "--train-iters", "20", "--dwm-overhead-budget", "1.0", "--save-interval", "12"]
+    budget += ["--save", str(folder / "budget")]
+    small = "--dwm-overhead-budget 0.001 --train-iters 8 --override-opt-param-scheduler".split()
+    runs += [
+        Run("budget", [*budget, "--exit-interval", "12"]),
+        Run("budget-resumed", [*budget, "--load", str(folder / "budget")]),
+        Run("budget-small", [*pp2, *DWM, *saved, *small]),
+    ]
     runs += [Run(f"bad-{name}", [*base, *flags]) for name, (flags, _) in BAD.items()]
 
     broken = write_dataset(folder / "broken", 9)
@@ -294,6 +303,44 @@ def test_meta_step_that_is_not_finite_is_skipped(results: Results) -> None:
     lines = [x for x in results["poisoned"][-1]["stdout"].splitlines() if "dwm iteration" in x]
     assert len(lines) == 6
     assert all("DWM update skipped" in line and "max weight: 1.000 " in line for line in lines)
+
+
+def test_overhead_budget_spaces_meta_steps(results: Results, folder: Path) -> None:
+    """A meta step is taken only while the share is within the budget, also after a resume.
+
+    So the DWM's time never exceeds it by more than one meta step. That holds however noisy this
+    machine's clock is; how far apart the meta steps lie does not, and is left to the unit tests.
+    """
+    from megatron.core import dist_checkpointing
+
+    for name in ("budget", "budget-resumed"):
+        ranks = results.succeeded(name)
+        assert ranks[0]["parameters"] == ranks[1]["parameters"]
+    log = read_log(folder / "budget" / FILE_NAME)
+    assert [line["iteration"] for line in log] == list(range(1, 21))
+    assert all(("meta_loss" in line) != ("meta_put_off" in line) for line in log)
+    taken = [k for k, line in enumerate(log) if "meta_loss" in line]
+    assert taken[0] == 0 and len(taken) < len(log)
+    assert all(log[k - 1]["dwm_time_share"] <= 1.0 for k in taken[1:])
+    accounts = []
+    for iteration in (12, 20):
+        saved = str(folder / "budget" / f"iter_{iteration:07d}")
+        account = dist_checkpointing.load_common_state_dict(saved)["dwm"]["overhead_budget"]
+        share = account["dwm_seconds"] / account["stock_seconds"]
+        assert share == pytest.approx(log[iteration - 1]["dwm_time_share"], abs=1e-6)
+        accounts.append(account)
+    first, last = accounts
+    assert 0 < first["stock_seconds"] < last["stock_seconds"]
+
+
+def test_overhead_budget_below_scoring_is_said(results: Results) -> None:
+    """One meta step to measure, then a warning. The checkpoint it starts from has no account."""
+    out = results.succeeded("budget-small")[-1]["stdout"]
+    lines = [line for line in out.splitlines() if "dwm iteration" in line]
+    assert ["meta loss" in line for line in lines] == [True] + [False] * 4
+    assert all("meta step put off" in line for line in lines[1:])
+    assert out.count("NO FURTHER META STEP IS TAKEN") == 1
+    assert "allows 0.10%" in out and "% of 0.10%" in lines[-1]
 
 
 def test_flags_without_dwm_are_refused(results: Results) -> None:

@@ -17,6 +17,7 @@ from megatron_dwm.analysis.weight_log import (  # noqa: E402
     describe,
     read_log,
 )
+from megatron_dwm.budget import Overhead  # noqa: E402
 from megatron_dwm.schedule import StepPlan  # noqa: E402
 from megatron_dwm.train_step import MetaResult, StepRecord  # noqa: E402
 
@@ -26,7 +27,9 @@ NAMES = ["web", "code"]
 NAN = float("nan")
 
 
-def record(iteration=7, meta=True, weights=WEIGHTS, domains=DOMAINS, lm_loss=3.25, **changes):
+def record(
+    iteration=7, meta=True, weights=WEIGHTS, domains=DOMAINS, lm_loss=3.25, overhead=None, **changes
+):
     plan = StepPlan(stage=1, window="meta", weighted=True, meta_step=meta, ends_stage=False)
     result = None
     if meta:
@@ -35,7 +38,7 @@ def record(iteration=7, meta=True, weights=WEIGHTS, domains=DOMAINS, lm_loss=3.2
             "updated": True, "seconds": 0.5,
         }  # fmt: skip
         result = MetaResult(**{**values, **changes})
-    return StepRecord(iteration, plan, weights, domains, result, lm_loss)
+    return StepRecord(iteration, plan, weights, domains, result, lm_loss, overhead)
 
 
 class Writer:
@@ -169,6 +172,39 @@ class TestQuality:
         log.log.write(record(meta=False))
         log.log.write(record())
         assert log.printed == []
+
+
+class TestOverheadBudget:
+    FIGURES = ("dwm_time_share", "overhead_budget", "meta_put_off")
+    SPENT = Overhead(time_share=0.04321, budget=0.05, put_off=False)
+    PUT_OFF = Overhead(time_share=0.04321, budget=0.05, put_off=True, notice="DWM: a word")
+
+    def test_a_run_without_one_does_not_mention_it(self):
+        line = describe(record(), NAMES)
+        assert not set(self.FIGURES) & set(line)
+        assert "DWM time" not in console_line(line) and "put off" not in console_line(line)
+
+    def test_share_against_budget(self):
+        line = describe(record(overhead=self.SPENT), NAMES)
+        assert (line["dwm_time_share"], line["overhead_budget"]) == (0.04321, 0.05)
+        assert "meta_put_off" not in line
+        assert "| DWM time: 4.32% of 5.00% |" in console_line(line)
+
+    def test_a_meta_step_that_was_put_off(self):
+        line = describe(record(meta=False, overhead=self.PUT_OFF), NAMES)
+        assert line["meta_put_off"] == 1 and "| meta step put off |" in console_line(line)
+
+    def test_tensorboard_gets_all_three(self):
+        log = Log(None)
+        log.log.write(record(meta=False, overhead=self.PUT_OFF))
+        found = [log.writer.scalars[f"dwm/{name}", 7] for name in self.FIGURES]
+        assert found == [0.04321, 0.05, 1]
+
+    def test_a_notice_is_printed_whatever_the_log_interval(self):
+        log = Log(None, log_interval=100)
+        log.log.write(record(overhead=self.PUT_OFF))
+        log.log.write(record(overhead=self.SPENT))
+        assert log.printed == ["DWM: a word"]
 
 
 class TestWriting:

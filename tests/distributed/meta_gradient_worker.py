@@ -10,6 +10,7 @@ Reads a JSON list of cases from the file named by CASES, each a run of the stock
     brute        half the change of the weight: w_i really changed, the trainer's step re-run,
                  the meta loss measured; 0: not wanted
     break        a name of `BREAKS`: something is put wrong first, to see that a check notices
+    allow        a name of `ALLOWANCES`: what the case needs to run without Transformer Engine
     update       take the whole step, and tell how the scores of its batch changed
     memory       tell the bytes that a meta step keeps beyond the trainer's own step
 
@@ -39,6 +40,7 @@ import torch  # noqa: E402
 from megatron.core import mpu  # noqa: E402
 from megatron.core.num_microbatches_calculator import get_num_microbatches  # noqa: E402
 from megatron.core.tensor_parallel import random as megatron_random  # noqa: E402
+from megatron.core.transformer.torch_norm import WrappedTorchNorm  # noqa: E402
 from megatron.training import training  # noqa: E402
 
 from megatron_dwm.batches import StepBatches  # noqa: E402
@@ -83,6 +85,22 @@ BREAKS = {
     ),
     # Shards of v are not completed under the distributed optimizer.
     "no-shard-gather": lambda: replaced(collectives, "gather_shards", lambda buffer, group: None),
+}
+
+
+def norm_for_sequence_parallel(cls, config, hidden_size, eps=1e-5, **kwargs):
+    """Builds torch's norm where Megatron's wrapper refuses, marked as fused norms are."""
+    kinds = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
+    norm = kinds[config.normalization](hidden_size, eps=eps)
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = True
+    return norm
+
+
+# What a case needs to run at all without Transformer Engine.
+ALLOWANCES = {
+    None: contextlib.nullcontext,
+    "sequence-parallel": lambda: replaced(WrappedTorchNorm, "__new__", norm_for_sequence_parallel),
 }
 
 
@@ -226,7 +244,7 @@ def run(case):
 
     sys.argv = [SCRIPT, *case["args"]]
     try:
-        with replaced(Session, "train_step", train_step):
+        with replaced(Session, "train_step", train_step), ALLOWANCES[case.get("allow")]():
             runpy.run_path(SCRIPT, run_name="__main__")
     except Done:
         return kept["out"]

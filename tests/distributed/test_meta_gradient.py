@@ -9,7 +9,7 @@ Reference checks pass D: the sum over samples, layers and ranks. Brute force che
 chain: the weight in the loss, the reductions, clipping, the optimizer's Jacobian, pass C. For each
 kind of check something is put wrong on purpose (BREAKS in the worker), and it must notice.
 
-Not exercised here: GPUs, Transformer Engine, sequence and context parallelism, a real network.
+Not exercised here: GPUs, Transformer Engine, context parallelism, a real network.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from tests.distributed.cases import (
     take_apart,
 )
 
+# Of brute force with a weight changed by 0.25 up and down: its own third-order term.
+BRUTE_ERROR = 0.05
 BOTH = ["ghost", "finite_difference"]
 SGD = "--optimizer sgd --sgd-momentum 0.9 --lr 0.1"
 # Brute force: ranks, flags, model. Clipping is active in those named so.
@@ -57,6 +59,8 @@ BROKEN = {
     "no-shard-gather": (2, "--use-distributed-optimizer", "reference"),
     "no-clip-projection": (1, "--clip-grad 0.3", "brute"),
 }
+# So wide that what does not grow with the parameters (batches, random states) hardly counts.
+WIDE = "--hidden-size 512 --ffn-hidden-size 1024 --num-layers 2"
 MOE = (
     "--num-experts 2 --expert-model-parallel-size 2 --moe-router-topk 2 --clip-grad 0.3 "
     "--moe-token-dispatcher-type alltoall --moe-router-load-balancing-type none "
@@ -96,7 +100,8 @@ def other_cases(ranks: int) -> list[dict[str, Any]]:
         flags = "--clip-grad 0.3 --dwm-lookahead current"
         found.append({"name": "current-adamw", "args": arguments(flags, "gpt"), **current})
         memory = {"memory": True, "estimators": []}
-        found.append({"name": "memory-bf16", "args": arguments("--bf16 --clip-grad 0.3"), **memory})
+        flags = f"--bf16 --clip-grad 0.3 {WIDE}"
+        found.append({"name": "memory-bf16", "args": arguments(flags), **memory})
     if ranks == 2:
         # All experts active: a change of the routing has no derivative.
         found.append(
@@ -119,7 +124,18 @@ def other_cases(ranks: int) -> list[dict[str, Any]]:
                 "estimators": ["ghost"],
             }
         )
-        flags = "--bf16 --clip-grad 0.3 --use-distributed-optimizer"
+        for model in MODELS:
+            flags = "--tensor-model-parallel-size 2 --sequence-parallel"
+            found.append(
+                {
+                    "name": f"sequence-parallel-{model}",
+                    "args": arguments(flags, model),
+                    "allow": "sequence-parallel",
+                    "reference": True,
+                    "estimators": ["ghost"],
+                }
+            )
+        flags = f"--bf16 --clip-grad 0.3 --use-distributed-optimizer {WIDE}"
         found.append(
             {
                 "name": "memory-bf16-distributed",
@@ -190,6 +206,7 @@ def test_meta_gradient_is_what_a_weight_really_does(found: dict, case: str) -> N
     assert correlation(out["reference"], out["brute"]) >= 0.999
     for name, values in out["c"].items():
         assert correlation(values, out["brute"]) >= 0.999, name
+        assert relative_error(values, out["brute"]) <= BRUTE_ERROR, name
         limit = 1e-4 if name == "ghost" else 2e-2
         assert relative_error(values, out["reference"]) <= limit, name
         # The comparison can fail: samples in another order do not correlate.
@@ -200,10 +217,15 @@ def test_meta_gradient_is_what_a_weight_really_does(found: dict, case: str) -> N
 def test_check_notices(found: dict, name: str) -> None:
     """What is put wrong on purpose does not pass the check that is there for it."""
     out, against = found[f"broken-{name}"], BROKEN[name][2]
-    if against == "reference":
-        assert relative_error(out["c"]["ghost"], out["reference"]) > 1e-3
-    else:
-        assert correlation(out["c"]["ghost"], out["brute"]) < 0.999
+    limit = 1e-3 if against == "reference" else BRUTE_ERROR
+    assert relative_error(out["c"]["ghost"], out[against]) > limit
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_sequence_parallel(found: dict, model: str) -> None:
+    """Tokens spread over tensor-parallel ranks, with torch's norms in place of the fused ones."""
+    out = found[f"sequence-parallel-{model}"]
+    assert relative_error(out["c"]["ghost"], out["reference"]) <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["current-sgd", "current-adamw", "current-distributed"])
@@ -233,7 +255,7 @@ def test_memory_that_a_meta_step_keeps(found: dict, name: str) -> None:
     """
     kept = found[name]["bytes_per_parameter"]
     sharers = 2 if name.endswith("distributed") else 1
-    slack = 0.1  # padding of buffers, per-sample values
-    assert 2 < kept["ghost"] <= 2 + 4 / sharers + slack <= 6 + slack
+    slack = 0.02  # padding of buffers, per-sample values, random states
+    assert 2 < kept["ghost"] <= 2 + 4 / sharers + slack  # at most 6 is demanded
     assert 2 < kept["finite_difference"] <= max(2 + 4 / sharers, 4) + slack
     assert 0 < kept["current"] <= 4 + slack

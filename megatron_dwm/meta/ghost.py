@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import VocabParallelEmbedding
+from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
+from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
 from megatron.core.utils import unwrap_model
 
 from megatron_dwm.errors import DWMError
@@ -53,14 +54,16 @@ class Ghost:
             raise DWMError(refusal(uncovered), this_rank_only=True)
         self.config, self.groups, self.device = config, groups, device
         self.micro_batch_size = micro_batch_size
-        self.layers: list[tuple[str, torch.nn.Module, Formula]] = []
+        self.chunks: list[torch.nn.Module] = unwrap_model(model)
+        # (number of the chunk, name, module, formula)
+        self.layers: list[tuple[int, str, torch.nn.Module, Formula]] = []
         self.names: dict[int, str] = {}
-        for chunk in unwrap_model(model):
+        for number, chunk in enumerate(self.chunks):
             self.names.update((id(p), name) for name, p in chunk.named_parameters())
             for name, module in chunk.named_modules():
                 formula = formula_of(module)
-                if formula is not None:
-                    self.layers.append((name, module, formula))
+                if formula is not None and _takes_part(module):
+                    self.layers.append((number, name, module, formula))
 
     def share(self, parameter: torch.nn.Parameter) -> float:
         """Returns how much a replicated parameter's term counts on this tensor-parallel rank.
@@ -98,25 +101,22 @@ class Ghost:
                 did not see, so that a sum would miss its terms.
         """
         shape = (len(self.layers), num_microbatches, self.micro_batch_size)
+        handles: list[Any] = []
+        if not any(p.requires_grad for chunk in self.chunks for p in chunk.parameters()):
+            # Without weight gradients the backward pass would end before it got there.
+            for module in (m for chunk in self.chunks for m in chunk.modules()):
+                if isinstance(module, VocabParallelEmbedding | torch.nn.Embedding):
+                    handles.append(module.register_forward_hook(_begin_graph))
         found = torch.zeros(shape, dtype=torch.float32, device=self.device)
-        seen = [0] * len(self.layers)
-        handles = [
-            module.register_forward_hook(
-                self._hook(row, formula, v, found, seen, num_microbatches), with_kwargs=True
-            )
-            for row, (_, module, formula) in enumerate(self.layers)
-        ]
+        passes, seen = [0] * len(self.chunks), [0] * len(self.layers)
+        for row, (_, _, module, formula) in enumerate(self.layers):
+            hook = self._hook(row, formula, v, found, seen, num_microbatches)
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        for number, chunk in enumerate(self.chunks):
+            handles.append(chunk.register_forward_pre_hook(_counter(passes, number)))
 
         def total() -> torch.Tensor:
-            for (name, module, _), count in zip(self.layers, seen, strict=True):
-                if count != num_microbatches:
-                    raise DWMError(
-                        f"--dwm-estimator ghost: layer '{name}' ({type(module).__name__}) was seen "
-                        f"{count} times in {num_microbatches} micro-batches, so its parameters' "
-                        "part of the meta-gradient is not known; use --dwm-estimator "
-                        "finite_difference",
-                        this_rank_only=True,
-                    )
+            self._check(passes, seen, num_microbatches)
             return found.double().sum(0).float().view(-1)
 
         try:
@@ -124,6 +124,27 @@ class Ghost:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _check(self, passes: list[int], seen: list[int], num_microbatches: int) -> None:
+        """Raises unless every layer took part exactly once in each pass of its chunk."""
+        for (number, name, module, _), count in zip(self.layers, seen, strict=True):
+            if count != passes[number] or not count:
+                raise DWMError(
+                    f"--dwm-estimator ghost: layer '{name}' ({type(module).__name__}) was seen "
+                    f"{count} times in {passes[number]} micro-batches, so its parameters' part of "
+                    "the meta-gradient is not known; use --dwm-estimator finite_difference",
+                    this_rank_only=True,
+                )
+        # The trainer's rerun machine may take all of the step's passes again.
+        rerun = get_rerun_state_machine().get_mode() != RerunMode.DISABLED
+        for count in passes:
+            if count != num_microbatches and (not rerun or count % num_microbatches):
+                raise DWMError(
+                    f"--dwm-estimator ghost: the model ran {count} times in {num_microbatches} "
+                    "micro-batches, so it is not known which samples it was given; use "
+                    "--dwm-estimator finite_difference",
+                    this_rank_only=True,
+                )
 
     def _hook(
         self,
@@ -138,34 +159,27 @@ class Ghost:
 
         Micro-batches reach a layer, forward and backward, in their order, so a count tells which
         one it is. The first forward of a recomputed layer runs without gradients and is not one.
+        If the trainer's rerun machine takes the step's passes again, the last ones hold.
         """
         calls = 0
 
         def hook(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             nonlocal calls
-            if not torch.is_grad_enabled():
-                return
             output = output[0] if isinstance(output, tuple) else output
-            if not output.requires_grad and isinstance(
-                module, VocabParallelEmbedding | torch.nn.Embedding
-            ):
-                # Without weight gradients the backward pass would end before it got here.
-                output.requires_grad_()
+            if not torch.is_grad_enabled() or not isinstance(output, torch.Tensor):
+                return  # not a tensor: a fused implementation that does not show it
             if not output.requires_grad:
                 return
             x = args[0] if args else next(iter(kwargs.values()))
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
             call = Call(module, x.detach(), module.weight if weight is None else weight)
             k, batch_dim = calls % num_microbatches, batch_dim_of(module)
-            if k == 0 and calls:
-                # The trainer's rerun machine takes the step's passes again: they count once.
-                seen[row] = 0
             calls += 1
 
             def record(grad: torch.Tensor) -> None:
                 if grad.size(batch_dim) != self.micro_batch_size:
                     raise DWMError(
-                        f"--dwm-estimator ghost: layer '{self.layers[row][0]}' has an output of "
+                        f"--dwm-estimator ghost: layer '{self.layers[row][1]}' has an output of "
                         f"shape {list(grad.shape)}, not {self.micro_batch_size} samples in "
                         f"dimension {batch_dim}; use --dwm-estimator finite_difference",
                         this_rank_only=True,
@@ -177,6 +191,25 @@ class Ghost:
             output.register_hook(record)
 
         return hook
+
+
+def _takes_part(module: torch.nn.Module) -> bool:
+    """Returns whether a layer has trained parameters, or is given them (tied embeddings)."""
+    if isinstance(module, ColumnParallelLinear) and getattr(module, "weight", None) is None:
+        return True
+    return any(p.requires_grad for p in module.parameters(recurse=False))
+
+
+def _begin_graph(module: Any, args: tuple, output: torch.Tensor) -> None:
+    if torch.is_grad_enabled():
+        output.requires_grad_()
+
+
+def _counter(passes: list[int], number: int) -> Callable[..., None]:
+    def count(*_: Any) -> None:
+        passes[number] += torch.is_grad_enabled()
+
+    return count
 
 
 @contextlib.contextmanager

@@ -57,9 +57,12 @@ def formula_of(module: torch.nn.Module) -> Formula | None:
     """Returns the formula of a layer, or None for a kind that is not known.
 
     By exact type: a subclass may compute something else. Layers of Transformer Engine and Apex
-    go by their name, as those need not be installed.
+    go by their package and name, as those need not be installed.
     """
-    return _BY_TYPE.get(type(module)) or _BY_NAME.get(type(module).__name__)
+    kind = type(module)
+    if kind in _BY_TYPE:
+        return _BY_TYPE[kind]
+    return _BY_NAME.get(kind.__name__) if kind.__module__.split(".")[0] in _PACKAGES else None
 
 
 def batch_dim_of(module: torch.nn.Module) -> int:
@@ -238,6 +241,7 @@ _BY_TYPE: dict[type, Formula] = {
     torch.nn.LayerNorm: norm,
     torch.nn.RMSNorm: norm,
 }
+_PACKAGES = ("megatron", "transformer_engine", "apex")
 _BY_NAME: dict[str, Formula] = {
     "TEColumnParallelLinear": column_linear,
     "TELMHeadColumnParallelLinear": column_linear,

@@ -16,6 +16,8 @@ BAD_VALUES = [
     ("policy", "random"),
     ("schedule", "cosine"),
     ("estimator", "magic"),
+    ("lookahead", "previous"),
+    ("jacobian", "numeric"),
     ("pooling", "max"),
     ("init", "llm:0"),
     ("init", "llm:"),
@@ -41,6 +43,12 @@ BAD_VALUES = [
     ("fd_relative_step", 0.0),
     ("fd_relative_step", 1.0),
     ("fd_relative_step", -3e-4),
+    ("overhead_budget", 0.0),
+    ("overhead_budget", -0.1),
+    ("verify_meta_gradient", 0),
+    ("verify_samples", 2),
+    ("verify_correlation", 1.0),
+    ("verify_correlation", -0.1),
 ]
 
 # Another legal value for every field, so that a round trip shows each one.
@@ -54,7 +62,13 @@ OTHER_VALUES = {
     "meta_interval": 2,
     "meta_data_path": ["0.3", "data/a", "0.7", "data/b"],
     "meta_batch_size": 16,
-    "estimator": "finite_difference",
+    "estimator": "ghost",
+    "lookahead": "current",
+    "jacobian": "identity",
+    "overhead_budget": 0.25,
+    "verify_meta_gradient": 50,
+    "verify_samples": 8,
+    "verify_correlation": 0.5,
     "fd_relative_step": 1e-3,
     "num_layers": 2,
     "hidden_size": 128,
@@ -95,7 +109,13 @@ class TestProblems:
 
     @pytest.mark.parametrize(
         ("name", "allowed"),
-        [("policy", "learned, uniform, shuffled"), ("schedule", "staged, joint, frozen")],
+        [
+            ("policy", "learned, uniform, shuffled"),
+            ("schedule", "staged, joint, frozen"),
+            ("estimator", "auto, ghost, finite_difference"),
+            ("lookahead", "next, current"),
+            ("jacobian", "exact, identity"),
+        ],
     )
     def test_a_choice_lists_what_is_allowed(self, name, allowed):
         (problem,) = DWMConfig(**{name: "x"}).problems()
@@ -106,6 +126,32 @@ class TestProblems:
         assert "--dwm-load" in problem
         assert DWMConfig(schedule="frozen", load="x").problems() == []
         assert DWMConfig(schedule="frozen", policy="uniform").problems() == []
+
+    @pytest.mark.parametrize("estimator", ["auto", "ghost", "finite_difference"])
+    @pytest.mark.parametrize("lookahead", ["next", "current"])
+    @pytest.mark.parametrize("jacobian", ["exact", "identity"])
+    def test_only_ghost_can_read_the_influence_off_the_training_pass(
+        self, estimator, lookahead, jacobian
+    ):
+        """`auto` may still turn out not to cover the model; `choose_estimator` says so then."""
+        options = {"estimator": estimator, "lookahead": lookahead, "jacobian": jacobian}
+        problems = DWMConfig(**options).problems()
+        if lookahead == "current" and estimator == "finite_difference":
+            (problem,) = problems
+            assert "--dwm-lookahead current needs --dwm-estimator ghost" in problem
+        else:
+            assert problems == []
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    @pytest.mark.parametrize("name", ["overhead_budget", "verify_correlation", "fd_relative_step"])
+    def test_a_number_that_is_not_finite_is_named(self, name, value):
+        problems = DWMConfig(**{name: value}).problems()
+        assert f"{flag(name)} is {value}; it must be a finite number" in problems
+
+    def test_a_correlation_of_fewer_than_three_samples_says_nothing(self):
+        assert DWMConfig(verify_samples=3).problems() == []
+        (problem,) = DWMConfig(verify_samples=2).problems()
+        assert "a correlation needs 3 or more" in problem
 
     def test_all_problems_are_listed_at_once(self):
         bad = {"policy": "x", "stages": 0, "warmup_steps": -1, "meta_batch_size": 0}

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from megatron_dwm.errors import DWMError
-from megatron_dwm.weighting.loss import WeightedForwardStep
+from megatron_dwm.weighting.loss import WeightedForwardStep, token_counts
 
 B, S, FEATURES = 3, 5, 4
 
@@ -301,6 +301,81 @@ class TestMeasured:
         with step.weighted(torch.zeros(1, B)), step.measured() as losses:
             run(step, model, batches)
         assert torch.equal(plain.sums[0], losses.sums[0])
+
+
+class TestTokenCounts:
+    """What scales the gradient of the schedule's loss to the trainer's."""
+
+    @staticmethod
+    def modes(step):
+        return {"weighted": lambda: step.weighted(random_weights(2)), "counted": step.counted}
+
+    @pytest.mark.parametrize("mode", ["weighted", "counted"])
+    def test_one_of_each_micro_batch_in_order(self, mode):
+        batches = micro_batches(2)
+        step = WeightedForwardStep(forward_step_of(three_values))
+        with self.modes(step)[mode]() as num_tokens:
+            assert num_tokens == []
+            run(step, ToyModel(), batches)
+        expected = [int(batch["mask"].sum()) for batch in batches]
+        assert [int(t) for t in num_tokens] == expected and expected[0] != expected[1]
+        assert [int(t) for t in token_counts(num_tokens)] == expected
+
+    @pytest.mark.parametrize("mode", ["weighted", "counted"])
+    def test_none_where_the_loss_function_averages_by_itself(self, mode):
+        step = WeightedForwardStep(forward_step_of(two_values))
+        with self.modes(step)[mode]() as num_tokens:
+            run(step, ToyModel(), micro_batches(2))
+        assert num_tokens == [None, None]
+
+    def test_what_the_trainer_does_to_its_count_does_not_reach_ours(self):
+        """The schedule sums the counts of the micro-batches in place."""
+        batches = micro_batches(1)
+        step = WeightedForwardStep(forward_step_of(three_values))
+        with step.weighted(torch.ones(1, B)) as num_tokens:
+            ((_, tokens, _),) = run(step, ToyModel(), batches)
+            tokens += 1000
+        assert int(num_tokens[0]) == int(batches[0]["mask"].sum())
+
+    def test_passes_that_are_taken_again_count_once(self):
+        """Megatron's rerun machine; the last passes are those that the step is made of."""
+        first, second = micro_batches(2), micro_batches(2, seed=3)
+        step = WeightedForwardStep(forward_step_of(three_values))
+        with step.weighted(random_weights(2)) as num_tokens:
+            run(step, ToyModel(), first)
+            run(step, ToyModel(), second)
+        expected = [int(batch["mask"].sum()) for batch in second]
+        assert [int(t) for t in num_tokens] == expected
+        assert expected != [int(batch["mask"].sum()) for batch in first]
+
+    def test_none_are_collected_on_ranks_that_see_no_losses(self):
+        step = WeightedForwardStep(forward_step_of(three_values))
+        with step.weighted(None) as num_tokens:
+            assert num_tokens == []
+
+    @FORMS
+    def test_counted_is_the_stock_forward_step_and_ends_with_its_context(self, loss_func):
+        """Pass D of the ghost estimator: the unweighted losses, gradient and report."""
+        model, batches = ToyModel(), micro_batches(2)
+        stock = run(forward_step_of(loss_func), model, batches)
+        step = WeightedForwardStep(forward_step_of(loss_func))
+        with pytest.raises(KeyError), step.counted() as num_tokens:
+            ours = run(step, model, batches)
+            raise KeyError
+        for a, b in zip(stock, ours, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a[:-1], b[:-1], strict=True))
+            assert torch.equal(a[-1]["lm loss"], b[-1]["lm loss"])
+            assert torch.equal(gradient(model, a[0]), gradient(model, b[0]))
+        run(step, model, batches)
+        assert len(num_tokens) == 2
+
+    def test_per_token_loss_without_a_count_is_refused_with_what_is_needed(self):
+        one = torch.tensor(3)
+        assert token_counts([one, one]) == [one, one]
+        for counts in ([None], [one, None]):
+            with pytest.raises(DWMError, match="--calculate-per-token-loss") as caught:
+                token_counts(counts)
+            assert "num_tokens" in str(caught.value) and caught.value.this_rank_only
 
 
 CHAINS = pytest.mark.parametrize(

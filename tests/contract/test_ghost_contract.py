@@ -1,0 +1,393 @@
+"""The ghost estimator on Megatron's own modules: exact, and without traces.
+
+A whole tiny GPT in Megatron's DDP, run by Megatron's schedule over m micro-batches of b samples.
+The truth is a loop: for every sample a forward and a backward pass of its own share of the loss
+(masked tokens / tokens of the micro-batch / m), with the dropout masks of the real pass.
+`<v, g_i>` is compared for a random v, and again with v on one parameter at a time, so that no
+term can hide behind the others.
+What these tests do not exercise: more than one rank (tensor, sequence, pipeline and data
+parallelism), Transformer Engine's and Apex's own layers, and bfloat16.
+"""
+
+import ast
+import contextlib
+import functools
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_dwm import host
+
+host.install()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.distributed import (  # noqa: E402
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+)
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
+from megatron.core.pipeline_parallel.schedules import (  # noqa: E402
+    forward_backward_no_pipelining,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.core.tensor_parallel import random as megatron_random  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+
+from megatron_dwm.config import DWMConfig  # noqa: E402
+from megatron_dwm.errors import DWMError  # noqa: E402
+from megatron_dwm.guards import restore_rng  # noqa: E402
+from megatron_dwm.meta import ghost, ghost_layers  # noqa: E402
+from megatron_dwm.meta.estimators import choose_estimator  # noqa: E402
+
+B, S, VOCAB, M = 3, 8, 48, 2
+TOLERANCE = 1e-4
+
+LLAMA = {
+    "normalization": "RMSNorm",
+    "gated_linear_unit": True,
+    "activation_func": F.silu,
+    "num_query_groups": 2,
+    "add_bias_linear": False,
+}
+GPT = {"normalization": "LayerNorm"}
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+BLOCK = {**FULL, "recompute_method": "block"}
+SELECTIVE = {"recompute_granularity": "selective"}
+DROPOUT = {"hidden_dropout": 0.2, "attention_dropout": 0.2}
+CASES = {
+    "llama": LLAMA,
+    "gpt": GPT,
+    "add-qkv-bias": {**LLAMA, "add_qkv_bias": True},
+    "qk-rmsnorm": {**LLAMA, "qk_layernorm": True},
+    "qk-layernorm": {**GPT, "qk_layernorm": True},
+    "full-recompute": {**LLAMA, **FULL},
+    "full-recompute-of-one-layer": {**GPT, **BLOCK},
+    "recompute-attention": {**GPT, **SELECTIVE},
+    "recompute-norms-and-mlp": {
+        **LLAMA,
+        **SELECTIVE,
+        "qk_layernorm": True,
+        "recompute_modules": ["core_attn", "mlp", "layernorm"],
+    },
+    "dropout": {**GPT, **DROPOUT},
+    "dropout-full-recompute": {**GPT, **DROPOUT, **FULL},
+}
+
+
+@pytest.fixture(scope="module")
+def groups():
+    """Megatron's process groups on one rank."""
+    backend = "gloo" if host.is_cpu() else "nccl"
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group(backend=backend, store=store, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    megatron_random.model_parallel_cuda_manual_seed(123)
+    yield ProcessGroupCollection.use_mpu_process_groups()
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def no_fp8(monkeypatch):
+    """Recomputing norms asks Transformer Engine whether FP8 is on; without it there is no name."""
+    names = {
+        "FP8GlobalStateManager": SimpleNamespace(is_fp8_enabled=lambda: False),
+        "activation_recompute_forward": lambda **_: contextlib.nullcontext(),
+        "fp8_autocast": lambda **_: contextlib.nullcontext(),
+    }
+    for name, value in names.items():
+        if not hasattr(megatron_random, name):
+            monkeypatch.setattr(megatron_random, name, value, raising=False)
+
+
+class Run:
+    """A tiny GPT, its micro-batches, and the trainer's pass over them."""
+
+    def __init__(self, options, groups, freeze=()):
+        tied = options["normalization"] == "LayerNorm"
+        # A bias of all keys alike has no gradient without rotary embeddings.
+        rope = not tied or options.get("qk_layernorm", False)
+        defaults = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+        self.config = TransformerConfig(
+            num_layers=2,
+            hidden_size=24,
+            num_attention_heads=4,
+            ffn_hidden_size=40,
+            use_cpu_initialization=True,
+            bias_dropout_fusion=False,
+            masked_softmax_fusion=False,
+            **{**defaults, **options},
+        )
+        spec = get_gpt_layer_local_spec(
+            num_experts=options.get("num_moe_experts"),
+            qk_layernorm=options.get("qk_layernorm", False),
+            normalization=options["normalization"],
+        )
+        gpt = GPTModel(
+            self.config,
+            spec,
+            vocab_size=VOCAB,
+            max_sequence_length=S,
+            share_embeddings_and_output_weights=tied,
+            position_embedding_type="rope" if rope else "learned_absolute",
+        ).to(host.device())
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in gpt.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * 0.2
+            parameter.data.copy_(noise + (1.0 if "norm.weight" in name else 0.0))
+            parameter.requires_grad_(name not in freeze)
+        self.model = [
+            DistributedDataParallel(
+                self.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), gpt
+            )
+        ]
+        self.config.finalize_model_grads_func = self.finalize
+        self.finalized, self.groups = 0, groups
+        self.parameters = {n: p for n, p in gpt.named_parameters() if p.requires_grad}
+        self.batches = []
+        for _ in range(M):
+            ids = torch.randint(0, VOCAB, (B, S + 1), generator=generator)
+            mask = (torch.rand(B, S, generator=generator) > 0.3).float()
+            mask[:, 0] = 1.0
+            batch = {"tokens": ids[:, :-1], "labels": ids[:, 1:], "mask": mask}
+            self.batches.append({k: v.to(host.device()) for k, v in batch.items()})
+        self.rng = megatron_random._get_all_rng_states()
+        self.v = {n: torch.randn(p.shape, generator=generator) for n, p in self.parameters.items()}
+
+    def finalize(self, *args, **kwargs):
+        self.finalized += 1
+
+    @staticmethod
+    def losses(model, batch):
+        positions = torch.arange(S, device=host.device()).expand(B, S)
+        mask = torch.ones(1, 1, S, S, dtype=torch.bool, device=host.device()).triu(1)
+        return model(batch["tokens"], positions, mask, labels=batch["labels"])
+
+    def forward_step(self, iterator, model):
+        batch = next(iterator)
+
+        def loss_func(mask, output):
+            total = (output.float() * mask).sum()
+            return total, mask.sum().to(torch.int), {"lm loss": total.detach()}
+
+        return self.losses(model, batch), functools.partial(loss_func, batch["mask"])
+
+    def schedule(self):
+        """The trainer's forward and backward passes of one step."""
+        restore_rng(self.rng)
+        forward_backward_no_pipelining(
+            forward_step_func=self.forward_step,
+            data_iterator=iter(self.batches),
+            model=self.model,
+            num_microbatches=M,
+            seq_length=S,
+            micro_batch_size=B,
+            forward_only=False,
+        )
+
+    def ghost(self):
+        return ghost.Ghost(self.model, self.config, self.groups, B, host.device())
+
+    def write(self, v):
+        """Puts v where the meta step has it: into the gradient buffers."""
+        for name, parameter in self.parameters.items():
+            parameter.main_grad.copy_(v[name])
+
+    def gradient(self):
+        return {n: p.main_grad.clone() for n, p in self.parameters.items()}
+
+    def estimate(self, v):
+        self.write(v)
+
+        def direction(parameter):
+            return getattr(parameter, "main_grad", None)
+
+        return ghost.estimate(self.ghost(), direction, M, self.model, self.schedule)
+
+    def train(self, v):
+        """Records the trainer's own pass, with weight gradients."""
+        of_parameter = {id(p): v[n].to(host.device()) for n, p in self.parameters.items()}
+        self.model[0].zero_grad_buffer()
+        with self.ghost().recording(lambda p: of_parameter.get(id(p)), M) as total:
+            self.schedule()
+            return total()
+
+    def per_sample_gradients(self):
+        """One forward and backward for each sample: the truth."""
+        found = []
+        restore_rng(self.rng)
+        for batch in self.batches:
+            before = megatron_random._get_all_rng_states()
+            for i in range(B):
+                restore_rng(before)
+                self.model[0].zero_grad_buffer()
+                mask = batch["mask"]
+                share = (self.losses(self.model[0], batch)[i] * mask[i]).sum() / mask.sum() / M
+                torch.autograd.backward(share)  # as the schedules do
+                found.append(self.gradient())
+        return found
+
+
+def products(gradients, v):
+    sums = [sum((g[n].double().cpu() * v[n].double()).sum() for n in v) for g in gradients]
+    return torch.stack(sums)
+
+
+def error(found, expected):
+    expected = expected.cpu()
+    return ((found.cpu() - expected).abs().max() / expected.abs().max()).item()
+
+
+def only(v, name):
+    return {n: d if n == name else torch.zeros_like(d) for n, d in v.items()}
+
+
+# --------------------------------------------------------------------------- exactness
+
+
+class TestExact:
+    @pytest.mark.parametrize("name", CASES)
+    def test_every_sample(self, groups, name):
+        run = Run(CASES[name], groups)
+        expected = products(run.per_sample_gradients(), run.v)
+        found = run.estimate(run.v)
+        assert found.shape == (M * B,) and found.dtype == torch.float32
+        assert error(found, expected) <= TOLERANCE
+        # Negative control: the samples in another order.
+        assert error(found.roll(1), expected) > 0.05
+
+    @pytest.mark.parametrize("name", ["llama", "gpt", "add-qkv-bias", "qk-rmsnorm", "qk-layernorm"])
+    def test_each_parameter_alone(self, groups, name):
+        run, errors = Run(CASES[name], groups), {}
+        gradients = run.per_sample_gradients()
+        for parameter in run.v:
+            v = only(run.v, parameter)
+            expected = products(gradients, v)
+            assert expected.abs().max() > 1e-5, parameter
+            errors[parameter] = error(run.estimate(v), expected)
+        assert max(errors.values()) <= TOLERANCE, errors
+
+    def test_cases_hold_what_their_names_say(self, groups):
+        """Of tied embeddings one parameter with two terms; heads' norms; no positions with rope."""
+        names = {case: set(Run(CASES[case], groups).v) for case in ("llama", "gpt", "qk-rmsnorm")}
+        positions = "embedding.position_embeddings.weight"
+        assert "output_layer.weight" in names["llama"] and positions not in names["llama"]
+        assert "output_layer.weight" not in names["gpt"] and positions in names["gpt"]
+        assert len([n for n in names["qk-rmsnorm"] if "q_layernorm" in n]) == 2
+        assert len([n for n in names["gpt"] if n.endswith("bias")]) == 2 * 6 + 1
+
+    def test_dropout_needs_the_random_state_of_the_real_pass(self, groups):
+        """Negative control of the two cases with dropout."""
+        run = Run(CASES["dropout"], groups)
+        expected = products(run.per_sample_gradients(), run.v)
+        run.rng = megatron_random._get_all_rng_states()
+        assert error(run.estimate(run.v), expected) > 0.01
+
+    @pytest.mark.parametrize("name", ["llama", "gpt", "full-recompute", "recompute-norms-and-mlp"])
+    def test_read_off_the_training_pass_whose_gradient_stays_bit_identical(self, groups, name):
+        """`--dwm-lookahead current`: v is elsewhere, the pass makes its own gradients."""
+        run = Run(CASES[name], groups)
+        expected = products(run.per_sample_gradients(), run.v)
+        run.model[0].zero_grad_buffer()
+        run.schedule()
+        plain = run.gradient()
+        assert run.finalized == 1
+        assert error(run.train(run.v), expected) <= TOLERANCE
+        assert run.finalized == 2
+        assert all(torch.equal(plain[n], g) for n, g in run.gradient().items())
+
+    @pytest.mark.parametrize("name", ["llama", "gpt"])
+    def test_parameters_that_are_not_trained(self, groups, name):
+        """The embeddings, where the graph begins, a norm and a linear layer."""
+        freeze = [
+            "embedding.word_embeddings.weight",
+            "decoder.final_layernorm.weight",
+            "decoder.layers.1.mlp.linear_fc1.weight",
+        ]
+        run = Run(CASES[name], groups, freeze)
+        assert not set(freeze) & set(run.v)
+        expected = products(run.per_sample_gradients(), run.v)
+        assert error(run.estimate(run.v), expected) <= TOLERANCE
+        assert error(run.train(run.v), expected) <= TOLERANCE
+        trained = {n for n, p in run.model[0].module.named_parameters() if p.requires_grad}
+        assert trained == set(run.v)
+
+
+# --------------------------------------------------------------------------- no traces
+
+
+def hooks(model):
+    modules = list(model[0].modules())
+    return [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in modules]
+
+
+class TestTraces:
+    def test_nothing_is_left_behind(self, groups):
+        """Hooks, gradient buffers, functions, and a trainer's pass that is what it was."""
+        run = Run(CASES["gpt"], groups)
+        run.model[0].zero_grad_buffer()
+        run.schedule()
+        plain, before = run.gradient(), hooks(run.model)
+        run.config.grad_sync_func, run.finalized = run.finalize, 0
+        run.estimate(run.v)
+        assert run.finalized == 0  # no gradients, none reduced
+        assert all(torch.equal(g.cpu(), run.v[n]) for n, g in run.gradient().items())
+        assert all(p.requires_grad and p.grad is None for p in run.parameters.values())
+        assert run.config.finalize_model_grads_func == run.finalize
+        assert run.config.grad_sync_func == run.finalize
+        assert hooks(run.model) == before
+        run.model[0].zero_grad_buffer()
+        run.schedule()
+        assert all(torch.equal(plain[n], g) for n, g in run.gradient().items())
+
+    def test_after_an_exception_too(self, groups):
+        run = Run(CASES["gpt"], groups)
+        before = hooks(run.model)
+
+        def fail():
+            assert hooks(run.model) != before
+            assert not any(p.requires_grad for p in run.parameters.values())
+            raise KeyError
+
+        with pytest.raises(KeyError):
+            ghost.estimate(run.ghost(), lambda p: p.main_grad, M, run.model, fail)
+        assert hooks(run.model) == before
+        assert all(p.requires_grad for p in run.parameters.values())
+        assert run.config.finalize_model_grads_func == run.finalize
+
+
+# --------------------------------------------------------------------------- cover
+
+
+class TestCover:
+    def test_automatic_takes_ghost_where_it_covers_everything(self, groups):
+        name, why = choose_estimator(DWMConfig(), Run(LLAMA, groups).model)
+        assert name == "ghost" and why.startswith("auto") and "every trained parameter" in why
+        name, why = choose_estimator(DWMConfig(estimator="ghost"), Run(LLAMA, groups).model)
+        assert name == "ghost" and "--dwm-estimator" in why
+
+    def test_mixture_of_experts_of_megatron(self, groups):
+        run = Run({**LLAMA, "num_moe_experts": 2, "moe_ffn_hidden_size": 40}, groups)
+        with pytest.raises(DWMError, match=r"mlp\.router\.weight \(in a mixture-of-experts layer"):
+            run.ghost()
+
+    def test_layers_of_transformer_engine_that_are_known_by_name_exist(self):
+        """Its package is not needed to read Megatron's wrappers: names, and `(out, bias)`."""
+        spec = importlib.util.find_spec("megatron.core.extensions")
+        path = Path(spec.submodule_search_locations[0]) / "transformer_engine.py"
+        classes = {
+            n.name: n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef)
+        }
+        for name in (n for n in ghost_layers._BY_NAME if n.endswith("Linear")):
+            cls = classes[name]
+            while not any(getattr(n, "name", "") == "forward" for n in cls.body):
+                cls = classes[ast.unparse(cls.bases[0])]
+            (forward,) = (n for n in cls.body if getattr(n, "name", "") == "forward")
+            returns = [ast.unparse(n.value) for n in ast.walk(forward) if isinstance(n, ast.Return)]
+            assert set(returns) <= {"out", "(out, None)", "(output, output_bias)"}, name
+        assert "norm_module = " in path.read_text() and ".pytorch.RMSNorm" in path.read_text()

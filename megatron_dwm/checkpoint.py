@@ -28,7 +28,10 @@ _PREFIX = "dwm."
 
 
 def state_for_saving(
-    step: DWMTrainStep, metadata: dict | None, with_optimizer: bool = True
+    step: DWMTrainStep,
+    metadata: dict | None,
+    with_optimizer: bool = True,
+    run: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Returns the DWM's sharded state.
 
@@ -36,9 +39,25 @@ def state_for_saving(
         step: what lasts from step to step.
         metadata: the trainer's sharding metadata (its `dp_cp_group` numbers the replicas).
         with_optimizer: whether the DWM's optimizer is saved too (not `--no-save-optim`).
+        run: plain values about the run (its command); nothing that has to agree on resume.
     """
     with_optimizer = with_optimizer and _optimizer_has_state(step)
-    return _sharded_state(step, metadata, with_optimizer, loading=False)
+    return {**_sharded_state(step, metadata, with_optimizer, loading=False), "run": run}
+
+
+def saved_run(folder: str) -> dict[str, Any] | None:
+    """Returns what a checkpoint says of the run that it is from; None without a DWM in it.
+
+    Args:
+        folder: the checkpoint's folder, `.../iter_0000100`.
+
+    Returns:
+        The values that were saved; empty for a checkpoint of an older version.
+    """
+    found = dist_checkpointing.load_common_state_dict(folder).get(KEY)
+    if found is None or found["shape"] is None:
+        return None
+    return found.get("run") or {}
 
 
 def _optimizer_has_state(step: DWMTrainStep) -> bool:

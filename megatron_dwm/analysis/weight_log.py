@@ -57,11 +57,16 @@ class WeightLog:
             os.replace(f"{path}.tmp", path)
             self.file = open(path, "a", buffering=1)  # noqa: SIM115 - open for the run
 
-    def write(self, record: StepRecord) -> None:
-        """Logs one step."""
+    def write(self, record: StepRecord, extra: dict[str, Any] | None = None) -> None:
+        """Logs one step.
+
+        Args:
+            record: the step.
+            extra: further figures for the step's line.
+        """
         if not self.writes or record.weights is None:
             return
-        line = describe(record, self.domains, self.samples)
+        line = {**describe(record, self.domains, self.samples), **(extra or {})}
         if self.file is not None:
             self.file.write(json.dumps(line) + "\n")
         if record.iteration % self.log_interval == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from megatron_dwm.config import DWMConfig, flag
 from megatron_dwm.errors import DWMError
 from megatron_dwm.integration.build import build_train_step, resolve_shapes
 from megatron_dwm.integration.checks import check_arguments, check_data, training_prefixes
+from megatron_dwm.integration.verification import Verifier, log_fields
 from megatron_dwm.passes import Trainee
 from megatron_dwm.train_step import DWMTrainStep, StepRecord
 
@@ -27,14 +29,17 @@ class Session:
     """State of one `attach()`; inert until a run with `--dwm` sets up its model."""
 
     def __init__(self) -> None:
+        # Now, as a script may go on to take words away.
+        self.command = started_as()
         self.step: DWMTrainStep | None = None
         self.log: WeightLog | None = None
+        self.verifier: Verifier | None = None
         self.stage_loaded: int | None = None
 
     def setup_model_and_optimizer(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
         """Checks the arguments, lets the trainer build and load, then builds and loads the DWM."""
         # One attach() may see several runs; each starts without a DWM.
-        self.step, self.log, self.stage_loaded = None, None, None
+        self.step, self.log, self.verifier, self.stage_loaded = None, None, None, None
         run = get_args()
         config = DWMConfig.from_args(run)
         if not config.enabled:
@@ -50,7 +55,8 @@ class Session:
             return model, optimizer, scheduler
         groups = ProcessGroupCollection.use_mpu_process_groups()
         self.step = build_train_step(config, run, model, optimizer, groups)
-        self._load(config, run)
+        pending = self._load(config, run)
+        self.verifier = Verifier(self.step, run, print_rank_last, pending)
         self.log = WeightLog(
             folder=run.save,
             domains=[os.path.basename(p) for p in training_prefixes(run)],
@@ -81,7 +87,7 @@ class Session:
         rest = (model, optimizer, opt_param_scheduler, config, forward_backward_func)
         if self.step is None:
             return stock(forward_step_func, data_iterator, *rest, iteration=iteration, **kwargs)
-        assert self.log is not None
+        assert self.log is not None and self.verifier is not None
         wrapped = self.step.forward_step
         wrapped.forward_step = forward_step_func
         trainee = Trainee(model, optimizer, config, forward_backward_func, data_iterator)
@@ -91,8 +97,9 @@ class Session:
 
         done = get_args().curr_iteration if iteration is None else iteration
         self._load_stage(done)
+        trainee, found = self.verifier(stock_step, trainee, opt_param_scheduler, done)
         result, record = self.step(stock_step, trainee, done)
-        self.log.write(record)
+        self.log.write(record, log_fields(found))
         self._snapshot(record)
         return result
 
@@ -103,22 +110,30 @@ class Session:
         run = get_args()
         if self.step is not None and not loading and run.ckpt_format == "torch_dist":
             metadata = (kwargs.get("model_sd_kwargs") or {}).get("metadata")
+            pending = self.verifier is not None and self.verifier.pending
             state[checkpoint.KEY] = checkpoint.state_for_saving(
-                self.step, metadata, with_optimizer=not run.no_save_optim
+                self.step,
+                metadata,
+                with_optimizer=not run.no_save_optim,
+                run={"command": self.command, "verification_pending": pending},
             )
         return state
 
-    def _load(self, config: DWMConfig, run: Any) -> None:
+    def _load(self, config: DWMConfig, run: Any) -> bool:
+        """Loads the DWM; returns whether a verification was still due when it was saved."""
         assert self.step is not None
+        pending = False
         if run.load and run.iteration > 0 and not run.finetune:
             folder = checkpointing.get_load_checkpoint_path_by_args(run)
             print_rank_0(checkpoint.load(self.step, folder, with_optimizer=not run.no_load_optim))
+            pending = (checkpoint.saved_run(folder) or {}).get("verification_pending", False)
             if self.step.meta_steps_taken or not config.load:
-                return
+                return pending
         elif run.load and run.finetune and config.scores:
             print_rank_0("DWM: --finetune starts a fresh weighting model")
         if config.load and config.scores and config.schedule != "frozen":
             print_rank_0(checkpoint.load_snapshot(self.step, config.load))
+        return pending
 
     def _load_stage(self, iteration: int) -> None:
         """With the frozen schedule, takes the snapshot that matches each stage, or the last."""
@@ -156,6 +171,24 @@ class Session:
                 f"jacobian {config.jacobian}, meta batch {config.meta_batch_size}"
             )
         return "; ".join(parts)
+
+
+def started_as() -> dict[str, Any]:
+    """Returns how this process was started: what it takes to start the same run again.
+
+    Returns:
+        `script` (absolute path), `args`, `folder` (the working directory), and `launched`: whether
+        `megatron_dwm.launch` attached the DWM, as the script does not do it itself.
+    """
+    script = os.path.abspath(sys.argv[0])
+    before = [os.path.normpath(word) for word in sys.orig_argv]
+    launcher = os.path.join("megatron_dwm", "launch.py")
+    return {
+        "script": script,
+        "args": list(sys.argv[1:]),
+        "folder": os.getcwd(),
+        "launched": any(w == "megatron_dwm.launch" or w.endswith(launcher) for w in before),
+    }
 
 
 def _check_no_flags(config: DWMConfig) -> None:

@@ -9,21 +9,29 @@ As a command it takes a saved run one step on and compares there:
     torchrun --nproc-per-node N -m megatron_dwm.meta.probe --checkpoint RUN [--samples 8]
 """
 
+# ruff: noqa: E402  (as a command, the host must be installed before Megatron is imported)
+
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from megatron_dwm.integration.probe_command import main
+
+    raise SystemExit(main())
+
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.core.tensor_parallel.random import _get_all_rng_states
 
 from megatron_dwm.batches import StepBatches
 from megatron_dwm.guards import gathered_parameters, quiet, restore_rng
 from megatron_dwm.influence import Influence, StockStep
 from megatron_dwm.meta import collectives
 from megatron_dwm.meta import reference as reference_estimator
-from megatron_dwm.meta.optimizer_view import leaf_optimizers, learning_rates
+from megatron_dwm.meta.optimizer_view import learning_rates
+from megatron_dwm.meta.trainer_state import TrainerState, has_state
 from megatron_dwm.meta.update import (
     InnerStep,
     pull_back_before_step,
@@ -32,46 +40,6 @@ from megatron_dwm.meta.update import (
 )
 from megatron_dwm.passes import Trainee
 from megatron_dwm.train_step import DWMTrainStep
-
-
-class TrainerState:
-    """All that a training step changes: parameters, optimizer, scheduler, random states.
-
-    Args:
-        trainee: the LLM, after at least one step (the optimizer must have its state).
-        scheduler: Megatron's learning-rate scheduler.
-    """
-
-    def __init__(self, trainee: Trainee, scheduler: Any) -> None:
-        self.tensors = [(t, t.detach().clone()) for t in _tensors(trainee)]
-        self.groups = [
-            (group, {k: v for k, v in group.items() if k != "params"})
-            for leaf in leaf_optimizers(trainee.optimizer)
-            for group in leaf.optimizer.param_groups
-        ]
-        self.scheduler, self.num_steps = scheduler, scheduler.num_steps
-        self.rng = _get_all_rng_states()
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Puts everything back."""
-        for tensor, value in self.tensors:
-            tensor.data.copy_(value)
-        for group, values in self.groups:
-            group.update(values)
-        self.scheduler.num_steps = self.num_steps
-        restore_rng(self.rng)
-
-
-def _tensors(trainee: Trainee) -> list[torch.Tensor]:
-    found = [p for chunk in trainee.model for p in chunk.parameters()]
-    for leaf in leaf_optimizers(trainee.optimizer):
-        for group in leaf.optimizer.param_groups:
-            for param in group["params"]:
-                found.append(param)
-                state = leaf.optimizer.state[param]
-                found += [v for v in state.values() if isinstance(v, torch.Tensor)]
-    return found
 
 
 @dataclass
@@ -99,6 +67,20 @@ class ProbedStep:
         with gathered_parameters(self.trainee):
             return TrainerState(self.trainee, self.scheduler)
 
+    def quiet_step(self, iterator: Any) -> tuple:
+        """Takes the trainer's step, whose checks of results could otherwise end the run."""
+        with quiet(self.trainee):
+            return self.stock_step(iterator)
+
+    def ready(self) -> bool:
+        """Returns, on every rank alike, whether the optimizer has taken a step before.
+
+        Adam's first step is the gradient's sign: no weight changes it, and there is nothing to
+        compare. Nor is there an optimizer state that could be put back.
+        """
+        missing = torch.tensor(float(not has_state(self.trainee)), device=self.weights.device)
+        return not collectives.largest(missing, torch.distributed.group.WORLD).item()
+
 
 def influence(probed: ProbedStep, estimator: str | None = None) -> Influence | None:
     """Returns what the product's own passes B to D find, without taking the step.
@@ -111,7 +93,7 @@ def influence(probed: ProbedStep, estimator: str | None = None) -> Influence | N
     assert step.meta_data is not None
     position, state = step.meta_data.consumed_samples, probed.state()
     _, found = step.meta_gradient.step(
-        probed.stock_step, probed.trainee, probed.batches, probed.weights, estimator
+        probed.quiet_step, probed.trainee, probed.batches, probed.weights, estimator
     )
     with gathered_parameters(probed.trainee):
         state.restore()
@@ -128,24 +110,36 @@ def brute_force(probed: ProbedStep, samples: list[int], delta: float) -> torch.T
         delta: change of the weight.
 
     Returns:
-        `[len(samples)]` float64 on last-stage ranks, zeros elsewhere.
+        `[len(samples)]` float64 on last-stage ranks, zeros elsewhere; NaN where the trainer
+        skipped the step.
     """
-    step = probed.step
+    state = probed.state()
+    up, down = (_changed(probed, samples, sign * delta, state) for sign in (1.0, -1.0))
+    return (up - down) / (2.0 * delta)
+
+
+def _changed(
+    probed: ProbedStep, samples: list[int], delta: float, state: TrainerState
+) -> torch.Tensor:
+    """Returns the meta loss with each sample's weight changed in turn, float64."""
+    losses = []
+    for sample in samples:
+        weights = probed.weights.clone()
+        weights[sample] += delta
+        losses.append(_meta_loss_after(probed, weights, state))
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+def _meta_loss_after(probed: ProbedStep, weights: torch.Tensor, state: TrainerState) -> float:
+    """Returns the meta loss after the step under `weights`, and undoes the step."""
+    step, trainee = probed.step, probed.trainee
     assert step.meta_data is not None
-    position, state = step.meta_data.consumed_samples, probed.state()
-    found = torch.zeros(len(samples), dtype=torch.float64)
-    for k, sample in enumerate(samples):
-        losses = []
-        for sign in (1.0, -1.0):
-            changed = probed.weights.clone()
-            changed[sample] += sign * delta
-            with gathered_parameters(probed.trainee):
-                step.meta_gradient.weighted_step(probed.stock_step, probed.batches, changed)
-                with quiet(probed.trainee):
-                    losses.append(step.passes.meta_loss(probed.trainee, position))
-                state.restore()
-        found[k] = (losses[0] - losses[1]) / (2.0 * delta)
-    return found
+    with gathered_parameters(trainee):
+        result, _ = step.meta_gradient.weighted_step(probed.quiet_step, probed.batches, weights)
+        with quiet(trainee):
+            loss = step.passes.meta_loss(trainee, step.meta_data.consumed_samples)
+        state.restore()
+    return math.nan if result[1] else loss
 
 
 def reference(probed: ProbedStep) -> torch.Tensor:
@@ -202,26 +196,45 @@ def _backward_of_sample(probed: ProbedStep, sample: int, state: TrainerState) ->
         step.passes.run(trainee, probed.batches, get_num_microbatches(), forward_only=False)
 
 
+# How much brute force changes a weight. Small where Adam's first steps are curved, large where the
+# parameters round away what a weight changes.
+DELTA, DELTA_BF16 = 0.1, 1.0
+
+
 @dataclass
 class Verification:
     """How a step's meta-gradient compares with what a changed weight really does.
 
     Attributes:
         samples: global sample numbers.
+        weights: their weights.
         estimated: `c_i` of the product, for those samples.
         measured: the same by brute force.
         correlation: Pearson's, NaN where one side is constant.
         relative_error: `|estimated - measured| / |measured|`.
+        noise: half the difference of brute force upwards and downwards, relative to the spread of
+            their mean over the samples: rounding, which moves other parameters up than down, and
+            curvature.
     """
 
     samples: list[int]
+    weights: list[float]
     estimated: list[float]
     measured: list[float]
     correlation: float
     relative_error: float
+    noise: float
+
+    @property
+    def ceiling(self) -> float:
+        """The correlation that a perfect estimate would have with measurements of this noise.
+
+        `sqrt(signal / measured)` in variances, as what was measured is signal and noise.
+        """
+        return math.sqrt(max(0.0, 1.0 - self.noise**2)) if self.noise >= 0 else math.nan
 
 
-def verify(probed: ProbedStep, count: int, delta: float = 0.25) -> Verification | None:
+def verify(probed: ProbedStep, count: int, delta: float | None = None) -> Verification | None:
     """Compares the product's meta-gradient with brute force on a few samples.
 
     The samples are those with the largest and the smallest estimate, half of each, as the
@@ -230,39 +243,54 @@ def verify(probed: ProbedStep, count: int, delta: float = 0.25) -> Verification 
     Args:
         probed: the step.
         count: number of samples, at most the batch.
-        delta: change of a weight.
+        delta: change of a weight; None: what suits the parameters' precision.
 
     Returns:
-        The comparison, equal on every rank; None when there is nothing to look ahead from yet.
+        The comparison, equal on every rank; None when there is nothing to look ahead from yet,
+        or the trainer skipped the step.
     """
     found = influence(probed)
     if found is None:
         return None
     count = min(count, probed.weights.numel())
-    groups = probed.step.groups
-    chosen = torch.zeros(count, dtype=torch.int64, device=found.values.device)
-    both = torch.zeros(2, count, dtype=torch.float64, device=found.values.device)
-    if probed.step.sees_losses:
+    if delta is None:
+        low = probed.trainee.config.params_dtype == torch.bfloat16
+        delta = DELTA_BF16 if low else DELTA
+    step, device = probed.step, probed.weights.device
+    chosen = torch.zeros(count, dtype=torch.int64, device=device)
+    values = torch.zeros(4, count, dtype=torch.float64, device=device)
+    if step.sees_losses:
         order = torch.argsort(found.values)
         chosen = torch.cat([order[: count // 2], order[len(order) - (count - count // 2) :]])
-        both[0] = found.values[chosen].double()
-    chosen = collectives.broadcast_from_last_stage(chosen.contiguous(), groups.pp)
+        values[0], values[1] = probed.weights[chosen], found.values[chosen]
+    chosen = collectives.broadcast_from_last_stage(chosen.contiguous(), step.groups.pp)
     samples = [int(i) for i in chosen.tolist()]
-    both[1] = brute_force(probed, samples, delta).to(both.device)
-    both = collectives.broadcast_from_last_stage(both, groups.pp)
-    estimated, measured = both[0].cpu(), both[1].cpu()
+    state = probed.state()
+    unchanged = _meta_loss_after(probed, probed.weights, state)
+    for row, signed in ((2, delta), (3, -delta)):
+        values[row] = ((_changed(probed, samples, signed, state) - unchanged) / signed).to(device)
+    values = collectives.broadcast_from_last_stage(values, step.groups.pp).cpu()
+    return _compare(samples, *values)
+
+
+def _compare(
+    samples: list[int],
+    weights: torch.Tensor,
+    estimated: torch.Tensor,
+    upwards: torch.Tensor,
+    downwards: torch.Tensor,
+) -> Verification:
+    """From both one-sided differences to the figures; all `[len(samples)]` float64."""
+    measured, difference = (upwards + downwards) / 2, (upwards - downwards) / 2
+    norm = torch.linalg.vector_norm
+    spread = norm(measured - measured.mean())
     return Verification(
-        samples,
-        estimated.tolist(),
-        measured.tolist(),
-        torch.corrcoef(torch.stack([estimated, measured]))[0, 1].item(),
-        (
-            torch.linalg.vector_norm(estimated - measured) / torch.linalg.vector_norm(measured)
-        ).item(),
+        samples=samples,
+        weights=weights.tolist(),
+        estimated=estimated.tolist(),
+        measured=measured.tolist(),
+        correlation=torch.corrcoef(torch.stack([estimated, measured]))[0, 1].item(),
+        relative_error=(norm(estimated - measured) / norm(measured)).item(),
+        # Where nothing that was measured differs, nothing was seen.
+        noise=(norm(difference - difference.mean()) / spread).item() if spread else math.inf,
     )
-
-
-if __name__ == "__main__":
-    from megatron_dwm.integration.probe_command import main
-
-    raise SystemExit(main())

@@ -191,6 +191,7 @@ class MetaGradient:
             measure,
             torch.distributed.group.WORLD,
             self.passes.shape.device,
+            trainee.config.params_dtype,
             self.config.fd_relative_step,
             self._linearity_is_due(),
         )

@@ -7,7 +7,7 @@ one difference for all samples at once.
 
 Its error has two parts that pull eps apart: curvature, which grows with eps^2, and the rounding
 of the weights and of the losses, which grows with 1 / eps. So eps is the smallest step that the
-weights' own precision resolves, and what remains is measured:
+weights' own precision resolves (`choose_step`), and what remains is measured:
 
     fd_signal_to_noise   |2 eps v| / |what the parameters really moved by - 2 eps v|
     fd_linearity_error   |c(2 eps) - c(eps)| / |c(eps)|, now and then
@@ -28,12 +28,14 @@ import torch.distributed as dist
 
 from megatron_dwm.meta import collectives
 
-# |eps v| / |theta|, from which one is chosen. The least is near the best in float32; above the
-# largest, curvature took over in every run that was measured.
-RELATIVE_STEPS = tuple(3e-4 * 2.0 ** (k / 2) for k in range(9))
-# Wanted of a step. Over eight tiny bf16 runs the mean error against per-sample gradients was 7.2,
-# 6.1, 6.9 and 7.4 % with 6, 7, 8 and 10, and 12 % or more with 4 or less; 14.8 % with a fixed 5e-3.
-SIGNAL_TO_NOISE = 7.0
+# |eps v| / |theta|, from which one is chosen. The least is near the best in float32; the large ones
+# are for a v that is concentrated on few elements, of which the others get little.
+RELATIVE_STEPS = tuple(3e-4 * 2.0 ** (k / 2) for k in range(13))
+# Wanted of a step, see `choose_step`, by the precision of the parameters. bf16: over ten tiny runs
+# the mean error against per-sample gradients was 13, 10 and 10 % with 7, 8 and 10. fp32: below 1 %
+# in five runs, in one of which a step of 3e-4 was off by 4 %. fp16 is not measured: in between, as
+# the best eps goes with the cube root of the rounding unit.
+RESOLUTION = {torch.bfloat16: 8.0, torch.float16: 32.0, torch.float32: 3e4}
 # Elements of each parameter on which a step is tried.
 SAMPLED_ELEMENTS = 2**14
 # Meta steps from one check of linearity to the next; a check costs two more forward passes.
@@ -63,6 +65,7 @@ def estimate(
     measure: Callable[[], torch.Tensor | None],
     group: dist.ProcessGroup,
     device: torch.device,
+    dtype: torch.dtype,
     relative_step: float | None = None,
     check_linearity: bool = False,
 ) -> Difference:
@@ -77,6 +80,7 @@ def estimate(
         group: all ranks, over which eps must agree: with expert parallelism, data-parallel ranks
             hold different parameters too.
         device: of the parameters; a rank without any takes part in the sums.
+        dtype: of the run's parameters, the same on every rank.
         relative_step: `|eps v| / |theta|`; None: chosen by `choose_step`.
         check_linearity: also take the difference over twice the step. The values stay those of
             the single step, so a run does not depend on which of its steps are checked.
@@ -89,7 +93,7 @@ def estimate(
         return Difference(None if losses is None else torch.full_like(losses, value))
     scale = theta_norm / v_norm
     if relative_step is None:
-        relative_step = choose_step(parameters, theta, scale, group, device)
+        relative_step = choose_step(parameters, theta, scale, group, device, dtype)
     eps = relative_step * scale
     values, noise = _difference(parameters, theta, measure, eps, group, device)
     quality = {
@@ -146,8 +150,14 @@ def choose_step(
     scale: float,
     group: dist.ProcessGroup,
     device: torch.device,
+    dtype: torch.dtype,
 ) -> float:
-    """Returns the least of `RELATIVE_STEPS` with `SIGNAL_TO_NOISE`; the largest if none has it.
+    """Returns the least of `RELATIVE_STEPS` that the parameters' precision resolves.
+
+    That is, with `sum |2 eps v| / sum |what the parameters would move by - 2 eps v|` of at least
+    `RESOLUTION`; the largest if none has it. Absolute values, not squares as in
+    `fd_signal_to_noise`: Adam divides v by the size of the gradient, so elements that contribute
+    alike to `<v, g_i>` differ by orders of magnitude in v, and squares would see only the largest.
 
     Tried at every meta step on evenly spaced elements of each parameter, which costs next to
     nothing beside a forward pass. So the choice is a function of theta and v alone, and a run
@@ -159,10 +169,11 @@ def choose_step(
         scale: `|theta| / |v|` over the whole model.
         group: all ranks.
         device: of the parameters.
+        dtype: of the run's parameters.
     """
     eps = torch.tensor(RELATIVE_STEPS, device=device).unsqueeze(1) * scale  # [k, 1]
     noise = torch.zeros(len(RELATIVE_STEPS), dtype=torch.float64, device=device)
-    v_squared = torch.zeros(1, dtype=torch.float64, device=device)
+    length = torch.zeros(1, dtype=torch.float64, device=device)
     for parameter, value in zip(parameters, theta, strict=True):
         # Odd, so that the elements come from all columns of a matrix.
         stride = value.numel() // SAMPLED_ELEMENTS | 1
@@ -174,12 +185,13 @@ def choose_step(
         above = (start.float() + eps * v).to(value.dtype).float()  # [k, m]
         below = (above - 2.0 * eps * v).to(value.dtype).float()
         share = value.numel() / v.numel()
-        noise += (above - below - 2.0 * eps * v).square().sum(dim=1).double() * share
-        v_squared += v.square().sum().double() * share
+        noise += (above - below - 2.0 * eps * v).abs().sum(dim=1).double() * share
+        length += v.abs().sum().double() * share
     # Summed over all ranks, replicated parameters on each: all take the same step.
-    sums = collectives.sum_of_shards(torch.cat([noise, v_squared]), group).tolist()
+    sums = collectives.sum_of_shards(torch.cat([noise, length]), group).tolist()
+    wanted = RESOLUTION.get(dtype, RESOLUTION[torch.bfloat16])
     for k, step in enumerate(RELATIVE_STEPS):
-        if 2.0 * step * scale * math.sqrt(sums[-1]) >= SIGNAL_TO_NOISE * math.sqrt(sums[k]):
+        if 2.0 * step * scale * sums[-1] >= wanted * sums[k]:
             return step
     return RELATIVE_STEPS[-1]
 

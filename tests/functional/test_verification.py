@@ -83,7 +83,7 @@ def results(folder: Path, common: list[str]) -> Results:
     saved = str(folder / "pp2-verified")
     resumed = [*common, *LAYOUTS["pp2"].split(), *VERIFY, "--load", saved, "--ckpt-step", "3"]
     later = [*common, *LATER, *VERIFY, "--dwm-estimator", "ghost"]
-    drowned = [*later, "--bf16", "--lr", "1e-6", "--dwm-verify-samples", "8"]
+    drowned = [*later, "--bf16", "--lr", "1e-6", "--dwm-verify-samples", "6"]
     board = ["--tensorboard-dir", str(folder / "tensorboard")]
     runs += [
         {"name": "resumed", "args": [*resumed, "--save", str(folder / "resumed")]},
@@ -114,16 +114,19 @@ def stock(common: list[str]) -> list[str]:
 def probes(results: Results, folder: Path, common: list[str]) -> Results:
     """The command on what the runs left, which it must leave as it is."""
     dp2, script = str(folder / "dp2-verified"), str(ROOT / "examples" / "pretrain_dwm.py")
-    old = str(folder / "old")
+    old, few = str(folder / "old"), ["--samples", "4"]
     flags = [*host_flags(), *common]
     runs = [
         {"name": "probe", "args": ["--checkpoint", dp2, "--iteration", "3"]},
         {
             "name": "probe-broken",
-            "args": ["--checkpoint", str(folder / "later")],
+            "args": ["--checkpoint", str(folder / "later"), *few],
             "env": {"SCRAMBLE": "1"},
         },
-        {"name": "probe-old", "args": ["--checkpoint", old, "--script", script, "--", *flags]},
+        {
+            "name": "probe-old",
+            "args": ["--checkpoint", old, *few, "--script", script, "--", *flags],
+        },
         *({"name": f"bad-{n}", "args": words} for n, (words, _) in bad_input(folder).items()),
     ]
     kept = ("dp2-verified", "later", "old", "stock", "tensorboard")
@@ -322,7 +325,7 @@ def test_command_on_a_launched_script(folder: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     logits.unlink()
     before = contents(saved)
-    code, out, err = command("--checkpoint", str(saved))
+    code, out, err = command("--checkpoint", str(saved), "--samples", "3")
     assert code == 0, err[-3000:]
     assert "the run is complete" in out
     assert not logits.exists() and contents(saved) == before

@@ -111,9 +111,7 @@ class Verifier:
         if budget is None:
             return
         longest = torch.tensor(seconds, dtype=torch.float64, device=self.step.shape.device)
-        seconds = collectives.largest(longest, torch.distributed.group.WORLD).item()
-        budget.dwm_seconds += seconds
-        budget.credit -= seconds
+        budget.charge(collectives.largest(longest, torch.distributed.group.WORLD).item())
 
 
 def probed_step(

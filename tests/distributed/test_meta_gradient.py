@@ -21,11 +21,10 @@ import pytest
 
 from tests.distributed.cases import (
     FIRST,
-    LAYOUTS,
     MODELS,
-    OPTIMIZERS,
     VPP2,
     arguments,
+    combinations,
     correlation,
     in_data_order,
     layout_cases,
@@ -161,11 +160,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     return out
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "optimizer", "layout"), combinations())
 class TestLayouts:
-    """Every layout x optimizer x model."""
+    """Every layout, with both models and both optimizers."""
 
     def test_estimators_are_the_per_sample_loop(
         self, found: dict, model: str, optimizer: str, layout: str
@@ -202,7 +199,7 @@ class TestLayouts:
 def test_meta_gradient_is_what_a_weight_really_does(found: dict, case: str) -> None:
     """Correlation with brute force over the batch >= 0.999 for each estimator."""
     out = found[case]
-    assert len(out["brute"]) == 16
+    assert len(out["brute"]) == 8
     assert out["left_alone"], "the meta step changed the language model or its optimizer"
     if "clipped" in case or case == "moe":
         assert out["grad_norm"] > 0.3, "clipping was not active, so it was not tested"

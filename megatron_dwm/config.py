@@ -97,7 +97,8 @@ class DWMConfig:
     )
     fd_relative_step: float | None = _option(
         None,
-        "finite difference: |eps v| / |theta|; default: 3e-4 in fp32, 5e-3 in bf16",
+        "finite difference: |eps v| / |theta|; default: at every meta step the smallest that the "
+        "parameters' precision resolves (3e-4 to 2e-2)",
     )
     num_layers: int = _option(4, "layers of the DWM (llm:K and hf:DIR set it themselves)")
     hidden_size: int = _option(256, "hidden size of the DWM")

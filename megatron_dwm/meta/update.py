@@ -80,6 +80,11 @@ class InnerStep:
             for shard, clipped in by_parameter.pop(id(parameter), ()):
                 h = shard.grad_slice()
                 h.mul_(update_jacobian(shard, self.lrs[id(shard.group)], clipped))
+                if clipped is not None:
+                    # The batch has no gradient there (a token that it does not contain), so no
+                    # sample has: <v, g_i> is the same. Adam's dU/dG can be lr / eps there, which
+                    # would leave a finite difference along v nothing of all other parameters.
+                    h.masked_fill_(clipped == 0, 0.0)
                 if a != 1.0:
                     h.mul_(a)
                 if b and clipped is not None:

@@ -102,6 +102,9 @@ def other_cases(ranks: int) -> list[dict[str, Any]]:
         flags = "--clip-grad 0.3 --dwm-lookahead current"
         found.append({"name": "current-adamw", "args": arguments(flags, "gpt"), **current})
         memory = {"memory": True, "estimators": []}
+        flags = "--vocab-size 4000"
+        rare = {"reference": True, "estimators": BOTH}
+        found.append({"name": "rare-tokens", "args": arguments(flags), **rare})
         flags = f"--bf16 --clip-grad 0.3 {WIDE}"
         found.append({"name": "memory-bf16", "args": arguments(flags), **memory})
     if ranks == 2:
@@ -211,6 +214,13 @@ def test_meta_gradient_is_what_a_weight_really_does(found: dict, case: str) -> N
         assert relative_error(values, out["reference"]) <= limit, name
         # The comparison can fail: samples in another order do not correlate.
         assert abs(correlation(values[1:] + values[:1], out["brute"])) < 0.9
+
+
+def test_rare_tokens_do_not_drown_the_others(found: dict) -> None:
+    """Most rows of the embedding have no gradient, and there Adam's Jacobian is lr / eps."""
+    out = found["rare-tokens"]
+    assert relative_error(out["c"]["ghost"], out["reference"]) <= 1e-4
+    assert relative_error(out["c"]["finite_difference"], out["reference"]) <= 2e-2
 
 
 @pytest.mark.parametrize("name", BROKEN)

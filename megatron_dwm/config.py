@@ -79,7 +79,7 @@ class DWMConfig:
     jacobian: str = _option(
         "exact",
         "derivative of the LLM's optimizer step: exact (Adam, AdamW, SGD) or identity (any "
-        "optimizer, taken for plain SGD)",
+        "optimizer, taken for plain SGD with one learning rate)",
     )
     overhead_budget: float | None = _option(
         None,
@@ -185,6 +185,12 @@ class DWMConfig:
             found.append(
                 f"{flag('verify_samples')} is {self.verify_samples}; a correlation needs 3 or more"
             )
+        for name in ("verify_meta_gradient", "overhead_budget"):
+            if getattr(self, name) is not None and not self.trains:
+                found.append(
+                    f"{flag(name)} is about meta steps, of which --dwm-policy {self.policy} with "
+                    f"--dwm-schedule {self.schedule} takes none; leave it out"
+                )
         if not 0 <= self.verify_correlation < 1:
             found.append(f"{flag('verify_correlation')} is {self.verify_correlation}; use [0, 1)")
         if self.lookahead == "current" and self.estimator == "finite_difference":

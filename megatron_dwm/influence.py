@@ -136,7 +136,7 @@ class MetaGradient:
         with quiet(trainee):
             loss = self.passes.meta_gradient(trainee)
             if inner is not None:
-                inner.pull_back(trainee.model)
+                inner.pull_back(trainee.model, self.passes.shape.device)
             else:
                 pull_back_identity(max(lrs.values(), default=0.0), trainee.model)
             # D: <v, g_i> at theta, with the step's own dropout masks

@@ -107,12 +107,22 @@ class Passes:
 
     @torch.no_grad()
     def meta_loss(self, trainee: Trainee, position: int) -> float:
-        """Returns the meta loss per token of the meta batch at `position`, without gradients."""
+        """Returns the loss of the meta batch at `position` whose gradient `meta_gradient` takes.
+
+        With the trainer's own normalisation: the mean over micro-batches of the loss per token, or
+        the loss per token of the whole batch (`--calculate-per-token-loss`).
+
+        Returns:
+            The loss on last-stage ranks (0 elsewhere).
+        """
         assert self.meta_data is not None
         batches = StepBatches.like(trainee.data_iterator, self.meta_data.batches_at(position))
         with deterministic(trainee), self.forward_step.measured() as losses:
             self.run(trainee, batches, self.meta_data.num_microbatches, forward_only=True)
-        return self._mean_loss(losses)
+        if not self.sees_losses:
+            return 0.0
+        total = self.contributions(losses).double().sum()
+        return collectives.sum_over_data_parallel(total, self.groups.dp_cp).item()
 
     def contributions(self, losses: SampleLosses) -> torch.Tensor:
         """Returns each local sample's share of the loss that the trainer differentiates, `[n]`."""

@@ -188,7 +188,8 @@ class DWMTrainStep:
         values = influence.values / max(influence.lr, 1e-30)
         result = MetaResult(influence.meta_loss, values, 0.0, False, 0.0, influence.quality)
         # Whether the DWM may step on this influence, on every rank alike.
-        finite = torch.isfinite(values).all().float().view(1)
+        # (At a learning rate of 0, as at the start of a warm-up, there is no influence.)
+        finite = (torch.isfinite(values).all() & (influence.lr > 0.0)).float().view(1)
         if not collectives.broadcast_from_last_stage(finite, self.groups.pp).item():
             return result
         num_microbatches = get_num_microbatches()

@@ -27,9 +27,11 @@ from megatron_dwm import host
 from megatron_dwm.config import DWMConfig, raise_all
 from megatron_dwm.conversion.hf_folder import read_hf_config
 from megatron_dwm.data.meta_dataset import MetaData
+from megatron_dwm.errors import DWMError
 from megatron_dwm.integration.checks import blend_of, default_meta_batch_size
 from megatron_dwm.meta.estimators import choose_estimator
 from megatron_dwm.meta.optimizer_view import check_supported
+from megatron_dwm.meta.trainer_state import refusal as step_refusal
 from megatron_dwm.passes import Passes, RunShape
 from megatron_dwm.schedule import Schedule
 from megatron_dwm.train_step import DWMTrainStep
@@ -114,7 +116,10 @@ def build_train_step(
     meta_data = None
     if config.trains:
         check_supported(optimizer, config.jacobian)
-        estimator, reason = choose_estimator(config, model)
+        undoable = step_refusal(optimizer) if config.verify_meta_gradient else None
+        if undoable is not None:
+            raise DWMError(f"--dwm-verify-meta-gradient takes steps and undoes them: {undoable}")
+        estimator, reason = choose_estimator(config, model, llm_config)
         print_rank_0(f"DWM: estimator {estimator}: {reason}")
         config = dataclasses.replace(config, estimator=estimator)
         with _random_states_kept(config.seed):

@@ -125,6 +125,11 @@ def _init_problems(config: DWMConfig, args: Any) -> list[str]:
 
 def _meta_problems(config: DWMConfig, args: Any) -> list[str]:
     found = []
+    if config.verify_meta_gradient and getattr(args, "moe_routing_trace_path", None):
+        found.append(
+            "--dwm-verify-meta-gradient takes steps and undoes them, which "
+            "--moe-routing-trace-path would record; leave one of them out"
+        )
     if not config.meta_data_path and not args.mock_data:
         found.append(
             "--dwm-meta-data-path is missing: name the meta set's data set prefix(es), or use "

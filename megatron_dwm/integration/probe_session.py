@@ -12,6 +12,7 @@ from megatron_dwm.integration.probe_command import ProbeDone
 from megatron_dwm.integration.session import Session
 from megatron_dwm.integration.verification import probed_step
 from megatron_dwm.meta import probe
+from megatron_dwm.meta.trainer_state import refusal as step_refusal
 from megatron_dwm.passes import Trainee
 
 
@@ -39,10 +40,18 @@ class ProbeSession(Session):
                 "this run takes no meta steps (--dwm-policy uniform, --dwm-schedule frozen or no "
                 "--dwm), so that there is no meta-gradient to compare"
             )
+        reason = step_refusal(found[1])
+        if reason is not None:
+            raise DWMError(f"the probe takes steps and undoes them: {reason}")
         if run.iteration >= run.train_iters:
             self.rewound = True
             run.iteration = run.train_iters - 1
-            run.consumed_train_samples -= get_current_global_batch_size()
+            batch = get_current_global_batch_size()
+            run.consumed_train_samples -= batch
+            # The learning rate of that step, too: a complete run may end at 0.
+            scheduler = found[2]
+            scheduler.num_steps = max(0, scheduler.num_steps - batch)
+            scheduler.step(increment=0)
         return found
 
     def train_step(  # noqa: D102 - as Session's

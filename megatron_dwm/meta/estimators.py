@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,12 +12,15 @@ from megatron_dwm.errors import DWMError
 from megatron_dwm.meta.ghost import refusal, uncovered_parameters
 
 
-def choose_estimator(config: DWMConfig, model: list[Any]) -> tuple[str, str]:
+def choose_estimator(
+    config: DWMConfig, model: list[Any], llm_config: Any = None
+) -> tuple[str, str]:
     """Resolves `--dwm-estimator`; every rank of the run must call it.
 
     Args:
         config: settings.
         model: the LLM's DDP-wrapped chunks.
+        llm_config: its `TransformerConfig`; None: nothing in it stands against the hooks.
 
     Returns:
         `ghost` or `finite_difference`, and the reason in words.
@@ -31,6 +35,7 @@ def choose_estimator(config: DWMConfig, model: list[Any]) -> tuple[str, str]:
     found: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(found, uncovered_parameters(model))
     uncovered = [name for part in found for name in part]
+    uncovered += [f"{flag} ({why})" for flag, why in _unusable(llm_config, config.lookahead)]
     if not uncovered:
         why = "asked for by --dwm-estimator" if config.estimator == "ghost" else "auto"
         return "ghost", f"{why}; it covers every trained parameter"
@@ -42,3 +47,11 @@ def choose_estimator(config: DWMConfig, model: list[Any]) -> tuple[str, str]:
             "not covered by it; use --dwm-lookahead next"
         )
     return "finite_difference", f"auto; ghost does not cover {uncovered[0]}"
+
+
+def _unusable(config: Any, lookahead: str) -> Iterator[tuple[str, str]]:
+    """Yields flags of the run under which the hooks would not work, and why."""
+    if getattr(config, "fine_grained_activation_offloading", False):
+        yield "--fine-grained-activation-offloading", "the layers' inputs are freed under the hooks"
+    if getattr(config, "defer_embedding_wgrad_compute", False) and lookahead == "next":
+        yield "--defer-embedding-wgrad-compute", "the output layer needs its weight gradient"

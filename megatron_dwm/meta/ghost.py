@@ -273,11 +273,11 @@ def uncovered_parameters(model: list[Any]) -> list[str]:
                     continue
                 if any(full.startswith(layer) for layer in experts):
                     found.append(
-                        f"{full} (in a mixture-of-experts layer, where tokens are no longer in "
-                        "the order of the samples)"
+                        f"the parameter {full} (in a mixture-of-experts layer, where tokens are no "
+                        "longer in the order of the samples)"
                     )
                 elif not known:
-                    found.append(f"{full} (of a {type(module).__name__})")
+                    found.append(f"the parameter {full} (of a {type(module).__name__})")
     return found
 
 
@@ -285,6 +285,6 @@ def refusal(uncovered: list[str]) -> str:
     """Returns the error for parameters that are not covered."""
     more = f" and {len(uncovered) - 1} more" if len(uncovered) > 1 else ""
     return (
-        f"--dwm-estimator ghost does not cover the parameter {uncovered[0]}{more}; use "
+        f"--dwm-estimator ghost does not cover {uncovered[0]}{more}; use "
         "--dwm-estimator finite_difference"
     )

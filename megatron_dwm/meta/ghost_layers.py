@@ -84,10 +84,9 @@ def linear_dot(x: torch.Tensor, grad: torch.Tensor, v: torch.Tensor) -> torch.Te
         grad: `[s, b, out]`.
         v: `[out, in]`.
     """
-    v = v.to(x.dtype)
     if v.size(0) < v.size(1):
-        return per_sample_dot(_matmul(x, v.t()), grad)
-    return per_sample_dot(_matmul(grad, v), x)
+        return per_sample_dot(_matmul(x, v.t().to(x.dtype)), grad)
+    return per_sample_dot(_matmul(grad, v.to(grad.dtype)), x)
 
 
 def _matmul(a: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:

@@ -83,8 +83,11 @@ class ParamShard:
         False for tied copies and for tensor-parallel replicas on all ranks but the first, by
         Megatron's own rules for the gradient norm.
         """
+        # Experts may have a tensor-parallel group of their own.
         return param_is_not_shared(self.main_param) and param_is_not_tensor_parallel_duplicate(
-            self.main_param
+            self.main_param,
+            tp_group=getattr(self.optimizer, "tp_group", None),
+            expert_tp_group=getattr(self.optimizer, "expert_tp_group", None),
         )
 
 

@@ -26,12 +26,13 @@ import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from megatron_dwm.batches import StepBatches
+from megatron_dwm.errors import DWMError
 from megatron_dwm.guards import gathered_parameters, quiet, restore_rng
 from megatron_dwm.influence import Influence, StockStep
 from megatron_dwm.meta import collectives
 from megatron_dwm.meta import reference as reference_estimator
-from megatron_dwm.meta.optimizer_view import learning_rates
-from megatron_dwm.meta.trainer_state import TrainerState, has_state
+from megatron_dwm.meta.optimizer_view import has_stepped, learning_rates
+from megatron_dwm.meta.trainer_state import TrainerState
 from megatron_dwm.meta.update import (
     InnerStep,
     pull_back_before_step,
@@ -73,13 +74,19 @@ class ProbedStep:
             return self.stock_step(iterator)
 
     def ready(self) -> bool:
-        """Returns, on every rank alike, whether the optimizer has taken a step before.
+        """Returns, on every rank alike, whether there is anything to compare.
 
-        Adam's first step is the gradient's sign: no weight changes it, and there is nothing to
-        compare. Nor is there an optimizer state that could be put back.
+        Adam's first step is the gradient's sign, which no weight changes; and at a learning rate
+        of 0, as at the start of a warm-up, no step changes anything.
         """
-        missing = torch.tensor(float(not has_state(self.trainee)), device=self.weights.device)
+        missing = torch.tensor(float(not self._can_look_ahead()), device=self.weights.device)
         return not collectives.largest(missing, torch.distributed.group.WORLD).item()
+
+    def _can_look_ahead(self) -> bool:
+        """Returns whether this rank's optimizer has moments, and will move at all."""
+        rates = learning_rates(self.trainee.optimizer).values()
+        moves = not rates or any(rate != 0.0 for rate in rates)
+        return has_stepped(self.trainee.optimizer) and moves
 
 
 def influence(probed: ProbedStep, estimator: str | None = None) -> Influence | None:
@@ -156,7 +163,7 @@ def reference(probed: ProbedStep) -> torch.Tensor:
         inner = None
         if step.config.lookahead == "next":
             result, _ = step.meta_gradient.weighted_step(
-                probed.stock_step, probed.batches, probed.weights
+                probed.quiet_step, probed.batches, probed.weights
             )
             inner = InnerStep.capture(trainee.optimizer, lrs, result[5]) if exact else None
         with quiet(trainee):
@@ -164,7 +171,7 @@ def reference(probed: ProbedStep) -> torch.Tensor:
             if not exact:
                 pull_back_identity(max(lrs.values(), default=0.0), trainee.model)
             elif inner is not None:
-                inner.pull_back(trainee.model)
+                inner.pull_back(trainee.model, step.shape.device)
             else:
                 pull_back_before_step(trainee.optimizer, lrs, trainee.model)
             v = [p.main_grad.clone() for p in trainable_parameters(trainee.model)]
@@ -175,6 +182,7 @@ def reference(probed: ProbedStep) -> torch.Tensor:
                 trainee.optimizer,
                 probed.weights.numel(),
                 lambda i: _backward_of_sample(probed, i, state),
+                step.shape.device,
             )
         state.restore()
     step.meta_data.consumed_samples = position
@@ -253,6 +261,11 @@ def verify(probed: ProbedStep, count: int, delta: float | None = None) -> Verifi
     if found is None:
         return None
     count = min(count, probed.weights.numel())
+    if count < 3:
+        raise DWMError(
+            f"the meta-gradient cannot be verified on a global batch of {count}: a correlation "
+            "needs 3 samples or more (--global-batch-size, --dwm-verify-samples)"
+        )
     if delta is None:
         low = probed.trainee.config.params_dtype == torch.bfloat16
         delta = DELTA_BF16 if low else DELTA

@@ -43,6 +43,9 @@ class TrainerState:
             (group, {k: v for k, v in group.items() if k != "params"}) for group in _groups(trainee)
         ]
         self.states = [(state, dict(state)) for state in _states(trainee)]
+        self.without_state = list(_without_state(trainee))
+        # Transformer Engine's Adam scales 16-bit moments; in place, beside the state.
+        self.scales = [(s, {k: _kept(v) for k, v in s.items()}) for s in _scales(trainee)]
         self.modules = [(module, dict(vars(module))) for module in _modules(trainee)]
         self.scheduler, self.num_steps = scheduler, scheduler.num_steps
         self.rng = _get_all_rng_states()
@@ -59,8 +62,12 @@ class TrainerState:
             group.update(values)
         for state, values in self.states:
             _put_back(state, values)
+        for states, param in self.without_state:
+            states.pop(param, None)
         for tensor, value in self.tensors:
             tensor.data.copy_(value)
+        for scales, kept in self.scales:
+            _put_back_scales(scales, kept)
         for module, values in self.modules:
             _put_back(vars(module), values)
         self.scheduler.num_steps = self.num_steps
@@ -105,7 +112,30 @@ def _states(trainee: Trainee) -> Iterator[dict[str, Any]]:
     for leaf in leaf_optimizers(trainee.optimizer):
         for group in leaf.optimizer.param_groups:
             for param in group["params"]:
-                yield leaf.optimizer.state[param]
+                # Not by [], which would make an empty one.
+                state = leaf.optimizer.state.get(param)
+                if state is not None:
+                    yield state
+
+
+def _without_state(trainee: Trainee) -> Iterator[tuple[dict[Any, Any], Any]]:
+    """Yields the optimizer's states and each tensor that has none in them yet."""
+    for leaf in leaf_optimizers(trainee.optimizer):
+        for group in leaf.optimizer.param_groups:
+            for param in group["params"]:
+                if param not in leaf.optimizer.state:
+                    yield leaf.optimizer.state, param
+
+
+def _scales(trainee: Trainee) -> Iterator[dict[str, torch.Tensor]]:
+    """Yields the scales of each tensor's low-precision moments, by the moment's name."""
+    for leaf in leaf_optimizers(trainee.optimizer):
+        yield from getattr(leaf.optimizer, "_scales", {}).values()
+
+
+def _put_back_scales(scales: dict[str, torch.Tensor], kept: dict[str, torch.Tensor]) -> None:
+    for name, value in kept.items():
+        scales[name].copy_(value)
 
 
 def _modules(trainee: Trainee) -> Iterator[torch.nn.Module]:
@@ -133,12 +163,13 @@ def _timers(trainee: Trainee) -> Iterator[Any]:
     yield from getattr(trainee.config.timers, "_timers", {}).values()
 
 
-def has_state(trainee: Trainee) -> bool:
-    """Returns whether the optimizer has taken a step of this rank's share, or needs no state."""
-    return all(
-        state or leaf.config.optimizer == "sgd"
-        for leaf in leaf_optimizers(trainee.optimizer)
-        for state in (
-            leaf.optimizer.state[p] for g in leaf.optimizer.param_groups for p in g["params"]
-        )
-    )
+def refusal(optimizer: Any) -> str | None:
+    """Returns why an optimizer's step cannot be undone; None if it can."""
+    for leaf in leaf_optimizers(optimizer):
+        if getattr(leaf.config, "optimizer_cpu_offload", False):
+            return "--optimizer-cpu-offload steps copies of the parameters that cannot be put back"
+        for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
+            if getattr(leaf.config, name, None) == torch.uint8:
+                flag = f"--{name.replace('_', '-')}"
+                return f"{flag} fp8 keeps scales that cannot be put back"
+    return None

@@ -6,7 +6,6 @@ h taken at theta+. v lives in the model's gradient buffers (`main_grad`), full o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,15 +61,16 @@ class InnerStep:
         return cls(entries, lrs, clip, leaves)
 
     @torch.no_grad()
-    def pull_back(self, model: list[Any]) -> None:
+    def pull_back(self, model: list[Any], device: torch.device) -> None:
         """Replaces h in the gradient buffers by v, completes v on every rank, forgets the step.
 
         Args:
             model: the DDP-wrapped chunks whose `main_grad` hold h, reduced over data parallelism
                 (with the distributed optimizer: this rank's shard of it).
+            device: of the parameters; a rank without any takes part in the sums.
         """
         a, b = self.clip
-        dot = self._dot_with_clipped_gradient(model[0]) if b else 0.0
+        dot = self._dot_with_clipped_gradient(device) if b else 0.0
         by_parameter: dict[int, list[tuple[ParamShard, torch.Tensor | None]]] = {}
         for entry in self.entries:
             by_parameter.setdefault(id(entry[0].model_param), []).append(entry)
@@ -82,8 +82,9 @@ class InnerStep:
                 h.mul_(update_jacobian(shard, self.lrs[id(shard.group)], clipped))
                 if clipped is not None:
                     # The batch has no gradient there (a token that it does not contain), so no
-                    # sample has: <v, g_i> is the same. Adam's dU/dG can be lr / eps there, which
-                    # would leave a finite difference along v nothing of all other parameters.
+                    # sample of it that has a weight has: <v, g_i> is the same. Adam's dU/dG can be
+                    # lr / eps there, which would leave a finite difference along v nothing of all
+                    # other parameters.
                     h.masked_fill_(clipped == 0, 0.0)
                 if a != 1.0:
                     h.mul_(a)
@@ -92,9 +93,8 @@ class InnerStep:
 
         _transform(model, apply)
 
-    def _dot_with_clipped_gradient(self, chunk: Any) -> float:
+    def _dot_with_clipped_gradient(self, device: torch.device) -> float:
         """Returns `<G', D h>` over the whole model, each parameter once."""
-        device = next(chunk.parameters()).device
         terms: dict[int, list[torch.Tensor]] = {id(o): [] for o in self.optimizers}
         for shard, clipped in self.entries:
             if shard.counts_in_norm() and clipped is not None:
@@ -137,7 +137,11 @@ def pull_back_before_step(optimizer: Any, lrs: dict[int, float], model: list[Any
 
 @torch.no_grad()
 def pull_back_identity(lr: float, model: list[Any]) -> None:
-    """Replaces h by `v = -lr h` (`--dwm-jacobian identity`): any optimizer taken for plain SGD."""
+    """Replaces h by `v = -lr h` (`--dwm-jacobian identity`): any optimizer taken for plain SGD.
+
+    One learning rate for all parameters: which group a parameter is in, an unknown optimizer need
+    not tell.
+    """
 
     def apply(parameter: torch.nn.Parameter) -> None:
         parameter.main_grad.mul_(-lr)
@@ -149,28 +153,24 @@ def _transform(model: list[Any], apply: Any) -> None:
     """Applies a function to each parameter's `main_grad`, and completes it on every rank.
 
     With the distributed optimizer a rank's own shards become right, and are gathered bucket by
-    bucket while the next bucket is worked on.
+    bucket while the next bucket is worked on; at most two buckets' own shards are held for that.
     """
-    handles = []
+    handle = None
     for chunk in model:
         for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
             for bucket in buffer.buckets:
                 for parameter in bucket.params_list:
                     apply(parameter)
+                if handle is not None:
+                    handle.wait()
+                    handle = None
                 if buffer.ddp_config.use_distributed_optimizer:
                     group = buffer.data_parallel_group
-                    handles.append(collectives.gather_shards(bucket.grad_data, group))
-    for handle in handles:
-        if handle is not None:
-            handle.wait()
+                    handle = collectives.gather_shards(bucket.grad_data, group)
+    if handle is not None:
+        handle.wait()
 
 
 def trainable_parameters(model: list[Any]) -> list[torch.nn.Parameter]:
     """Returns the parameters of the DDP-wrapped chunks that have a gradient buffer."""
     return [p for chunk in model for p in chunk.parameters() if hasattr(p, "main_grad")]
-
-
-def directions(model: list[Any]) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
-    """Yields each trained parameter with its `main_grad` in the parameter's shape."""
-    for parameter in trainable_parameters(model):
-        yield parameter, parameter.main_grad.view_as(parameter)

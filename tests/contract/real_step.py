@@ -164,7 +164,7 @@ class RealStep:
         inner = InnerStep.capture(optimizer, lrs, norm)
         change(inner)
         write(ddp, self.h)
-        inner.pull_back([ddp])
+        inner.pull_back([ddp], torch.device("cpu"))
         return read(ddp)
 
     def check(self, clipped, rel, controls):

@@ -361,7 +361,11 @@ class TestCover:
             torch.nn.Linear(H, H), torch.nn.Conv1d(2, 2, 1), torch.nn.PReLU()
         )
         found = uncovered_parameters([model])
-        assert found == ["1.weight (of a Conv1d)", "1.bias (of a Conv1d)", "2.weight (of a PReLU)"]
+        assert found == [
+            "the parameter 1.weight (of a Conv1d)",
+            "the parameter 1.bias (of a Conv1d)",
+            "the parameter 2.weight (of a PReLU)",
+        ]
         for words in ("1.weight (of a Conv1d)", "and 2 more", "--dwm-estimator finite_difference"):
             assert words in refusal(found)
         with pytest.raises(DWMError, match=r"1\.weight \(of a Conv1d\)"):
@@ -377,14 +381,14 @@ class TestCover:
         """Of the module that holds it, whatever its children are."""
         model = torch.nn.Sequential(torch.nn.Linear(H, H))
         model.sink = torch.nn.Parameter(torch.zeros(2))
-        assert uncovered_parameters([model]) == ["sink (of a Sequential)"]
+        assert uncovered_parameters([model]) == ["the parameter sink (of a Sequential)"]
 
     def test_experts_are_refused_in_words_although_their_layers_are_known(self):
         layer = type("MoELayer", (torch.nn.Module,), {})()
         layer.router = torch.nn.Linear(H, 2)
         model = torch.nn.ModuleDict({"mlp": layer, "other": torch.nn.Linear(H, H)})
         found = uncovered_parameters([model])
-        assert [text.split()[0] for text in found] == ["mlp.router.weight", "mlp.router.bias"]
+        assert [text.split()[2] for text in found] == ["mlp.router.weight", "mlp.router.bias"]
         assert all("no longer in the order of the samples" in text for text in found)
         layer.requires_grad_(False)
         assert uncovered_parameters([model]) == []

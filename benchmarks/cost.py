@@ -1,0 +1,296 @@
+#!/usr/bin/env python
+"""What a step costs over the stock trainer's: time, memory, bytes sent, beside its FLOP floor.
+
+    python benchmarks/cost.py [--ranks 1] [--rounds 5] [-- more trainer flags]
+
+One training run takes steps of every kind in turn, each between two stock steps: stock, uniform
+weights, a frozen DWM, and a meta step with each estimator, lookahead and meta batch (1, 1/4, 1/8 of
+the batch). A step's time is divided by the mean of its two stock neighbours', so the ratio holds on
+a machine that others use too; the table shows the median over the rounds and the quartiles.
+
+Floors count arithmetic only, F being one forward of the batch, a stock step 3F, the meta batch r
+of the batch, and the DWM's own passes left out:
+
+    ghost, lookahead next     (3 + 3r + 3) / 3     a forward and backward without weight gradients
+    ghost, lookahead current  (3 + 3r + 1) / 3     inner products in the training pass
+    finite difference         (3 + 3r + 2) / 3     two forwards
+    frozen DWM                1 + DWM forward / 3F
+
+Peak memory is that of all tensors, from the profiler on a CPU and from the allocator on a GPU.
+Exit code 1 when a step is above --limit times its floor (1.05 for the frozen DWM).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import runpy
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SHARES = {"1": 1, "1/4": 4, "1/8": 8}
+WARM = 3  # steps before anything is timed
+
+LLM = {"layers": 6, "hidden": 320, "ffn": 896, "vocab": 4096, "sequence": 256}
+DWM = {"layers": 2, "hidden": 128, "ffn": 384, "vocab": 0, "sequence": 256}
+MODEL = f"""
+--num-layers {LLM["layers"]} --hidden-size {LLM["hidden"]} --ffn-hidden-size {LLM["ffn"]}
+--num-attention-heads 5 --seq-length 256 --max-position-embeddings 256 --swiglu
+--normalization RMSNorm --disable-bias-linear --position-embedding-type rope
+--untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0 --mock-data
+--tokenizer-type NullTokenizer --vocab-size 4095 --micro-batch-size 1 --lr 1e-4
+--lr-decay-style constant --eval-iters 0 --eval-interval 1000000 --log-interval 1000000
+--num-workers 0 --split 98,1,1 --no-create-attention-mask-in-dataloader --dwm
+--dwm-schedule joint --dwm-estimator ghost --dwm-num-layers {DWM["layers"]}
+--dwm-hidden-size {DWM["hidden"]} --dwm-ffn-hidden-size {DWM["ffn"]} --dwm-num-attention-heads 4
+""".split()
+
+
+def forward_flops(shape: dict[str, int]) -> float:
+    """Returns the multiply-adds, times 2, of one token's forward pass through a model."""
+    hidden, sequence = shape["hidden"], shape["sequence"]
+    layer = 2 * (4 * hidden**2 + 3 * hidden * shape["ffn"]) + 4 * sequence * hidden
+    return shape["layers"] * layer + 2 * hidden * shape["vocab"]
+
+
+def kinds() -> dict[str, tuple[str, str, int]]:
+    """Returns the meta steps that are measured: (estimator, lookahead, 1 / share) by name."""
+    found = {}
+    for estimator, lookahead in (
+        ("ghost", "next"),
+        ("ghost", "current"),
+        ("finite_difference", "next"),
+    ):
+        for label, share in SHARES.items():
+            found[f"{estimator}, {lookahead}, meta {label}"] = (estimator, lookahead, share)
+    return found
+
+
+def floor_of(name: str) -> float:
+    """Returns the FLOP floor of a kind of step over a stock step."""
+    if name in ("stock", "uniform"):
+        return 1.0
+    if name == "frozen DWM":
+        return 1.0 + forward_flops(DWM) / forward_flops(LLM) / 3
+    estimator, lookahead, share = kinds()[name]
+    extra = 2 if estimator == "finite_difference" else 1 if lookahead == "current" else 3
+    return (3 + 3 / share + extra) / 3
+
+
+def worker() -> None:
+    """One rank: takes the steps; the last rank writes the measurements."""
+    sys.path.insert(0, ROOT)
+    from megatron_dwm import host
+
+    host.install()
+    from megatron_dwm.integration.session import Session
+
+    rounds = int(os.environ["COST_ROUNDS"])
+    names = ["uniform", "frozen DWM", *kinds()]
+    # Every timed step has a stock step before and after; the memory of each is taken first.
+    plan = ["stock"] * WARM + [f"memory {n}" for n in ["stock", *names]]
+    for k in range(rounds):
+        for name in names if k % 2 == 0 else reversed(names):
+            plan += ["stock", name]
+    plan.append("stock")
+    attached = Session.train_step
+    measured: dict[str, Any] = {"times": [], "memory": {}, "traffic": {}}
+    steps: dict[str, Any] = {}
+
+    def train_step(self: Any, stock: Any, *args: Any, iteration: int, **kwargs: Any) -> tuple:
+        if not steps:
+            steps.update(build_steps(self.step))
+        name = plan[iteration].removeprefix("memory ")
+        self.step = steps.get(name)
+
+        def act() -> tuple:
+            if name == "stock":
+                return stock(*args, iteration=iteration, **kwargs)
+            return attached(self, stock, *args, iteration=iteration, **kwargs)
+
+        if plan[iteration].startswith("memory"):
+            result, measured["memory"][name], measured["traffic"][name] = with_memory(act)
+            return result
+        seconds, result = timed(act)
+        measured["times"].append((name, seconds))
+        return result
+
+    Session.train_step = train_step  # type: ignore[method-assign]
+    script = os.path.join(ROOT, "examples", "pretrain_dwm.py")
+    batch = 16 * int(os.environ["WORLD_SIZE"])
+    sizes = ["--global-batch-size", str(batch), "--dwm-meta-batch-size", str(batch)]
+    flags = [*host.default_flags(), *MODEL, *sizes, "--train-iters", str(len(plan))]
+    sys.argv = [script, *flags, *sys.argv[1:]]
+    runpy.run_path(script, run_name="__main__")
+    if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+        with open(os.environ["COST_OUT"], "w") as file:
+            json.dump(measured, file)
+
+
+class Always:
+    """A schedule in which every step is weighted, and takes a meta step or does not."""
+
+    def __init__(self, meta_step: bool) -> None:
+        self.meta_step = meta_step
+
+    def plan(self, iteration: int) -> Any:
+        """Returns the plan of any step."""
+        from megatron_dwm.schedule import StepPlan
+
+        return StepPlan(0, "meta" if self.meta_step else "frozen", True, self.meta_step, False)
+
+
+def build_steps(step: Any) -> dict[str, Any]:
+    """Returns a modified step of each kind, all on one LLM and one DWM."""
+    import dataclasses
+
+    from megatron_dwm.data.meta_dataset import MetaData
+    from megatron_dwm.passes import Passes
+    from megatron_dwm.train_step import DWMTrainStep
+
+    passes, full = step.passes, step.meta_data
+    found = {
+        "uniform": DWMTrainStep(step.config, Always(False), passes, None),
+        "frozen DWM": DWMTrainStep(step.config, Always(False), passes, step.scorer),
+    }
+    for name, (estimator, lookahead, share) in kinds().items():
+        config = dataclasses.replace(step.config, estimator=estimator, lookahead=lookahead)
+        meta_data = MetaData(
+            full.datasets,
+            None,
+            full.batch_size // share,
+            full.micro_batch_size,
+            full.dp_rank,
+            full.dp_size,
+            0,
+        )
+        of_kind = Passes(passes.forward_step, passes.groups, passes.shape, meta_data)
+        found[name] = DWMTrainStep(config, Always(True), of_kind, step.scorer)
+    return found
+
+
+def timed(act: Any) -> tuple[float, Any]:
+    """Runs a step; returns its seconds, from when all ranks begin to when this one is done."""
+    import torch
+
+    torch.distributed.barrier()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = act()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+def with_memory(act: Any) -> tuple[Any, int, dict[str, int]]:
+    """Runs a step; returns its result, the peak bytes of all tensors, and the bytes sent."""
+    import torch
+
+    from megatron_dwm import host
+    from megatron_dwm.meta import collectives
+
+    collectives.traffic.clear()
+    if host.device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        result = act()
+        return result, torch.cuda.max_memory_allocated(), dict(collectives.traffic)
+    base = live_bytes()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        result = act()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return result, base + peak, dict(collectives.traffic)
+
+
+def live_bytes() -> int:
+    """Returns the bytes of all tensors that are alive, each storage once."""
+    import gc
+
+    import torch
+
+    storages = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor):
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def ratios(times: list[tuple[str, float]]) -> dict[str, list[float]]:
+    """Returns each kind's times over the mean of the stock steps before and after it."""
+    found: dict[str, list[float]] = {}
+    for k in range(1, len(times) - 1):
+        (before, a), (name, seconds), (after, b) = times[k - 1 : k + 2]
+        if name != "stock" and before == after == "stock":
+            found.setdefault(name, []).append(seconds / ((a + b) / 2))
+    return found
+
+
+def main() -> int:
+    """Spawns the ranks and prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ranks", type=int, default=1, help="ranks, data parallel by default")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each kind")
+    parser.add_argument("--limit", type=float, default=1.15, help="highest time over floor")
+    parser.add_argument("flags", nargs="*", help="more flags for the trainer, after --")
+    args = parser.parse_args()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(args.ranks), os.path.abspath(__file__), *args.flags]
+    with tempfile.TemporaryDirectory() as folder:
+        out = os.path.join(folder, "cost.json")
+        threads = str(max(1, len(os.sched_getaffinity(0)) // args.ranks))
+        env = {"OMP_NUM_THREADS": threads, **os.environ}
+        env.update(COST_OUT=out, COST_ROUNDS=str(args.rounds))
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        if not os.path.exists(out):
+            print(done.stderr[-3000:], file=sys.stderr)
+            return 2
+        with open(out) as file:
+            measured = json.load(file)
+    return report(measured, args.limit)
+
+
+def report(measured: dict[str, Any], limit: float) -> int:
+    """Prints the table; returns 1 when a kind of step is above its limit, else 0."""
+    stock = statistics.median(t for name, t in measured["times"] if name == "stock")
+    memory, traffic = measured["memory"], measured["traffic"]
+    print(f"stock step {stock * 1000:.0f} ms, peak memory {memory['stock'] / 2**20:.0f} MiB\n")
+    print("| step | time / stock | quartiles | floor | time / floor | memory / stock | MiB sent |")
+    print("|---|---|---|---|---|---|---|")
+    failed = []
+    for name, values in ratios(measured["times"]).items():
+        time_ratio, floor = statistics.median(values), floor_of(name)
+        low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+        print(
+            f"| {name} | {time_ratio:.3f} | {low:.3f} to {high:.3f} | {floor:.3f} "
+            f"| {time_ratio / floor:.3f} | {memory[name] / memory['stock']:.3f} "
+            f"| {sum(traffic[name].values()) / 2**20:.2f} |"
+        )
+        if time_ratio > floor * (1.05 if name in ("frozen DWM", "uniform") else limit):
+            failed.append(name)
+    share = forward_flops(DWM) / forward_flops(LLM)
+    print(f"\nThe DWM's forward is {share:.3f} of the LLM's; scoring and its update are 4 of them.")
+    detail = traffic["ghost, next, meta 1/4"]
+    for name, sent in sorted(detail.items(), key=lambda item: -item[1]):
+        print(f"ghost, next, meta 1/4 sends {sent:12d} bytes a rank in {name}")
+    for name in failed:
+        print(f"above its limit: {name}")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    if "RANK" in os.environ and "COST_OUT" in os.environ:
+        worker()
+    else:
+        raise SystemExit(main())

@@ -43,14 +43,19 @@ class FusedAdam(torch.optim.Optimizer):
         self._scales = {}
 
     def get_unscaled_state(self, param, name):
-        return self.state[param][name].float() * self._scales.get((param, name), 1.0)
+        return self.state[param][name].float() * self._scales.get(param, {}).get(name, 1.0)
 
     def _store(self, param, name, value):
         dtype, largest = _STORAGE[self._dtypes[name]]
         if largest is not None:
             scale = (value.abs().max() / largest).clamp(min=1e-30)
-            self._scales[param, name], value = scale, value / scale
-        self.state[param][name] = value.to(dtype)
+            # In place, as there.
+            kept = self._scales.setdefault(param, {}).setdefault(name, torch.ones(()))
+            value = value / kept.copy_(scale)
+        if name in self.state[param]:
+            self.state[param][name].copy_(value.to(dtype))
+        else:
+            self.state[param][name] = value.to(dtype)
 
     def initialize_state(self, param):
         for name in ("exp_avg", "exp_avg_sq"):

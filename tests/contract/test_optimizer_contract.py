@@ -8,6 +8,7 @@ What these tests do not exercise: more ranks (tests/distributed has those), Tran
 
 import dataclasses
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +27,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: 
 
 from megatron_dwm.errors import DWMError  # noqa: E402
 from megatron_dwm.meta import jacobian, optimizer_view  # noqa: E402
+from megatron_dwm.meta.trainer_state import TrainerState, refusal  # noqa: E402
 from megatron_dwm.meta.update import pull_back_identity, trainable_parameters  # noqa: E402
+from megatron_dwm.passes import Trainee  # noqa: E402
 from tests.contract.real_step import (  # noqa: E402
     SIZE,
     RealStep,
@@ -276,6 +279,41 @@ class TestPrecisionAware:
             return ddp, precision_aware_of(ddp, torch.bfloat16, monkeypatch, dtypes=dtypes)
 
         RealStep(build).check(True, 0.01, [as_plain_sgd])
+
+    def test_a_step_is_undone_with_its_scales(self, one_rank, monkeypatch):
+        """16-bit moments are stored beside a scale that every step overwrites."""
+        ddp = wrapped(torch.bfloat16, use_distributed_optimizer=True)
+        dtypes = {"exp_avg_dtype": torch.float16, "exp_avg_sq_dtype": torch.float16}
+        optimizer = precision_aware_of(ddp, torch.bfloat16, monkeypatch, dtypes=dtypes)
+        config = SimpleNamespace(timers=None)
+        trainee = Trainee([ddp], optimizer, config, lambda: None, None)
+
+        def step(size):
+            for parameter in ddp.parameters():
+                parameter.main_grad.fill_(size)
+            optimizer.step()
+
+        def moments():
+            parts = list(optimizer_view.shards(optimizer))
+            return [m.clone() for shard in parts for m in shard.moments()]
+
+        step(1.0)
+        state, before = TrainerState(trainee, SimpleNamespace(num_steps=0)), moments()
+        step(100.0)
+        assert not all(torch.equal(a, b) for a, b in zip(moments(), before, strict=True))
+        state.restore()
+        assert all(torch.equal(a, b) for a, b in zip(moments(), before, strict=True))
+        state.scales = []  # without them the moments come back in the wrong scale
+        step(100.0)
+        state.restore()
+        assert not all(torch.equal(a, b) for a, b in zip(moments(), before, strict=True))
+
+    def test_what_cannot_be_undone_is_named(self, one_rank, monkeypatch):
+        dtypes = {"exp_avg_dtype": torch.uint8, "exp_avg_sq_dtype": torch.float32}
+        ddp = wrapped(torch.bfloat16, use_distributed_optimizer=True)
+        optimizer = precision_aware_of(ddp, torch.bfloat16, monkeypatch, dtypes=dtypes)
+        assert "--exp-avg-dtype fp8" in refusal(optimizer)
+        assert refusal(optimizer_of(ddp, torch.bfloat16, True)) is None
 
     def test_gradients_in_bf16(self, one_rank, monkeypatch):
         """`--main-grads-dtype bf16`: the optimizer reads them from the buffers, h and v lie there.

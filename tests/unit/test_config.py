@@ -121,6 +121,13 @@ class TestProblems:
         (problem,) = DWMConfig(**{name: "x"}).problems()
         assert allowed in problem
 
+    @pytest.mark.parametrize("name", ["overhead_budget", "verify_meta_gradient"])
+    @pytest.mark.parametrize("how", [{"policy": "uniform"}, {"schedule": "frozen", "load": "dir"}])
+    def test_what_is_about_meta_steps_needs_some(self, name, how):
+        (problem,) = DWMConfig(**{name: 1}, **how).problems()
+        assert problem.startswith("--dwm-" + name.replace("_", "-")) and "takes none" in problem
+        assert DWMConfig(**{name: 1}).problems() == []
+
     def test_frozen_needs_the_weights_to_be_used(self):
         (problem,) = DWMConfig(schedule="frozen").problems()
         assert "--dwm-load" in problem

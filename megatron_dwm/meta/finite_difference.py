@@ -37,7 +37,7 @@ RELATIVE_STEPS = tuple(3e-4 * 2.0 ** (k / 2) for k in range(13))
 # the best eps goes with the cube root of the rounding unit.
 RESOLUTION = {torch.bfloat16: 8.0, torch.float16: 32.0, torch.float32: 3e4}
 # Elements of each parameter on which a step is tried.
-SAMPLED_ELEMENTS = 2**14
+SAMPLED_ELEMENTS = 2**12
 # Meta steps from one check of linearity to the next; a check costs two more forward passes.
 LINEARITY_INTERVAL = 100
 # Above it, the log says so loudly.

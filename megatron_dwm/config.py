@@ -188,8 +188,8 @@ class DWMConfig:
         for name in ("verify_meta_gradient", "overhead_budget"):
             if getattr(self, name) is not None and not self.trains:
                 found.append(
-                    f"{flag(name)} is about meta steps, of which --dwm-policy {self.policy} with "
-                    f"--dwm-schedule {self.schedule} takes none; leave it out"
+                    f"{flag(name)} is about meta steps, but --dwm-policy {self.policy} with "
+                    f"--dwm-schedule {self.schedule} takes no meta steps; leave it out"
                 )
         if not 0 <= self.verify_correlation < 1:
             found.append(f"{flag('verify_correlation')} is {self.verify_correlation}; use [0, 1)")

@@ -270,6 +270,7 @@ class TestRandomStates:
         The tracker's states too, from which dropout draws: it changes the dict that it is given.
         """
         tracker = megatron_random.get_cuda_rng_tracker()
+        tracker.reset()  # of what other tests left there
         tracker.add("contract-test", 5)
         try:
             states = megatron_random._get_all_rng_states()

@@ -125,7 +125,10 @@ class TestProblems:
     @pytest.mark.parametrize("how", [{"policy": "uniform"}, {"schedule": "frozen", "load": "dir"}])
     def test_what_is_about_meta_steps_needs_some(self, name, how):
         (problem,) = DWMConfig(**{name: 1}, **how).problems()
-        assert problem.startswith("--dwm-" + name.replace("_", "-")) and "takes no meta steps" in problem
+        assert (
+            problem.startswith("--dwm-" + name.replace("_", "-"))
+            and "takes no meta steps" in problem
+        )
         assert DWMConfig(**{name: 1}).problems() == []
 
     def test_frozen_needs_the_weights_to_be_used(self):

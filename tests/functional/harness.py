@@ -58,7 +58,7 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def torchrun(
-    ranks: int, words: list[str], timeout: int = 400, **variables: str
+    ranks: int, words: list[str], timeout: int = 900, **variables: str
 ) -> subprocess.CompletedProcess:
     """Runs a script under torchrun and returns the finished process."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]

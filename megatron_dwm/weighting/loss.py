@@ -25,7 +25,7 @@ class SampleLosses:
     """Per-sample losses of one pass over the step's micro-batches, last pipeline stage only.
 
     Attributes:
-        sums: for each micro-batch `[b]`, the sum over tokens of the masked losses.
+        sums: for each micro-batch `[b]` float64, the sum over tokens of the masked losses.
         num_tokens: for each micro-batch the token count, or None when `loss_func` averages
             by itself (the two-value form).
     """
@@ -169,12 +169,15 @@ class WeightedForwardStep:
         loss_func: Callable[..., Any], losses: SampleLosses, output: torch.Tensor, **kwargs: Any
     ) -> Any:
         # loss_func is linear in the losses, so its derivative by a factor per sample, taken at
-        # 1, is that sample's share; it needs no knowledge of the mask inside loss_func.
+        # 1, is that sample's share; it needs no knowledge of the mask inside loss_func. The
+        # derivative is summed in float64: a finite difference is of sums that are nearly alike,
+        # and a sum of hundreds in float32 has steps as large as what it looks for.
         with torch.enable_grad():
             factors = torch.ones(
-                output.size(0), dtype=torch.float32, device=output.device, requires_grad=True
+                output.size(0), dtype=torch.float64, device=output.device, requires_grad=True
             )
-            probe = loss_func(_scale(output.detach(), factors), **kwargs)
+            scaled = _scale(output.detach().double(), factors).to(output.dtype)
+            probe = loss_func(scaled, **kwargs)
             (sums,) = torch.autograd.grad(probe[0], factors)
         losses.sums.append(sums.detach())
         losses.num_tokens.append(probe[1].detach() if len(probe) == 3 else None)

@@ -220,12 +220,13 @@ def test_meta_gradient_is_what_a_weight_really_does(found: dict, case: str) -> N
 def test_rare_tokens_do_not_drown_the_others(found: dict) -> None:
     """Most rows of the embedding have no gradient, and there Adam's Jacobian is lr / eps.
 
-    Taken along, they left a finite difference nothing of the others: an error of 50. What is left
-    (0.03) is curvature along rows that a few tokens have touched.
+    Taken along, they left a finite difference nothing of the others: an error of 50. With losses
+    summed in float32 what was left was an error of 3 %: v is long where few tokens have been, so
+    the step is short and the losses differ by a few units in their last place.
     """
     out = found["rare-tokens"]
     assert relative_error(out["c"]["ghost"], out["reference"]) <= 1e-4
-    assert relative_error(out["c"]["finite_difference"], out["reference"]) <= 0.05
+    assert relative_error(out["c"]["finite_difference"], out["reference"]) <= 1e-2
 
 
 @pytest.mark.parametrize("name", BROKEN)

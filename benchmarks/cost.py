@@ -8,6 +8,9 @@ weights, a frozen DWM, and a meta step with each estimator, lookahead and meta b
 the batch). A step's time is divided by the mean of its two stock neighbours', so the ratio holds on
 a machine that others use too; the table shows the median over the rounds and the quartiles.
 
+Time is wall-clock time on a GPU. On a CPU it is this rank's processor time, with one thread a rank
+unless OMP_NUM_THREADS says otherwise: wall-clock time would include what others do on the machine.
+
 Floors count arithmetic only, F being one forward of the batch, a stock step 3F, the meta batch r
 of the batch, and the DWM's own passes left out:
 
@@ -44,7 +47,7 @@ MODEL = f"""
 --num-attention-heads 5 --seq-length 256 --max-position-embeddings 256 --swiglu
 --normalization RMSNorm --disable-bias-linear --position-embedding-type rope
 --untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0 --mock-data
---tokenizer-type NullTokenizer --vocab-size 4095 --micro-batch-size 1 --lr 1e-4
+--tokenizer-type NullTokenizer --vocab-size 4095 --micro-batch-size 4 --lr 1e-4
 --lr-decay-style constant --eval-iters 0 --eval-interval 1000000 --log-interval 1000000
 --num-workers 0 --split 98,1,1 --no-create-attention-mask-in-dataloader --dwm
 --dwm-schedule joint --dwm-estimator ghost --dwm-num-layers {DWM["layers"]}
@@ -123,7 +126,7 @@ def worker() -> None:
 
     Session.train_step = train_step  # type: ignore[method-assign]
     script = os.path.join(ROOT, "examples", "pretrain_dwm.py")
-    batch = 16 * int(os.environ["WORLD_SIZE"])
+    batch = 32 * int(os.environ["WORLD_SIZE"])
     sizes = ["--global-batch-size", str(batch), "--dwm-meta-batch-size", str(batch)]
     flags = [*host.default_flags(), *MODEL, *sizes, "--train-iters", str(len(plan))]
     sys.argv = [script, *flags, *sys.argv[1:]]
@@ -179,12 +182,15 @@ def timed(act: Any) -> tuple[float, Any]:
     """Runs a step; returns its seconds, from when all ranks begin to when this one is done."""
     import torch
 
+    from megatron_dwm import host
+
+    clock = time.perf_counter if host.device().type == "cuda" else time.process_time
     torch.distributed.barrier()
     torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     result = act()
     torch.cuda.synchronize()
-    return time.perf_counter() - start, result
+    return clock() - start, result
 
 
 def with_memory(act: Any) -> tuple[Any, int, dict[str, int]]:
@@ -249,8 +255,7 @@ def main() -> int:
     command += ["--nproc-per-node", str(args.ranks), os.path.abspath(__file__), *args.flags]
     with tempfile.TemporaryDirectory() as folder:
         out = os.path.join(folder, "cost.json")
-        threads = str(max(1, len(os.sched_getaffinity(0)) // args.ranks))
-        env = {"OMP_NUM_THREADS": threads, **os.environ}
+        env = {"OMP_NUM_THREADS": "1", **os.environ}
         env.update(COST_OUT=out, COST_ROUNDS=str(args.rounds))
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         if not os.path.exists(out):

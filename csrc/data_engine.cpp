@@ -14,40 +14,14 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <optional>
-#include <stdexcept>
 #include <string>
 
-#include "array_view.h"
+#include "arguments.h"
+#include "bindings.h"
 
-namespace py = pybind11;
-using megatron_dwm::ArrayView;
-using megatron_dwm::entry;
-using megatron_dwm::int64_of;
-using megatron_dwm::view_of;
-
+namespace megatron_dwm {
 namespace {
-
-[[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
-
-int64_t checked_add(int64_t a, int64_t b, const char* what) {
-  int64_t sum;
-  if (__builtin_add_overflow(a, b, &sum)) {
-    fail(std::string(what) + ": " + std::to_string(a) + " + " + std::to_string(b) +
-         " does not fit in a signed 64-bit integer");
-  }
-  return sum;
-}
-
-int64_t checked_multiply(int64_t a, int64_t b, const char* what) {
-  int64_t product;
-  if (__builtin_mul_overflow(a, b, &product)) {
-    fail(std::string(what) + ": " + std::to_string(a) + " * " + std::to_string(b) +
-         " does not fit in a signed 64-bit integer");
-  }
-  return product;
-}
 
 // Document k holds the sequences [document_indices[k], document_indices[k + 1]).
 void check_document_indices(const ArrayView<int64_t>& document_indices, int64_t num_sequences) {
@@ -73,12 +47,6 @@ void check_document_indices(const ArrayView<int64_t>& document_indices, int64_t 
     fail(entry("document_indices", size - 1) + ": the last entry is " +
          std::to_string(document_indices[size - 1]) + ", expected the number of sequences, " +
          std::to_string(num_sequences));
-  }
-}
-
-void check_length(int32_t length, int64_t sequence) {
-  if (length < 0) {
-    fail(entry("sequence_lengths", sequence) + ": " + std::to_string(length) + " is negative");
   }
 }
 
@@ -267,8 +235,10 @@ void check_index(const py::object& sequence_lengths, const py::object& sequence_
 }
 
 }  // namespace
+}  // namespace megatron_dwm
 
 PYBIND11_MODULE(_data_engine, module) {
+  using namespace megatron_dwm;
   module.doc() = "Index kernels in C++; megatron_dwm.data is their Python face.";
 
   module.def("document_token_prefix_sums", &document_token_prefix_sums,
@@ -323,4 +293,9 @@ Args:
 
 Raises:
     ValueError: Names the first bad entry.)");
+
+  bind_permutation(module);
+  bind_counts(module);
+  bind_visit(module);
+  bind_pack(module);
 }

@@ -1,0 +1,67 @@
+"""Plans on disk, so that one process computes what all ranks and later runs memory-map.
+
+A plan is a few `.npy` files and one `.json` that is written last: without it there is no plan.
+Each is written beside its place and renamed, so that a killed run leaves none half-written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import numpy as np
+
+from megatron_dwm.data.epoch_plan import Corpus, Segment
+
+_ARRAYS = ("documents", "starts", "stops", "is_piece", "seen", "sample_index")
+_NUMBERS = ("start", "stage", "first_epoch", "entry_bounds", "token_bounds")
+
+
+def save_segment(path: str, segment: Segment) -> None:
+    """Writes a plan.
+
+    Args:
+        path: of its files, without their endings; the folder is made where it is missing.
+        segment: the plan.
+    """
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    arrays = [name for name in _ARRAYS if getattr(segment, name) is not None]
+    for name in arrays:
+        temporary = f"{path}-{name}.{os.getpid()}.tmp"
+        with open(temporary, "wb") as file:
+            np.save(file, getattr(segment, name), allow_pickle=False)
+        os.replace(temporary, f"{path}-{name}.npy")
+    numbers = {name: getattr(segment, name) for name in _NUMBERS}
+    temporary = f"{path}.{os.getpid()}.tmp"
+    with open(temporary, "w") as file:
+        json.dump({"arrays": arrays, **numbers}, file)
+    os.replace(temporary, f"{path}.json")
+
+
+def load_segment(path: str, corpus: Corpus) -> Segment | None:
+    """Returns a plan with memory-mapped arrays; None where there is none.
+
+    Args:
+        path: as for `save_segment`.
+        corpus: what it is a plan of; the path must tell corpora apart.
+    """
+    if not os.path.isfile(f"{path}.json"):
+        return None
+    with open(f"{path}.json") as file:
+        stored = json.load(file)
+    arrays: dict[str, Any] = {
+        name: np.load(f"{path}-{name}.npy", mmap_mode="r", allow_pickle=False)
+        if name in stored["arrays"]
+        else None
+        for name in _ARRAYS
+    }
+    return Segment(
+        corpus=corpus,
+        start=stored["start"],
+        stage=stored["stage"],
+        first_epoch=stored["first_epoch"],
+        entry_bounds=tuple(stored["entry_bounds"]),
+        token_bounds=tuple(stored["token_bounds"]),
+        **arrays,
+    )

@@ -1,0 +1,209 @@
+"""Megatron's `GPTDataset` with documents drawn by weight.
+
+A drop-in: the same batch fields, the same blends, splits and index cache. The training split draws
+documents by the weights beside its `.idx` (`epoch_plan`); the others are Megatron's own. Two
+fields are added:
+
+    document_ids    [s] int64, the document that each token is from (-1: padding)
+    domain_id       [] int64, the domain with most of the sample's tokens; with domains only
+
+Set `config.dwm_sampling` (a `SamplingSettings`) on the config that the builder is given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy
+import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.datasets.utils import Split
+
+from megatron_dwm.data.epoch_plan import Corpus, Segment, first_segment, next_segment
+from megatron_dwm.data.segment_cache import load_segment, save_segment
+
+
+@dataclass(frozen=True)
+class DocumentWeights:
+    """The weights of a data set, by sequence.
+
+    Attributes:
+        weights: `[S]` float32.
+        domains: `[S]` int32 domain of each sequence, -1: none; None without domains.
+        document_of: `[S]` document of each sequence; None where every document is one sequence.
+    """
+
+    weights: numpy.ndarray
+    domains: numpy.ndarray | None = None
+    document_of: numpy.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """From which of its samples on a data set is planned by which weights.
+
+    Attributes:
+        start: number of the data set's first sample in the stage.
+        digest: of the weight file.
+    """
+
+    start: int
+    digest: str
+
+
+@dataclass
+class SamplingSettings:
+    """What all data sets of a run have in common.
+
+    Attributes:
+        weights: returns the weights of a data set, by its path and a digest.
+        stages: the stages of each data set by its path, the last one in force. At least one.
+        method: see `Corpus`.
+        max_repeats: see `Corpus`.
+    """
+
+    weights: Callable[[str, str], DocumentWeights]
+    stages: dict[str, list[Stage]]
+    method: Literal["systematic", "independent"] = "systematic"
+    max_repeats: int | None = None
+    # One path may be in a blend more than once; each of them is a data set of its own.
+    built: list[Any] = field(default_factory=list)
+
+
+def weighted(cls: type) -> type:
+    """Returns a class that is `cls`, a `GPTDataset`, but draws its training documents by weight."""
+    if issubclass(cls, WeightedSampling):
+        return cls
+    return type("WeightedGPTDataset", (WeightedSampling, cls), {"__doc__": __doc__})
+
+
+class WeightedSampling:
+    """The part of `WeightedGPTDataset` that differs from `GPTDataset`."""
+
+    # Of GPTDataset and its base classes.
+    config: Any
+    dataset: Any
+    dataset_path: str
+    indices: numpy.ndarray
+    index_split: Split
+    num_samples: int | None
+    unique_description: str
+    _pad_token_id: int
+
+    @property
+    def draws_by_weight(self) -> bool:
+        """Whether this split does."""
+        return self.index_split == Split.train
+
+    def _build_document_sample_shuffle_indices(self) -> Any:
+        if not self.draws_by_weight:
+            return super()._build_document_sample_shuffle_indices()  # type: ignore[misc]
+        settings: SamplingSettings = self.config.dwm_sampling
+        settings.built.append(self)
+        self.use_stages(settings.stages[self.dataset_path])
+        return self.segment.documents, self.segment.sample_index, None
+
+    def use_stages(self, stages: list[Stage]) -> None:
+        """Plans the samples from the last stage's start on; earlier ones cannot be read.
+
+        Args:
+            stages: the history of the data set; each stage starts where weights changed.
+        """
+        self.stages = list(stages)
+        self.segment = self._segment(self.stages, self.num_samples)
+        latest = self._weights(self.stages[-1])
+        self.domains, self.document_of = latest.domains, latest.document_of
+
+    def _segment(self, stages: list[Stage], num_samples: int | None) -> Segment:
+        """Returns the plan of the last stage, from the cache where it is there."""
+        settings: SamplingSettings = self.config.dwm_sampling
+        lengths = self.dataset.sequence_lengths
+        corpus = Corpus(
+            name=self.dataset_path,
+            sequence_lengths=lengths,
+            first_document=int(self.indices[0]) if len(self.indices) else 0,
+            num_documents=len(self.indices),
+            sequence_length=self.config.sequence_length,
+            add_extra_token=bool(self.config.add_extra_token_to_sequence),
+            seed=self.config.random_seed,
+            method=settings.method,
+            max_repeats=settings.max_repeats,
+        )
+        path = self._cache_path(stages, num_samples)
+        found = load_segment(path, corpus)
+        if found is not None:
+            return found
+        *earlier, stage = stages
+        first = corpus.first_document
+        weights = self._weights(stage).weights[first : first + corpus.num_documents]
+        if earlier:
+            # As far as it was followed; what it planned beyond that does not matter.
+            before = self._segment(earlier, stage.start + 1)
+            segment = next_segment(before, weights, num_samples, stage.start)
+        else:
+            segment = first_segment(corpus, weights, num_samples, stage.start)
+        save_segment(path, segment)
+        return segment
+
+    def _weights(self, stage: Stage) -> DocumentWeights:
+        settings: SamplingSettings = self.config.dwm_sampling
+        return settings.weights(self.dataset_path, stage.digest)
+
+    def _cache_path(self, stages: list[Stage], num_samples: int | None) -> str:
+        """Returns the path of a cached plan without its ending."""
+        settings: SamplingSettings = self.config.dwm_sampling
+        folder = self.config.path_to_cache or os.path.join(
+            self.dataset.path_prefix, "cache", "WeightedGPTDataset_indices"
+        )
+        key = [
+            self.unique_description,
+            num_samples,
+            [(s.start, s.digest) for s in stages],
+            settings.method,
+            settings.max_repeats,
+            bool(self.config.add_extra_token_to_sequence),
+        ]
+        name = hashlib.md5(json.dumps(key).encode(), usedforsecurity=False).hexdigest()
+        return os.path.join(folder, f"{name}-WeightedGPTDataset-{self.index_split.name}")
+
+    def __len__(self) -> int:
+        if not self.draws_by_weight:
+            return super().__len__()  # type: ignore[misc]
+        return self.segment.end
+
+    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
+        if not self.draws_by_weight:
+            return super().__getitem__(idx)  # type: ignore[misc]
+        self._is_padding = idx is None
+        sample = super().__getitem__(idx)  # type: ignore[misc]
+        sequences, counts = self._provenance
+        per_token = numpy.repeat(sequences, counts)[: self.config.sequence_length]
+        documents = per_token if self.document_of is None else self.document_of[per_token]
+        ids = numpy.full(self.config.sequence_length, -1, dtype=numpy.int64)
+        ids[: len(documents)] = documents
+        sample["document_ids"] = torch.from_numpy(ids)
+        if self.domains is not None:
+            domains, size = numpy.unique(self.domains[per_token], return_counts=True)
+            sample["domain_id"] = torch.tensor(int(domains[size.argmax()]))
+        return sample
+
+    def _query_document_sample_shuffle_indices(self, idx: int) -> Any:
+        if not self.draws_by_weight:
+            return super()._query_document_sample_shuffle_indices(idx)  # type: ignore[misc]
+        # A sample that pads a batch is masked altogether: any will do.
+        position = self.segment.start if self._is_padding else int(idx)
+        parts = self.segment.parts(self.segment.row(position))
+        texts = [self.dataset.get(d, offset=start, length=count) for d, start, count in parts]
+        sequences = numpy.array([part[0] for part in parts], dtype=numpy.int64)
+        counts = [part[2] for part in parts]
+        self._provenance = (sequences, counts)
+        return numpy.concatenate(texts, dtype=numpy.int64), sequences, list(counts)
+
+
+class WeightedGPTDataset(WeightedSampling, GPTDataset):
+    """`GPTDataset` that draws its training documents by weight; see the module."""

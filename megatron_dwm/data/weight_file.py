@@ -131,7 +131,7 @@ def read_weights(
 def write_weights(
     path: str | os.PathLike[str],
     weights: np.ndarray,
-    index: IndexSummary,
+    index: IndexSummary | WeightFile,
     domains: np.ndarray | None = None,
     domain_names: Sequence[str] = (),
 ) -> WeightFile:
@@ -140,7 +140,7 @@ def write_weights(
     Args:
         path: Path of the file, see `weights_path`; an existing file is replaced.
         weights: `[D]` numbers, stored as float32.
-        index: The index of the dataset.
+        index: The index of the dataset, or another weight file of the same dataset.
         domains: `[D]` integers, -1 for a document without a domain, or None.
         domain_names: Name of each domain; empty when domains are bare numbers.
 
@@ -198,7 +198,7 @@ def write_weights(
             f"{path!r}: cannot be written ({reason}); check the folder, its permissions and the "
             f"space on the disk"
         ) from error
-    return read_weights(path, index, verify=False)
+    return read_weights(path, verify=False)
 
 
 @dataclass(frozen=True)
@@ -273,11 +273,14 @@ def _check_index(path: str, header: _Header, index: IndexSummary) -> None:
             )
 
 
-def _check_array(path: str, what: str, array: np.ndarray, index: IndexSummary, kinds: str) -> None:
+def _check_array(
+    path: str, what: str, array: np.ndarray, index: IndexSummary | WeightFile, kinds: str
+) -> None:
     if array.shape != (index.documents,) or array.dtype.kind not in kinds:
+        owner = index.path if isinstance(index, WeightFile) else f"{index.prefix}.idx"
         raise DatasetError(
-            f"{path}: expected one of the {what} for each of the {index.documents} documents of "
-            f"{index.prefix}.idx, found {array.dtype} numbers of shape {array.shape}"
+            f"{path}: {what}: expected one number for each of the {index.documents} documents of "
+            f"{owner}, found {array.dtype} of shape {array.shape}"
         )
 
 

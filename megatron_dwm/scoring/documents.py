@@ -1,0 +1,144 @@
+"""A corpus as chunks of documents, windows of tokens and batches of windows; and pooling.
+
+A chunk is a range of documents with about the same number of tokens in each: the unit of work and
+of resuming. A document longer than `seq_length` is cut into windows. The batches of a chunk are
+made of that chunk alone, so its scores do not depend on who computes it.
+Shapes: D documents, C chunks, m documents and n windows in a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_dwm.data.index import DatasetError, IndexSummary
+
+# What a document costs beside its tokens, in tokens: keeps chunks of tiny documents short.
+_DOCUMENT_COST = 8
+EMPTY_SCORE = -np.inf
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows of a chunk, in the order of their documents.
+
+    Attributes:
+        document: `[n]` int64, which document of the chunk, from 0.
+        start: `[n]` int64, first token in the document.
+        length: `[n]` int64, tokens, at least 1.
+    """
+
+    document: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+
+
+def chunk_bounds(index: IndexSummary, chunk_tokens: int) -> np.ndarray:
+    """Cuts a corpus into chunks of about `chunk_tokens` tokens.
+
+    Returns:
+        `[C + 1]` int64: chunk c has the documents from bound c up to bound c + 1. No chunk is
+        empty, and where one ends depends on the index alone.
+    """
+    before = index.prefix_sums + _DOCUMENT_COST * np.arange(index.documents + 1, dtype=np.int64)
+    marks = np.arange(0, int(before[-1]), chunk_tokens, dtype=np.int64)
+    firsts = np.searchsorted(before[:-1], marks)
+    return np.unique(np.append(firsts, index.documents))
+
+
+def cut_into_windows(lengths: np.ndarray, seq_length: int) -> Windows:
+    """Cuts documents into windows of `seq_length` tokens; the last one of each may be shorter.
+
+    Args:
+        lengths: `[m]` integers, tokens of each document; one without tokens has no window.
+        seq_length: Largest window.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    counts = -(-lengths // seq_length)
+    document = np.repeat(np.arange(len(lengths)), counts)
+    first = np.cumsum(counts) - counts
+    start = (np.arange(len(document)) - first[document]) * seq_length
+    return Windows(document, start, np.minimum(seq_length, lengths[document] - start))
+
+
+def batches(lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
+    """Yields batches of windows of similar length, longest first.
+
+    Args:
+        lengths: `[n]` tokens of each window.
+        max_tokens: Most tokens of a batch, padding included; a longer window is a batch alone.
+
+    Yields:
+        Numbers of the windows of a batch.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    first = 0
+    while first < len(order):
+        count = max(1, max_tokens // int(lengths[order[first]]))
+        yield order[first : first + count]
+        first += count
+
+
+def pool_windows(scores: np.ndarray, windows: Windows, documents: int) -> np.ndarray:
+    """Returns each document's score: the mean of its windows' scores, weighted by their tokens.
+
+    Args:
+        scores: `[n]` scores of the windows.
+        windows: The windows.
+        documents: m.
+
+    Returns:
+        `[m]` float32, `EMPTY_SCORE` for a document without tokens.
+    """
+    sums = np.bincount(
+        windows.document, scores.astype(np.float64) * windows.length, minlength=documents
+    )
+    tokens = np.bincount(windows.document, windows.length, minlength=documents)
+    pooled = np.full(documents, EMPTY_SCORE)
+    np.divide(sums, tokens, out=pooled, where=tokens > 0)
+    return pooled.astype(np.float32)
+
+
+class TokenReader:
+    """Reads documents' tokens from a `.bin`, which is memory-mapped.
+
+    Args:
+        index: The corpus.
+        vocab_size: Token ids must be below it.
+    """
+
+    def __init__(self, index: IndexSummary, vocab_size: int) -> None:
+        self.index, self.vocab_size = index, vocab_size
+        path = f"{index.prefix}.bin"
+        self._raw = np.zeros(0, np.uint8)
+        if index.bin_bytes:
+            self._raw = np.memmap(path, dtype=np.uint8, mode="r")
+
+    def document(self, number: int) -> np.ndarray:
+        """Returns a document's tokens, all its sequences one after the other.
+
+        Returns:
+            `[tokens]` int64.
+
+        Raises:
+            DatasetError: A token id is outside the vocabulary.
+        """
+        index = self.index
+        first, last = index.document_indices[number : number + 2]
+        parts = [np.zeros(0, index.dtype)]
+        for sequence in range(int(first), int(last)):
+            begin = int(index.sequence_pointers[sequence])
+            end = begin + int(index.sequence_lengths[sequence]) * index.dtype.itemsize
+            parts.append(self._raw[begin:end].view(index.dtype))
+        tokens = np.concatenate(parts).astype(np.int64)
+        if len(tokens) and not (tokens.min() >= 0 and tokens.max() < self.vocab_size):
+            bad = int(np.argmax((tokens < 0) | (tokens >= self.vocab_size)))
+            raise DatasetError(
+                f"{index.prefix}.bin: document {number} has the token id {tokens[bad]} at its "
+                f"token {bad}, but the weighting model's vocabulary has {self.vocab_size} ids; "
+                "score data made with the tokenizer that the model was trained with",
+                this_rank_only=True,
+            )
+        return tokens

@@ -1,0 +1,91 @@
+"""Loads a weighting model that was exported to a Hugging Face folder."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from megatron_dwm.errors import DWMError
+from megatron_dwm.scoring.identity import digest_of
+from megatron_dwm.scoring.score_chunk import pool_tokens
+
+
+class HuggingFaceScorer:
+    """An `AutoModelForSequenceClassification` with one label; see `WindowScorer`.
+
+    The score is that of the last real token, found by its position: the id that pads may be a
+    document's own token.
+
+    Args:
+        folder: what `save_pretrained` wrote.
+        device: where the model goes.
+
+    Raises:
+        DWMError: transformers is not installed, the folder cannot be loaded, or the model is
+            none with a linear head for one label.
+    """
+
+    def __init__(self, folder: str, device: torch.device) -> None:
+        try:
+            from transformers import AutoModelForSequenceClassification
+        except ImportError as error:
+            raise DWMError(
+                f"--hf needs transformers, which cannot be imported ({error}); install the extra: "
+                "pip install 'megatron-dwm[export]'"
+            ) from error
+        if not os.path.isfile(os.path.join(folder, "config.json")):
+            raise DWMError(f"--hf {folder} has no config.json; give a folder of save_pretrained")
+        try:
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype="auto", output_loading_info=True, local_files_only=True
+            )
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise DWMError(
+                f"--hf {folder} cannot be loaded as a sequence classifier "
+                f"({type(error).__name__}: {reason})"
+            ) from error
+        missing = sorted(report["missing_keys"])
+        if missing:
+            raise DWMError(
+                f"--hf {folder} has no weights for {', '.join(missing[:4])}; a language model is "
+                "no weighting model: give an export of the DWM, with its score head"
+            )
+        head = getattr(model, "score", None)
+        if not isinstance(head, torch.nn.Linear) or head.out_features != 1:
+            raise DWMError(
+                f"--hf {folder}: a {type(model).__name__} with {model.config.num_labels} labels; "
+                "a weighting model has a linear head `score` and num_labels 1"
+            )
+        self.where = folder
+        self.notes: list[str] = []
+        self.vocab_size = int(model.config.vocab_size)
+        longest = getattr(model.config, "max_position_embeddings", None)
+        self.max_length = self.default_length = longest
+        self.temperature: float | None = None
+        self._model: Any = model.to(device).eval()
+        self._device = device
+
+    def scores(self, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Scores a batch that is padded on the right; see `WindowScorer`."""
+        tokens, lengths = tokens.to(self._device), lengths.to(self._device)
+        positions = torch.arange(tokens.size(1), device=self._device)
+        hidden = self._model.base_model(
+            input_ids=tokens,
+            attention_mask=(positions < lengths.unsqueeze(1)).long(),
+            use_cache=False,
+        ).last_hidden_state
+        pooled = pool_tokens(hidden.transpose(0, 1), lengths, "last")
+        head = self._model.score
+        bias = None if head.bias is None else head.bias.float()
+        return torch.nn.functional.linear(pooled, head.weight.float(), bias).squeeze(-1)
+
+    def identity(self) -> str:
+        """Returns a digest of weights, configuration and device kind."""
+        config = self._model.config.to_dict()
+        # Not about the model: where it was loaded from, and by which version.
+        for name in ("_name_or_path", "transformers_version"):
+            config.pop(name, None)
+        return digest_of(self._model, {**config, "device": self._device.type})

@@ -1,0 +1,333 @@
+"""Scores corpora on all ranks: plan, loop over the chunks, weight files.
+
+Ranks exchange nothing but the plan; scores travel through the work folders. Chunks are computed
+alike by whoever takes them, so the result does not depend on the number of ranks or on kills.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megatron_dwm.data.index import IndexSummary, read_index
+from megatron_dwm.data.weight_file import WeightFile, read_weights, weights_path, write_weights
+from megatron_dwm.errors import DWMError
+from megatron_dwm.scoring.documents import TokenReader, chunk_bounds
+from megatron_dwm.scoring.identity import corpus_digest
+from megatron_dwm.scoring.score_chunk import WindowScorer, score_chunk
+from megatron_dwm.scoring.weighing import summary, weights_of
+from megatron_dwm.scoring.work_folder import WorkFolder, work_key
+
+# A rank may wait for another as long as a chunk takes, and the first one for all others.
+_TIMEOUT = timedelta(days=7)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One corpus to score.
+
+    Attributes:
+        index: its index.
+        output: weight file to write.
+        domains: `[D]` int32 domains for the weight file, or None.
+        domain_names: their names.
+    """
+
+    index: IndexSummary
+    output: str
+    domains: np.ndarray | None
+    domain_names: tuple[str, ...]
+
+    @property
+    def scores_path(self) -> str:
+        """Where `--keep-scores` writes the scores."""
+        return f"{self.output.removesuffix('.weights')}.scores.npy"
+
+
+def start_ranks() -> None:
+    """Joins the ranks of torchrun, or makes a single one without it.
+
+    gloo on GPUs too: no tensor is exchanged, and so ranks may share a GPU.
+    """
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo", timeout=_TIMEOUT)
+    else:
+        dist.init_process_group(
+            "gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT
+        )
+
+
+def rank_0_first[T](action: Callable[[], T]) -> T:
+    """Does something that may fail on rank 0, and where that succeeds on all other ranks.
+
+    So a user's error, which all ranks would meet, is reported once.
+
+    Raises:
+        DWMError: rank 0's on all ranks, or this rank's own.
+    """
+    rank = dist.get_rank()
+    message: list[str | None] = [None]
+    result = None
+    if rank == 0:
+        try:
+            result = action()
+        except DWMError as error:
+            message = [str(error)]
+    dist.broadcast_object_list(message, src=0)
+    if message[0] is not None:
+        raise DWMError(message[0])
+    try:
+        return action() if rank else result  # type: ignore[return-value]
+    except DWMError as error:
+        raise DWMError(str(error), this_rank_only=True) from error
+
+
+def plan(
+    prefixes: Sequence[str],
+    outputs: Sequence[str] | None,
+    domains: Sequence[str] | None,
+    force: bool,
+    keep_scores: bool,
+) -> list[Corpus]:
+    """Reads the indices and checks all that can be checked before a model is loaded.
+
+    Args:
+        prefixes: `--data`.
+        outputs: `--output`, one for each prefix; None for `PREFIX.weights`.
+        domains: `--domain`, one name for each prefix; None keeps those of the weight file that is
+            replaced, or of `PREFIX.weights`.
+        force: whether existing files are replaced.
+        keep_scores: whether `.scores.npy` is written too.
+
+    Raises:
+        DWMError: names the flag or the file, and what to do.
+    """
+    for name, values in (("--output", outputs), ("--domain", domains)):
+        if values is not None and len(values) != len(prefixes):
+            raise DWMError(
+                f"{name} has {len(values)} values and --data {len(prefixes)}; give one for each "
+                "prefix, in the same order, or leave it out"
+            )
+    outputs = [weights_path(prefix) for prefix in prefixes] if outputs is None else outputs
+    if len({os.path.realpath(output) for output in outputs}) < len(outputs):
+        raise DWMError("two of the --data or --output paths are the same; give each once")
+    corpora = []
+    for number, (prefix, output) in enumerate(zip(prefixes, outputs, strict=True)):
+        index = read_index(prefix)
+        if not index.documents:
+            raise DWMError(f"{prefix}.idx has no documents; leave it out of --data")
+        found, names = _domains(index, output, None if domains is None else domains[number])
+        corpus = Corpus(index, output, found, names)
+        written = [output, corpus.scores_path] if keep_scores else [output]
+        for path in written:
+            if os.path.isdir(path) or (os.path.exists(path) and not force):
+                raise DWMError(f"{path} is there already; give another --output, or --force")
+        parent = os.path.dirname(output) or "."
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise DWMError(f"{output}: the folder {parent} is missing or not writable")
+        corpora.append(corpus)
+    return corpora
+
+
+def _domains(
+    index: IndexSummary, output: str, name: str | None
+) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    if name is not None:
+        return np.zeros(index.documents, np.int32), (name,)
+    for path in (output, weights_path(index.prefix)):
+        if os.path.exists(path):
+            file = read_weights(path, index)
+            return file.domains, file.domain_names
+    return None, ()
+
+
+def window_length(scorer: WindowScorer, wanted: int | None) -> int:
+    """Returns the length of windows: the flag's, or the model's own.
+
+    Raises:
+        DWMError: the model takes none as long, or has none of its own.
+    """
+    length = scorer.default_length if wanted is None else wanted
+    if length is None:
+        raise DWMError(
+            f"{scorer.where} does not say what sequence length it was trained with; give "
+            "--seq-length"
+        )
+    if scorer.max_length is not None and length > scorer.max_length:
+        raise DWMError(
+            f"--seq-length {length} is longer than the {scorer.max_length} positions that the "
+            f"weighting model in {scorer.where} has; give at most {scorer.max_length}"
+        )
+    return length
+
+
+def score(
+    corpora: Sequence[Corpus],
+    scorer: WindowScorer,
+    seq_length: int,
+    micro_batch_size: int,
+    chunk_tokens: int,
+) -> list[WorkFolder]:
+    """Scores what is not scored yet; returns once all ranks have.
+
+    Args:
+        corpora: as `plan` returns them.
+        scorer: the weighting model.
+        seq_length: longest window.
+        micro_batch_size: windows of `seq_length` in a batch.
+        chunk_tokens: tokens of a chunk.
+
+    Returns:
+        The work folder of each corpus.
+
+    Raises:
+        DWMError: a token id outside the vocabulary, a score that is not finite, a full disk.
+    """
+    keys: list[Any] = [None] * len(corpora)
+    if dist.get_rank() == 0:
+        identity = scorer.identity()
+        keys = [
+            work_key(
+                model=identity,
+                corpus=corpus_digest(corpus.index),
+                seq_length=seq_length,
+                micro_batch_size=micro_batch_size,
+                chunk_tokens=chunk_tokens,
+            )
+            for corpus in corpora
+        ]
+    dist.broadcast_object_list(keys, src=0)
+    folders = [
+        WorkFolder(f"{corpus.output}.scores", key, chunk_bounds(corpus.index, chunk_tokens))
+        for corpus, key in zip(corpora, keys, strict=True)
+    ]
+    readers = [TokenReader(corpus.index, scorer.vocab_size) for corpus in corpora]
+    todo = _outstanding(folders)
+    progress = _Progress(corpora, folders)
+    for number, chunk in todo[dist.get_rank() :: dist.get_world_size()]:
+        folder = folders[number]
+        first, last = (int(bound) for bound in folder.bounds[chunk : chunk + 2])
+        scores = score_chunk(scorer, readers[number], first, last, seq_length, micro_batch_size)
+        folder.append(chunk, scores)
+        progress.update()
+    for folder in folders:
+        folder.close()
+    # All scores are on the disk once every rank is here.
+    waiting = dist.barrier(async_op=True)
+    while not waiting.is_completed():
+        time.sleep(0.05)
+        progress.update()
+    progress.close()
+    return folders
+
+
+def _outstanding(folders: Sequence[WorkFolder]) -> list[tuple[int, int]]:
+    """Returns corpus and chunk of all that is to be done, on every rank alike."""
+    todo: list[Any] = [None]
+    if dist.get_rank() == 0:
+        for folder in folders:
+            folder.scan()
+        todo = [
+            [(n, int(c)) for n, folder in enumerate(folders) for c in np.flatnonzero(~folder.done)]
+        ]
+    dist.broadcast_object_list(todo, src=0)
+    return todo[0]
+
+
+class _Progress:
+    """A bar on rank 0 over all ranks' documents, read off the work folders."""
+
+    def __init__(self, corpora: Sequence[Corpus], folders: Sequence[WorkFolder]) -> None:
+        self._shown = dist.get_rank() == 0
+        if not self._shown:
+            return
+        self._folders, self._prefix_sums = folders, [c.index.prefix_sums for c in corpora]
+        self._tokens, self._start, self._looked = 0, time.monotonic(), 0.0
+        before = sum(int(np.diff(f.bounds)[f.done].sum()) for f in folders)
+        self._bar = tqdm(
+            total=sum(corpus.index.documents for corpus in corpora),
+            initial=before,
+            desc="score",
+            unit=" documents",
+        )
+
+    def update(self) -> None:
+        """Shows what was finished meanwhile; looks at most twice a second."""
+        if not self._shown or time.monotonic() - self._looked < 0.5:
+            return
+        self._look()
+
+    def _look(self) -> None:
+        self._looked = time.monotonic()
+        documents = 0
+        for folder, before in zip(self._folders, self._prefix_sums, strict=True):
+            for chunk in folder.scan():
+                first, last = folder.bounds[chunk : chunk + 2]
+                documents += int(last - first)
+                self._tokens += int(before[last] - before[first])
+        rate = self._tokens / max(self._looked - self._start, 1e-6)
+        self._bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+        self._bar.update(documents)
+
+    def close(self) -> None:
+        """Shows the end."""
+        if self._shown:
+            self._look()
+            self._bar.close()
+
+
+def write(
+    corpora: Sequence[Corpus],
+    folders: Sequence[WorkFolder],
+    temperature: float,
+    top_fraction: float | None,
+    keep_scores: bool,
+) -> str:
+    """Writes the weight files, on rank 0.
+
+    Args:
+        corpora: what was scored.
+        folders: the work folder of each; deleted unless scores are kept.
+        temperature: T of `w = exp((s - max s) / T)`.
+        top_fraction: share of the documents that keep a weight; None for all.
+        keep_scores: whether the work folder stays and `.scores.npy` is written.
+
+    Returns:
+        The summary.
+
+    Raises:
+        DWMError: chunks are missing, a corpus is left without weight, or a file cannot be written.
+    """
+    scores = [folder.scores() for folder in folders]
+    prefixes = [corpus.index.prefix for corpus in corpora]
+    weights = weights_of(scores, prefixes, temperature, top_fraction)
+    files: list[WeightFile] = []
+    for corpus, values, own in zip(corpora, weights, scores, strict=True):
+        if keep_scores:
+            _save_scores(corpus.scores_path, own)
+        files.append(
+            write_weights(corpus.output, values, corpus.index, corpus.domains, corpus.domain_names)
+        )
+    text = summary(files, [corpus.index for corpus in corpora])
+    if not keep_scores:
+        for folder in folders:
+            folder.remove()
+    return text
+
+
+def _save_scores(path: str, scores: np.ndarray) -> None:
+    partial = f"{path}.partial-{os.getpid()}"
+    try:
+        with open(partial, "wb") as file:
+            np.save(file, scores)
+        os.replace(partial, path)
+    except OSError as error:
+        raise DWMError(f"{path}: cannot be written ({error.strerror})") from error

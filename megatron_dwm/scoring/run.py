@@ -46,10 +46,10 @@ class Corpus:
     domains: np.ndarray | None
     domain_names: tuple[str, ...]
 
-    @property
-    def scores_path(self) -> str:
-        """Where `--keep-scores` writes the scores."""
-        return f"{self.output.removesuffix('.weights')}.scores.npy"
+
+def scores_path(output: str) -> str:
+    """Returns where `--keep-scores` writes the scores that belong to a weight file."""
+    return f"{output.removesuffix('.weights')}.scores.npy"
 
 
 def start_ranks() -> None:
@@ -124,16 +124,14 @@ def plan(
         index = read_index(prefix)
         if not index.documents:
             raise DWMError(f"{prefix}.idx has no documents; leave it out of --data")
-        found, names = _domains(index, output, None if domains is None else domains[number])
-        corpus = Corpus(index, output, found, names)
-        written = [output, corpus.scores_path] if keep_scores else [output]
-        for path in written:
+        for path in (output, scores_path(output)) if keep_scores else (output,):
             if os.path.isdir(path) or (os.path.exists(path) and not force):
                 raise DWMError(f"{path} is there already; give another --output, or --force")
         parent = os.path.dirname(output) or "."
         if not os.access(parent, os.W_OK | os.X_OK):
             raise DWMError(f"{output}: the folder {parent} is missing or not writable")
-        corpora.append(corpus)
+        found, names = _domains(index, output, None if domains is None else domains[number])
+        corpora.append(Corpus(index, output, found, names))
     return corpora
 
 
@@ -312,7 +310,7 @@ def write(
     files: list[WeightFile] = []
     for corpus, values, own in zip(corpora, weights, scores, strict=True):
         if keep_scores:
-            _save_scores(corpus.scores_path, own)
+            _save_scores(scores_path(corpus.output), own)
         files.append(
             write_weights(corpus.output, values, corpus.index, corpus.domains, corpus.domain_names)
         )

@@ -114,7 +114,7 @@ def summary(files: Sequence[WeightFile], indices: Sequence[IndexSummary]) -> str
                 ]
             )
             rows[row["domain"]] = rows.get(row["domain"], 0) + figures
-    documents, _, _, all_drawn = sum(rows.values())
+    documents, _, _, all_drawn = np.sum(list(rows.values()), axis=0)
     lines = [_COLUMNS]
     for name, (count, tokens, weight, drawn) in rows.items():
         lines.append(

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from text_files import COMPRESSED_SUFFIXES, InputError, TextFile, read_blocks
@@ -20,6 +19,7 @@ from megatron_dwm.data import IndexSummary
 DOCUMENT = "document"
 _BATCH_ROWS = 1 << 16
 _BLOCK_BYTES = 1 << 20
+_CELL_ERRORS = (ValueError, TypeError, OverflowError)
 # What NumPy raises on a file that is no array.
 _NPY_ERRORS = (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError)
 
@@ -222,21 +222,28 @@ def _jsonl_batches(path: Path, columns: Columns) -> Iterator[_Batch]:
                 with_documents = DOCUMENT in records[0]
                 if with_documents:
                     keys.append(DOCUMENT)
-            for line, record in zip(lines, records, strict=True):
-                missing = [key for key in keys if key not in record]
-                if missing:
-                    raise InputError(
-                        f"{path}, line {line}: no key {missing[0]!r} (keys found: "
-                        f"{', '.join(list(record)[:8]) or '-'}); name the keys with --column and "
-                        f"--domain-column"
-                    )
-                if not with_documents and DOCUMENT in record:
-                    raise InputError(
-                        f"{path}, line {line}: a key {DOCUMENT!r}, which the first line has not; "
-                        f"either all lines have one or none"
-                    )
+            _check_keys(path, lines, records, keys, with_documents)
             cells = {key: [record[key] for record in records] for key in keys}
             yield _batch(path, columns, lines, cells, (_json_number, _json_integer, _json_domain))
+
+
+def _check_keys(
+    path: Path, lines: list[int], records: list[dict], keys: list[str], with_documents: bool
+) -> None:
+    wanted = set(keys)
+    for line, record in zip(lines, records, strict=True):
+        if not record.keys() >= wanted:
+            missing = next(key for key in keys if key not in record)
+            raise InputError(
+                f"{path}, line {line}: no key {missing!r} (keys found: "
+                f"{', '.join(list(record)[:8]) or '-'}); name the keys with --column and "
+                f"--domain-column"
+            )
+        if not with_documents and DOCUMENT in record:
+            raise InputError(
+                f"{path}, line {line}: a key {DOCUMENT!r}, which the first line has not; either "
+                f"all lines have one or none"
+            )
 
 
 def _record(path: Path, line: int, content: str) -> dict:
@@ -272,29 +279,25 @@ def _batch(
 ) -> _Batch:
     to_number, to_integer, to_domain = converters
 
-    def convert(name: str, function: Callable, what: str) -> list[Any]:
+    def convert(name: str, function: Callable, dtype: type, what: str) -> np.ndarray:
         try:
-            return [function(cell) for cell in cells[name]]
-        except (ValueError, TypeError, OverflowError):
+            return np.array([function(cell) for cell in cells[name]], dtype)
+        except _CELL_ERRORS:
             for line, cell in zip(lines, cells[name], strict=True):
-                _convert_one(path, line, name, cell, function, what)
+                _convert_one(path, line, name, cell, lambda c: np.array(function(c), dtype), what)
             raise
 
-    return _Batch(
-        lines=lines,
-        # A number beyond 64 bits is no document's either, and NumPy would keep it as an object.
-        documents=np.array(
-            [max(-1, min(n, 2**62)) for n in convert(DOCUMENT, to_integer, "a document number")]
-        )
-        if DOCUMENT in cells
-        else None,
-        numbers=None
-        if columns.weight is None
-        else np.array(convert(columns.weight, to_number, "a number")),
-        domains=()
-        if columns.domain is None
-        else [name or None for name in convert(columns.domain, to_domain, "a string or integer")],
-    )
+    documents = numbers = None
+    domains: Sequence[str | None] = ()
+    if DOCUMENT in cells:
+        documents = convert(DOCUMENT, to_integer, np.int64, "a document number")
+    if columns.weight is not None:
+        numbers = convert(columns.weight, to_number, np.float64, "a number")
+    if columns.domain is not None:
+        # An empty name is none.
+        names = convert(columns.domain, to_domain, object, "a string or integer")
+        domains = [name or None for name in names.tolist()]
+    return _Batch(lines, documents, numbers, domains)
 
 
 def _convert_one(
@@ -302,7 +305,7 @@ def _convert_one(
 ) -> None:
     try:
         function(cell)
-    except (ValueError, TypeError, OverflowError) as error:
+    except _CELL_ERRORS as error:
         raise InputError(f"{path}, line {line}: {name!r} is {cell!r}, expected {what}") from error
 
 

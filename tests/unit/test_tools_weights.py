@@ -236,7 +236,7 @@ def test_output(tmp_path, prefix):
         ("w.csv", "weight,document\n1,0\n1,1\n1,3\n", "no row for document 2"),
         ("w.csv", "weight,document\n1,0\n1,1\n1,3\n1,1\n", "line 5: a second row for document 1"),
         ("w.csv", "weight,document\n1,0\n1,-1\n", "line 3: a row for document -1"),
-        ("w.csv", "weight,document\n1,0\n1,9" + "9" * 30 + "\n", "line 3: a row for document"),
+        ("w.csv", "weight,document\n1,0\n1,9" + "9" * 30 + "\n", "line 3: 'document' is '999"),
         ("w.csv", "weight,document\n1,1.0\n", "'document' is '1.0', expected a document number"),
         ("w.csv", 'weight\n"1\n1\n', "not CSV"),
         ("w.csv", b"weight\n1\n\xff\n", "line 3: not UTF-8"),

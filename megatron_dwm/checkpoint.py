@@ -32,6 +32,7 @@ def state_for_saving(
     metadata: dict | None,
     with_optimizer: bool = True,
     run: dict[str, Any] | None = None,
+    sampling: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Returns the DWM's sharded state.
 
@@ -40,9 +41,20 @@ def state_for_saving(
         metadata: the trainer's sharding metadata (its `dp_cp_group` numbers the replicas).
         with_optimizer: whether the DWM's optimizer is saved too (not `--no-save-optim`).
         run: plain values about the run (its command); nothing that has to agree on resume.
+        sampling: by which weights documents were drawn, None: they were not.
     """
     with_optimizer = with_optimizer and _optimizer_has_state(step)
-    return {**_sharded_state(step, metadata, with_optimizer, loading=False), "run": run}
+    state = _sharded_state(step, metadata, with_optimizer, loading=False)
+    return {**state, "run": run, "sampling": sampling}
+
+
+def saved_sampling(folder: str) -> dict[str, Any] | None:
+    """Returns by which weights the documents of a checkpoint's run were drawn, or None.
+
+    Args:
+        folder: the checkpoint's folder, `.../iter_0000100`.
+    """
+    return (dist_checkpointing.load_common_state_dict(folder).get(KEY) or {}).get("sampling")
 
 
 def saved_run(folder: str) -> dict[str, Any] | None:

@@ -16,6 +16,8 @@ ESTIMATORS = ("auto", "ghost", "finite_difference")
 LOOKAHEADS = ("next", "current")
 JACOBIANS = ("exact", "identity")
 POOLINGS = ("last", "mean")
+SAMPLINGS = ("stock", "weights")
+DRAWS = ("systematic", "independent")
 _INIT = re.compile(r"random|llm:[1-9]\d*|hf:.+")
 
 
@@ -37,6 +39,7 @@ class DWMConfig:
         estimator: how `c_i = dL_meta(theta+)/dw_i` is estimated.
         lookahead: whether the meta loss is differentiated after the LLM's step or before it.
         jacobian: the derivative of the optimizer's step that the meta-gradient goes through.
+        sampling: which documents are read: Megatron's own order, or drawn by weight files.
     """
 
     enabled: bool = _option(False, "weigh every sample with a data weighting model (DWM)")
@@ -125,6 +128,20 @@ class DWMConfig:
     adam_beta2: float = _option(0.99, "Adam beta2 of the DWM")
     clip_grad: float = _option(1.0, "clip the DWM's gradient to this global norm; 0: off")
     temperature: float = _option(1.0, "tau in w = N softmax(s / tau)")
+    sampling: str = _option(
+        "stock",
+        "stock: every document once an epoch, in Megatron's order; weights: documents are drawn by "
+        "the weight file PREFIX.weights beside each training data set (tools/weights.py); a file "
+        "that has changed takes over at the next stage, or when the run is resumed",
+    )
+    sampling_draws: str = _option(
+        "systematic",
+        "systematic: a document is read its expected number of times, rounded down or up; "
+        "independent: independent draws, whose numbers scatter",
+    )
+    sampling_max_repeats: int | None = _option(
+        None, "highest expected number of times that a document is read an epoch; default: no limit"
+    )
     seed: int = _option(1234, "seed of the DWM's initialisation and of the shuffled policy")
     log_samples: bool = _option(False, "write every sample's weight to the step log as well")
 
@@ -155,6 +172,8 @@ class DWMConfig:
             ("lookahead", LOOKAHEADS),
             ("jacobian", JACOBIANS),
             ("pooling", POOLINGS),
+            ("sampling", SAMPLINGS),
+            ("sampling_draws", DRAWS),
         ):
             value = getattr(self, name)
             if value not in allowed:
@@ -175,6 +194,7 @@ class DWMConfig:
             "num_query_groups",
             "overhead_budget",
             "verify_meta_gradient",
+            "sampling_max_repeats",
         ):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -198,8 +218,25 @@ class DWMConfig:
                 "--dwm-lookahead current needs --dwm-estimator ghost: its gain is to read the "
                 "influence off the training pass, which finite_difference cannot do"
             )
+        found += self._sampling_problems()
         if self.schedule == "frozen" and self.policy != "uniform" and not self.load:
             found.append("--dwm-schedule frozen needs --dwm-load DIR, the weights to be used")
+        return found
+
+    def _sampling_problems(self) -> list[str]:
+        found = []
+        for name in ("sampling_draws", "sampling_max_repeats"):
+            given = getattr(self, name) != getattr(DWMConfig(), name)
+            if given and self.sampling != "weights":
+                found.append(
+                    f"{flag(name)} is about drawn documents; add --dwm-sampling weights, or leave "
+                    "it out"
+                )
+        if self.sampling_draws == "independent" and self.sampling_max_repeats is not None:
+            found.append(
+                "--dwm-sampling-max-repeats needs --dwm-sampling-draws systematic: independent "
+                "draws cannot keep to it"
+            )
         return found
 
     def head_dim_problems(self, tensor_parallel_size: int) -> list[str]:

@@ -226,12 +226,17 @@ class DWMTrainStep:
         return torch.ones(count, device=self.shape.device)
 
     def _domains(self, batches: StepBatches) -> torch.Tensor:
-        """Returns the blend's data set of every sample, `[N]`; -1 where the loader names none."""
+        """Returns the domain of every sample, `[N]`; -1 where the loader names none.
+
+        The one that its documents are of (`WeightedGPTDataset`), else the blend's data set.
+        """
         num_microbatches = get_num_microbatches()
         local = torch.full((num_microbatches * self.shape.micro_batch_size,), -1)
         chunk = batches.last()
-        if chunk is not None and isinstance(chunk[0], dict) and "dataset_id" in chunk[0]:
-            local = torch.cat([batch["dataset_id"].view(-1).long().cpu() for batch in chunk])
+        if chunk is not None and isinstance(chunk[0], dict):
+            name = "domain_id" if "domain_id" in chunk[0] else "dataset_id"
+            if name in chunk[0]:
+                local = torch.cat([batch[name].view(-1).long().cpu() for batch in chunk])
         local = local.to(self.shape.device)
         if self.groups.tp.size() > 1:
             local = collectives.broadcast_from_first_tensor_rank(

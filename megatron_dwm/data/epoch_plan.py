@@ -133,8 +133,8 @@ class Segment:
         """The data set's sample number after the segment's last sample."""
         return self.start + self.sample_bounds[-1]
 
-    def order(self, epoch: int) -> sampling.Permutation:
-        """Returns the order in which the samples of the segment's `epoch`-th epoch are visited."""
+    def order(self, epoch: int) -> Any:
+        """Returns the `Permutation` in whose order the samples of the `epoch`-th epoch come."""
         bounds = self.sample_bounds
         size = bounds[epoch + 1] - bounds[epoch]
         key = _epoch_key(self.stage, self.first_epoch + epoch)

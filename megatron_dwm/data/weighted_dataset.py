@@ -5,7 +5,7 @@ documents by the weights beside its `.idx` (`epoch_plan`); the others are Megatr
 fields are added:
 
     document_ids    [s] int64, the document that each token is from (-1: padding)
-    domain_id       [] int64, the domain with most of the sample's tokens; with domains only
+    domain_id       [] int64, the domain with most of the sample's tokens
 
 Set `config.dwm_sampling` (a `SamplingSettings`) on the config that the builder is given.
 """
@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy
@@ -35,11 +35,14 @@ class DocumentWeights:
     Attributes:
         weights: `[S]` float32.
         domains: `[S]` int32 domain of each sequence, -1: none; None without domains.
+        domain_numbers: `[K + 1]` int64 what the log calls each of the K domains, and last a
+            sequence without one.
         document_of: `[S]` document of each sequence; None where every document is one sequence.
     """
 
     weights: numpy.ndarray
-    domains: numpy.ndarray | None = None
+    domains: numpy.ndarray | None
+    domain_numbers: numpy.ndarray
     document_of: numpy.ndarray | None = None
 
 
@@ -71,8 +74,6 @@ class SamplingSettings:
     stages: dict[str, list[Stage]]
     method: Literal["systematic", "independent"] = "systematic"
     max_repeats: int | None = None
-    # One path may be in a blend more than once; each of them is a data set of its own.
-    built: list[Any] = field(default_factory=list)
 
 
 def weighted(cls: type) -> type:
@@ -104,7 +105,6 @@ class WeightedSampling:
         if not self.draws_by_weight:
             return super()._build_document_sample_shuffle_indices()  # type: ignore[misc]
         settings: SamplingSettings = self.config.dwm_sampling
-        settings.built.append(self)
         self.use_stages(settings.stages[self.dataset_path])
         return self.segment.documents, self.segment.sample_index, None
 
@@ -116,8 +116,7 @@ class WeightedSampling:
         """
         self.stages = list(stages)
         self.segment = self._segment(self.stages, self.num_samples)
-        latest = self._weights(self.stages[-1])
-        self.domains, self.document_of = latest.domains, latest.document_of
+        self.in_force = self._weights(self.stages[-1])
 
     def _segment(self, stages: list[Stage], num_samples: int | None) -> Segment:
         """Returns the plan of the last stage, from the cache where it is there."""
@@ -183,13 +182,14 @@ class WeightedSampling:
         sample = super().__getitem__(idx)  # type: ignore[misc]
         sequences, counts = self._provenance
         per_token = numpy.repeat(sequences, counts)[: self.config.sequence_length]
-        documents = per_token if self.document_of is None else self.document_of[per_token]
+        table = self.in_force
+        documents = per_token if table.document_of is None else table.document_of[per_token]
         ids = numpy.full(self.config.sequence_length, -1, dtype=numpy.int64)
         ids[: len(documents)] = documents
         sample["document_ids"] = torch.from_numpy(ids)
-        if self.domains is not None:
-            domains, size = numpy.unique(self.domains[per_token], return_counts=True)
-            sample["domain_id"] = torch.tensor(int(domains[size.argmax()]))
+        local = numpy.array([-1]) if table.domains is None else table.domains[per_token]
+        numbers, size = numpy.unique(table.domain_numbers[local], return_counts=True)
+        sample["domain_id"] = torch.tensor(int(numbers[size.argmax()]))
         return sample
 
     def _query_document_sample_shuffle_indices(self, idx: int) -> Any:

@@ -1,8 +1,9 @@
 """`attach()`: within it, Megatron's trainer trains with the data weighting model.
 
-Three functions are rebound: `train_step` (passes A to E), `setup_model_and_optimizer` (the DWM is
-built, and loaded, right after the LLM) and `generate_state_dict` (the DWM's state joins the
-checkpoint). Without `--dwm` all three are the stock functions.
+Four functions are rebound: `train_step` (passes A to E), `setup_model_and_optimizer` (the DWM is
+built, and loaded, right after the LLM), `generate_state_dict` (the DWM's state joins the
+checkpoint) and `build_train_valid_test_data_iterators` (documents drawn by weight). Without `--dwm`
+all four are the stock functions.
 """
 
 from __future__ import annotations
@@ -73,6 +74,14 @@ def _rebind_trainer(stack: contextlib.ExitStack, add_arguments: bool) -> None:
                 "iteration",
             ),
             session.train_step,
+        )
+    )
+    stack.enter_context(
+        rebound(
+            training,
+            "build_train_valid_test_data_iterators",
+            ("build_train_valid_test_datasets_provider",),
+            session.build_data_iterators,
         )
     )
     stack.enter_context(

@@ -10,6 +10,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_dwm.config import DWMConfig, raise_all
 from megatron_dwm.data.index import DatasetError, read_index
+from megatron_dwm.data.weight_file import read_weights, weights_path
 from megatron_dwm.errors import DWMError
 
 # Flags under which the passes of the modified step are not right, or were never shown to be.
@@ -68,6 +69,8 @@ def check_arguments(config: DWMConfig, args: Any) -> None:
         problems.append(
             f"--ckpt-format {args.ckpt_format} cannot hold the weighting model; use torch_dist"
         )
+    if config.sampling == "weights":
+        problems += _sampling_problems(args)
     raise_all(problems)
 
 
@@ -87,6 +90,31 @@ def _unsupported_flags(config: DWMConfig, args: Any) -> list[str]:
         found.append("--non-persistent-ckpt-type local cannot hold the weighting model; use global")
     if getattr(args, "cuda_graph_impl", "none") not in (None, "none"):
         found.append(f"--cuda-graph-impl {args.cuda_graph_impl} is not supported with --dwm")
+    return found
+
+
+def _sampling_problems(args: Any) -> list[str]:
+    refused = {
+        "mock_data": "mock data has no documents",
+        "dataloader_fast_cache_load": "it expects Megatron's own index cache",
+        "dataloader_defer_npy_index_mmap": "it expects Megatron's own index cache",
+        "phase_transition_iterations": "it starts the data anew in mid-run",
+    }
+    found = [
+        f"--{name.replace('_', '-')} is not supported with --dwm-sampling weights: {why}"
+        for name, why in refused.items()
+        if getattr(args, name, None)
+    ]
+    if args.dataloader_type != "single":
+        found.append(
+            f"--dataloader-type {args.dataloader_type} has an order of its own; "
+            "--dwm-sampling weights needs single"
+        )
+    if args.save and args.ckpt_format != "torch_dist":
+        found.append(
+            f"--ckpt-format {args.ckpt_format} cannot hold which documents were drawn; use "
+            "torch_dist"
+        )
     return found
 
 
@@ -211,6 +239,8 @@ def check_data(config: DWMConfig, args: Any) -> None:
             summaries[prefix] = read_index(prefix)
         except DatasetError as error:
             raise DWMError(str(error)) from None
+    if config.sampling == "weights":
+        check_weights(training_prefixes(args), summaries)
     for prefix in meta:
         if summaries[prefix].tokens < args.seq_length + 1:
             raise DWMError(
@@ -224,6 +254,33 @@ def check_data(config: DWMConfig, args: Any) -> None:
                     f"({other}); what the weights are tuned on cannot measure them. Split the "
                     "held-out documents into two data sets",
                 )
+
+
+def check_weights(prefixes: list[str], indices: dict[str, Any]) -> None:
+    """Opens the weight file of every training data set.
+
+    Args:
+        prefixes: of the training data.
+        indices: what `read_index` returned for each.
+
+    Raises:
+        DWMError: a data set has none, or it is damaged or of another data set.
+    """
+    for prefix in prefixes:
+        if prefixes.count(prefix) > 1:
+            raise DWMError(
+                f"--dwm-sampling weights: the training data names {prefix} more than once; name "
+                "it once, with the sum of its shares"
+            )
+        if not os.path.exists(weights_path(prefix)):
+            raise DWMError(
+                f"--dwm-sampling weights: {weights_path(prefix)}: no such file; make it with "
+                f"tools/weights.py make {prefix} ..., or with tools/score_corpus.py"
+            )
+        try:
+            read_weights(weights_path(prefix), indices[prefix])
+        except DatasetError as error:
+            raise DWMError(str(error)) from None
 
 
 def _same_data(a: str, b: str) -> bool:

@@ -20,6 +20,7 @@ from megatron_dwm.config import DWMConfig, flag
 from megatron_dwm.errors import DWMError
 from megatron_dwm.integration.build import build_train_step, resolve_shapes
 from megatron_dwm.integration.checks import check_arguments, check_data, training_prefixes
+from megatron_dwm.integration.sampling import Sampling
 from megatron_dwm.integration.verification import Verifier, log_fields
 from megatron_dwm.passes import Trainee
 from megatron_dwm.train_step import DWMTrainStep, StepRecord
@@ -34,12 +35,14 @@ class Session:
         self.step: DWMTrainStep | None = None
         self.log: WeightLog | None = None
         self.verifier: Verifier | None = None
+        self.sampling: Sampling | None = None
         self.stage_loaded: int | None = None
 
     def setup_model_and_optimizer(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
         """Checks the arguments, lets the trainer build and load, then builds and loads the DWM."""
         # One attach() may see several runs; each starts without a DWM.
         self.step, self.log, self.verifier, self.stage_loaded = None, None, None, None
+        self.sampling = None
         run = get_args()
         config = DWMConfig.from_args(run)
         if not config.enabled:
@@ -57,9 +60,11 @@ class Session:
         self.step = build_train_step(config, run, model, optimizer, groups)
         pending = self._load(config, run)
         self.verifier = Verifier(self.step, run, print_rank_last, pending)
+        domains = [os.path.basename(p) for p in training_prefixes(run)]
+        self.sampling = self._sampling(config, run)
         self.log = WeightLog(
             folder=run.save,
-            domains=[os.path.basename(p) for p in training_prefixes(run)],
+            domains=domains if self.sampling is None else self.sampling.domain_names,
             writer=get_tensorboard_writer(),
             log_interval=run.log_interval,
             first_iteration=run.iteration,
@@ -97,11 +102,18 @@ class Session:
 
         done = get_args().curr_iteration if iteration is None else iteration
         self._load_stage(done)
+        self._look_for_weights(done, data_iterator)
         trainee, found = self.verifier(stock_step, trainee, opt_param_scheduler, done)
         result, record = self.step(stock_step, trainee, done)
         self.log.write(record, log_fields(found))
         self._snapshot(record)
         return result
+
+    def build_data_iterators(self, stock: Any, provider: Any) -> Any:
+        """Builds the data iterators, with documents drawn by weight where that is asked for."""
+        if self.sampling is None:
+            return stock(provider)
+        return self.sampling.build_data_iterators(stock, provider)
 
     def generate_state_dict(self, stock: Any, *args: Any, **kwargs: Any) -> dict:
         """Adds the DWM's state to what the trainer saves; loading is done by `_load`."""
@@ -116,6 +128,7 @@ class Session:
                 metadata,
                 with_optimizer=not run.no_save_optim,
                 run={"command": self.command, "verification_pending": pending},
+                sampling=None if self.sampling is None else self.sampling.state_dict(),
             )
         return state
 
@@ -134,6 +147,39 @@ class Session:
         if config.load and config.scores and config.schedule != "frozen":
             print_rank_0(checkpoint.load_snapshot(self.step, config.load))
         return pending
+
+    def _sampling(self, config: DWMConfig, run: Any) -> Sampling | None:
+        """Returns the weighted sampling of the run, with the history of the checkpoint."""
+        state = None
+        if run.load and run.iteration > 0 and not run.finetune:
+            folder = checkpointing.get_load_checkpoint_path_by_args(run)
+            state = checkpoint.saved_sampling(folder)
+        if config.sampling != "weights":
+            if state is not None:
+                raise DWMError(
+                    f"the run in {run.load} draws documents by weight; resume it with "
+                    "--dwm-sampling weights, or start anew with --finetune"
+                )
+            return None
+        sampling = Sampling(config, run, print_rank_0)
+        if state is not None:
+            sampling.load_state_dict(state)
+        elif run.iteration > 0:
+            print_rank_0(
+                f"DWM: NOTE: the run in {run.load} did not draw documents by weight; what it has "
+                "read counts as not seen"
+            )
+        return sampling
+
+    def _look_for_weights(self, iteration: int, data_iterator: Any) -> None:
+        """Where a stage begins, takes over weight files that have changed."""
+        assert self.step is not None
+        # The first step of this process has just read them.
+        if self.sampling is None or iteration == get_args().iteration:
+            return
+        plan = self.step.schedule.plan
+        if plan(iteration).stage != plan(iteration - 1).stage:
+            self.sampling.at_stage(data_iterator)
 
     def _load_stage(self, iteration: int) -> None:
         """With the frozen schedule, takes the snapshot that matches each stage, or the last."""

@@ -4,8 +4,11 @@ Importing the trainer takes longer than a tiny run, so the ranks are spawned onc
 list of runs ({"name", "args", "env"}) from the file named by RUNS, runs each through
 examples/pretrain_dwm.py, and writes what came out for every rank to the folder OUT:
 
-    exit code, standard error, losses and gradient norms as exact numbers, and a hash of the
-    final parameters.
+    exit code, standard error, losses and gradient norms as exact numbers, a hash of the
+    final parameters, and the documents of every sample that was drawn by weight.
+
+Environment of a run: POISON_META_LOSS=1 makes the meta loss NaN; KILL_AT=K ends the run after step
+K without saving; REPLACE=K:SOURCE:TARGET copies a file over another after step K.
 """
 
 import contextlib
@@ -16,6 +19,7 @@ import io
 import json
 import os
 import runpy
+import shutil
 import sys
 import traceback
 
@@ -29,12 +33,17 @@ host.install()
 import psutil  # noqa: E402
 import torch  # noqa: E402
 from megatron.core import mpu  # noqa: E402
+from megatron.core.rerun_state_machine import RerunDataIterator  # noqa: E402
 from megatron.core.tensor_parallel import random as megatron_random  # noqa: E402
 from megatron.training import training  # noqa: E402
 
 from megatron_dwm.weighting.loss import WeightedForwardStep  # noqa: E402
 
 SCRIPT = os.environ.get("RUN_SCRIPT", os.path.join(ROOT, "examples", "pretrain_dwm.py"))
+
+
+class Killed(BaseException):
+    """Ends a run where it stands."""
 
 
 def parameters_hash(model):
@@ -56,10 +65,17 @@ def poisoned(measure):
 
 def run(args):
     """Runs the script once and returns what came out on this rank."""
-    seen = {"steps": [], "valid": []}
+    seen = {"steps": [], "valid": [], "documents": []}
     kept = {}
     setup, log = training.setup_model_and_optimizer, training.training_log
-    evaluate = training.evaluate
+    evaluate, next_batch = training.evaluate, RerunDataIterator.__next__
+
+    def keep_documents(self):
+        batch = next_batch(self)
+        if isinstance(batch, dict) and "document_ids" in batch:
+            for ids, tokens in zip(batch["document_ids"], batch["tokens"], strict=True):
+                seen["documents"].append([len(seen["steps"]) + 1, ids.tolist(), tokens.tolist()])
+        return batch
 
     @functools.wraps(setup)
     def keep_model(*a, **k):
@@ -70,6 +86,14 @@ def run(args):
     def keep_losses(loss_dict, total, lr, iteration, scale, report, skipped, norm, *a, **k):
         values = {name: float(value) for name, value in loss_dict.items()}
         seen["steps"].append([iteration, values, float(norm or 0.0)])
+        after, *paths = os.environ.get("REPLACE", "0").split(":")
+        if iteration == int(after):
+            if torch.distributed.get_rank() == 0:
+                shutil.copyfile(paths[0], f"{paths[1]}.new")
+                os.replace(f"{paths[1]}.new", paths[1])
+            torch.distributed.barrier()
+        if iteration == int(os.environ.get("KILL_AT", "0")):
+            raise Killed
         return log(loss_dict, total, lr, iteration, scale, report, skipped, norm, *a, **k)
 
     @functools.wraps(evaluate)
@@ -84,6 +108,7 @@ def run(args):
     training.setup_model_and_optimizer = keep_model
     training.training_log = keep_losses
     training.evaluate = keep_evaluation
+    RerunDataIterator.__next__ = keep_documents
     out, err = io.StringIO(), io.StringIO()
     sys.argv = [SCRIPT, *args]
     code = 0
@@ -92,12 +117,15 @@ def run(args):
             runpy.run_path(SCRIPT, run_name="__main__")
     except SystemExit as exit:
         code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+    except Killed:
+        code = 0
     except BaseException:
         code = 1
         err.write(traceback.format_exc())
     finally:
         training.setup_model_and_optimizer, training.training_log = setup, log
         training.evaluate = evaluate
+        RerunDataIterator.__next__ = next_batch
         if "measure" in kept:
             WeightedForwardStep._measure = staticmethod(kept["measure"])
     if "model" in kept:

@@ -105,38 +105,54 @@ def test_expected_visits_follow_the_weights():
     assert abs(counts[:10].mean() / counts[10:].mean() - 3) < 0.1
 
 
-def run_to_the_end_of_the_epoch(plan, changes, num_samples=3000):
-    """Changes weights after so many samples each; returns what was seen of the epoch in progress.
+def draws_of(segment, epoch):
+    """How often each document is drawn in an epoch of a segment, pieces left out."""
+    chosen = slice(segment.entry_bounds[epoch], segment.entry_bounds[epoch + 1])
+    documents = segment.documents[chosen]
+    if epoch == 0 and segment.is_piece is not None:
+        documents = documents[~segment.is_piece]
+    return np.bincount(documents, minlength=segment.corpus.num_documents)
+
+
+def run_to_the_end_of_an_epoch(plan, changes, num_samples=4000, epoch=0):
+    """Changes weights after so many samples each; returns all that was seen to the epoch's end.
 
     Args:
         plan: the corpus.
         changes: (weights, samples until the next change); the last one runs to the epoch's end.
+        num_samples: as for `first_segment`.
+        epoch: in which the weights change; those before it are seen whole.
+
+    Returns:
+        Visits to each token, the last segment, and draws of each document in earlier epochs.
     """
     seen = nothing_seen(plan)
-    segment = None
-    position = 0
+    segment = first_segment(plan, changes[0][0], num_samples)
+    earlier = sum((draws_of(segment, e) for e in range(epoch)), np.zeros(plan.num_documents, int))
+    position = segment.sample_bounds[epoch]
+    count_seen(seen, segment, range(position))
     for k, (weights, samples) in enumerate(changes):
-        if segment is None:
-            segment = first_segment(plan, weights, num_samples)
-        else:
+        if k:
             segment = next_segment(segment, weights, num_samples, position)
-        bounds = segment.sample_bounds
+            assert segment.first_epoch == epoch
+        # Epochs are numbered within a segment, and later ones begin in the one in progress.
+        here = segment.sample_bounds[epoch + 1 if k == 0 else 1] + segment.start
         last = k == len(changes) - 1
-        until = segment.start + (bounds[1] if last else max(min(samples, bounds[1] - 1), 0))
-        assert segment.first_epoch == 0
+        until = here if last else min(position + samples, max(here - 1, position))
         count_seen(seen, segment, range(position, until))
         position = until
-    return seen, segment
+    return seen, segment, earlier
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     sequence_length=st.sampled_from([2, 3, 8, 50]),
     extra=st.booleans(),
     changes=st.lists(st.integers(0, 60), min_size=1, max_size=3),
+    epoch=st.integers(0, 2),
 )
-def test_every_begun_visit_is_completed(seed, sequence_length, extra, changes):
+def test_every_begun_visit_is_completed(seed, sequence_length, extra, changes, epoch):
     """Three changes of the weights in one epoch: each document is seen a whole number of times.
 
     But for what does not fill a sample at the very end of the epoch, which the next epoch's first
@@ -146,24 +162,28 @@ def test_every_begun_visit_is_completed(seed, sequence_length, extra, changes):
     plan = random_corpus(rng, 30, sequence_length=sequence_length, extra=extra)
     weights = [rng.random(30).astype(np.float32) + 0.01 for _ in range(len(changes) + 1)]
     steps = [*zip(weights, [*changes, None], strict=True)]
-    seen, segment = run_to_the_end_of_the_epoch(plan, steps)
-    tail = next_segment(segment, weights[-1], 3000, segment.start + segment.sample_bounds[1])
+    seen, segment, earlier = run_to_the_end_of_an_epoch(plan, steps, epoch=epoch)
+    end = segment.start + segment.sample_bounds[1]
+    tail = next_segment(segment, weights[-1], 4000, end)
     # What is left over is handed on as pieces; with them all visits are whole.
     left = 0
     for entry in np.flatnonzero(tail.is_piece) if tail.is_piece is not None else ():
-        document, start, stop = (int(a[entry]) for a in (tail.documents, tail.starts, tail.stops))
+        document, start, stop = tail.span(entry)
         seen[document][start:stop] += 1
         left += stop - start
     assert left < sequence_length + extra
     visits = np.array([s[0] if len(s) else 0 for s in seen])
     for document, found in enumerate(seen):
         assert (found == visits[document]).all(), document
-    # A document ends at its new expectation, rounded down or up, or where it was before if that
-    # is more already.
-    expected = 30 * weights[-1].astype(float) / weights[-1].sum()
     has_tokens = plan.sequence_lengths > 0
+    before = np.zeros(30, int) if segment.seen is None else segment.seen
+    planned = earlier + before + draws_of(segment, 0)
+    assert (visits == planned)[has_tokens].all()
+    # In this epoch a document ends at its new expectation, rounded down or up, or where it was
+    # before if that is more already.
+    expected = 30 * weights[-1].astype(float) / weights[-1].sum()
+    visits = visits - earlier
     assert (visits[has_tokens] >= np.floor(expected[has_tokens] - 1e-6)).all()
-    before = np.zeros(30) if segment.seen is None else segment.seen
     above = np.maximum(np.ceil(expected + 1e-6), before)
     assert (visits[has_tokens] <= above[has_tokens]).all()
 
@@ -172,7 +192,8 @@ def test_the_same_weights_again_change_nothing_but_the_order():
     rng = np.random.default_rng(3)
     plan = random_corpus(rng)
     weights = np.ones(60, np.float32)
-    seen, segment = run_to_the_end_of_the_epoch(plan, [(weights, 20), (weights, 30), (weights, 0)])
+    changes = [(weights, 20), (weights, 30), (weights, 0)]
+    seen, segment, _ = run_to_the_end_of_an_epoch(plan, changes)
     assert segment.stage == 2
     assert max(int(s.max(initial=0)) for s in seen) == 1
     total = int(plan.sequence_lengths.sum())

@@ -1,0 +1,294 @@
+"""Documents drawn by weight (`--dwm-sampling weights`): what the run adds to the data sets.
+
+Which weights hold from which sample on is the run's history, a list of stages for each training
+data set. It is in the checkpoint, and the weight files that it names are kept in the run's folder
+(`SAVE/dwm_weights`), so that a resumed run plans what this one did whatever became of the files
+beside the data.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
+from megatron.training import training
+
+from megatron_dwm.config import DWMConfig
+from megatron_dwm.data.index import read_index
+from megatron_dwm.data.weight_file import WeightFile, read_weights, weights_path
+from megatron_dwm.data.weighted_dataset import (
+    DocumentWeights,
+    SamplingSettings,
+    Stage,
+    WeightedSampling,
+    weighted,
+)
+from megatron_dwm.errors import DWMError
+from megatron_dwm.integration.checks import training_prefixes
+from megatron_dwm.integration.rebind import rebound
+
+FOLDER = "dwm_weights"
+
+
+class Sampling:
+    """Weighted sampling of one run.
+
+    Args:
+        config: settings.
+        run: Megatron's arguments.
+        printer: prints one line, on one rank.
+
+    Attributes:
+        domain_names: of the numbers in the batches' `domain_id`; grows when a new weight file
+            names new domains.
+    """
+
+    def __init__(self, config: DWMConfig, run: Any, printer: Callable[[str], None]) -> None:
+        self.run, self.printer = run, printer
+        self.prefixes = training_prefixes(run)
+        self.settings = SamplingSettings(
+            weights=self._weights,
+            stages={},
+            method="independent" if config.sampling_draws == "independent" else "systematic",
+            max_repeats=config.sampling_max_repeats,
+        )
+        self.domain_names: list[str] = []
+        self._files: dict[tuple[str, str], DocumentWeights] = {}
+        self._train_sets: list[Any] = []
+        self._in_force: dict[str, str] = {}
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the history, as plain values."""
+        return {
+            "stages": {
+                path: [(stage.start, stage.digest) for stage in stages]
+                for path, stages in self.settings.stages.items()
+            },
+            "draws": self.settings.method,
+            "max_repeats": self.settings.max_repeats,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over the history of a checkpoint.
+
+        Raises:
+            DWMError: the run has other data, or other rules of drawing.
+        """
+        if set(state["stages"]) != set(self.prefixes):
+            raise DWMError(
+                f"--dwm-sampling weights: the checkpoint's run drew from "
+                f"{', '.join(state['stages'])}, but this run has {', '.join(self.prefixes)}; give "
+                "the same training data, or start anew with --finetune"
+            )
+        for name, flag in (("draws", "method"), ("max_repeats", "max_repeats")):
+            if state[name] != getattr(self.settings, flag):
+                raise DWMError(
+                    f"--dwm-sampling-{name.replace('_', '-')} was {state[name]} in the "
+                    f"checkpoint's run and is {getattr(self.settings, flag)} now; the documents "
+                    "read so far could not be told from those to come. Give the same, or start "
+                    "anew with --finetune"
+                )
+        self.settings.stages = {
+            path: [Stage(int(start), digest) for start, digest in stages]
+            for path, stages in state["stages"].items()
+        }
+
+    # ------------------------------------------------------------------ building and changing
+
+    def build_data_iterators(self, stock: Any, provider: Any) -> Any:
+        """Builds the trainer's data iterators with documents drawn by weight."""
+        digests = self._in_force = self._current_digests()
+        resumed = bool(self.settings.stages)
+
+        def with_weights(*args: Any, **kwargs: Any) -> Any:
+            datasets = provider(*args, **kwargs)
+            # Of several chunks of a virtual pipeline the first one brings the history up to date.
+            self.settings.stages.update(self._take_over(datasets[0], digests, resumed))
+            self._train_sets.append(datasets[0])
+            return datasets
+
+        with_weights.is_distributed = getattr(provider, "is_distributed", False)  # type: ignore[attr-defined]
+        if not resumed:
+            self.settings.stages = {path: [Stage(0, digests[path])] for path in self.prefixes}
+        for path, stages in self.settings.stages.items():
+            # Names of domains in the same order on every rank, whichever of them read data.
+            self._weights(path, stages[-1].digest)
+        with rebound(
+            BlendedMegatronDatasetBuilder,
+            "__init__",
+            ("self", "cls", "sizes", "is_built_on_rank", "config"),
+            self._make_builder,
+        ):
+            return stock(with_weights)
+
+    def at_stage(self, data_iterator: Any) -> None:
+        """Looks for new weight files; where there are, the rest of the run is planned by them.
+
+        Args:
+            data_iterator: the trainer's, which goes on with the samples of the new plan.
+        """
+        digests = self._current_digests()
+        if digests == self._in_force:
+            return
+        self._in_force = digests
+        for path, digest in digests.items():
+            self._weights(path, digest)
+        iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
+        changed: dict[str, list[Stage]] = {}
+        for dataset, iterator in zip(self._train_sets, iterators, strict=True):
+            # Each chunk of a virtual pipeline has data sets of its own, with the same history.
+            changed.update(self._take_over(dataset, digests, resumed=True))
+            if iterator is not None:
+                consumed = self.run.consumed_train_samples
+                loader = training.build_pretraining_data_loader(dataset, consumed)
+                iterator.iterable = iter(loader)
+                iterator.advance()
+        self.settings.stages.update(changed)
+
+    def _make_builder(
+        self, stock: Any, builder: Any, cls: Any, sizes: Any, is_built_on_rank: Any, config: Any
+    ) -> None:
+        if isinstance(cls, type) and issubclass(cls, GPTDataset):
+            if not issubclass(cls, MockGPTDataset):
+                config.dwm_sampling = self.settings
+                cls = weighted(cls)
+        stock(builder, cls, sizes, is_built_on_rank, config)
+
+    def _take_over(
+        self, dataset: Any, digests: dict[str, str], resumed: bool
+    ) -> dict[str, list[Stage]]:
+        """Begins a new stage in every data set whose weight file is not the one in force.
+
+        Args:
+            dataset: the training data: a blend, one data set, or None on ranks without.
+            digests: of the current weight files.
+            resumed: whether the history says what was drawn so far. If not, samples that were
+                read before are taken as never seen.
+
+        Returns:
+            The history of the data sets that have begun one.
+        """
+        changed = {}
+        for part, position in parts_of(dataset, self.run.consumed_train_samples):
+            if not isinstance(part, WeightedSampling):
+                raise DWMError(
+                    f"--dwm-sampling weights needs Megatron's GPTDataset (or a class derived from "
+                    f"it), but the script's training data is {type(part).__name__}",
+                    this_rank_only=True,
+                )
+            path = part.dataset_path
+            stages, digest = self.settings.stages[path], digests[path]
+            if resumed and stages[-1].digest != digest:
+                changed[path] = [*stages, Stage(position, digest)]
+            elif not resumed and position > 0:
+                changed[path] = [Stage(position, digest)]
+            else:
+                continue
+            self.printer(
+                f"DWM: {path} is drawn by new weights from its sample {position} on "
+                f"(weight file {digest[:12]})"
+            )
+            part.use_stages(changed[path])
+        return changed
+
+    # ------------------------------------------------------------------ weight files
+
+    def _current_digests(self) -> dict[str, str]:
+        """Returns the digest of each data set's weight file, the same on every rank.
+
+        Rank 0 reads them, and keeps a copy in the run's folder, which the others then read: a
+        file that is replaced meanwhile cannot make ranks differ.
+        """
+        found: list[Any] = [None]
+        if torch.distributed.get_rank() == 0:
+            try:
+                found = [{path: self._keep(path) for path in self.prefixes}]
+            except (DWMError, OSError) as error:
+                found = [str(error)]
+        torch.distributed.broadcast_object_list(found, src=0)
+        if isinstance(found[0], str):
+            raise DWMError(found[0])
+        return found[0]
+
+    def _keep(self, prefix: str) -> str:
+        """Copies a data set's weight file to the run's folder; returns its digest."""
+        file = read_weights(weights_path(prefix), read_index(prefix))
+        if self.run.save:
+            path = os.path.join(self.run.save, FOLDER, f"{file.digest}.weights")
+            if not os.path.exists(path):
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                shutil.copyfile(file.path, f"{path}.tmp")
+                copied = read_weights(f"{path}.tmp").digest
+                if copied != file.digest:
+                    raise DWMError(f"{file.path} was changed while it was read; try again")
+                os.replace(f"{path}.tmp", path)
+        return file.digest
+
+    def _weights(self, prefix: str, digest: str) -> DocumentWeights:
+        """Returns the weights of a data set, by its weight file's digest.
+
+        Raises:
+            DWMError: no file with this digest is to be found.
+        """
+        known = self._files.get((prefix, digest))
+        if known is None:
+            index = read_index(prefix)
+            file = self._find(prefix, digest, index)
+            known = self._files[prefix, digest] = self._by_sequence(prefix, file, index)
+        return known
+
+    def _find(self, prefix: str, digest: str, index: Any) -> WeightFile:
+        folders = [os.path.join(f, FOLDER) for f in (self.run.save, self.run.load) if f]
+        places = [os.path.join(f, f"{digest}.weights") for f in folders] + [weights_path(prefix)]
+        for path in places:
+            if os.path.exists(path):
+                file = read_weights(path, index)
+                if file.digest == digest:
+                    return file
+        raise DWMError(
+            f"{prefix} was drawn by a weight file {digest[:12]}... that is none of "
+            f"{', '.join(places)}; put it back, or start anew with --finetune",
+            this_rank_only=True,
+        )
+
+    def _by_sequence(self, prefix: str, file: WeightFile, index: Any) -> DocumentWeights:
+        weights, domains, document_of = file.weights, file.domains, None
+        if index.sequences != index.documents:
+            sizes = numpy.diff(index.document_indices)
+            document_of = numpy.repeat(numpy.arange(index.documents), sizes)
+            weights = weights[document_of]
+            domains = None if domains is None else domains[document_of]
+        names = list(file.domain_names)
+        if domains is not None and not names:
+            names = [str(number) for number in range(int(domains.max()) + 1)]
+        # A document without a domain belongs to its data set.
+        numbers = [self._number_of(name) for name in [*names, os.path.basename(prefix)]]
+        return DocumentWeights(weights, domains, numpy.array(numbers), document_of)
+
+    def _number_of(self, domain: str) -> int:
+        if domain not in self.domain_names:
+            self.domain_names.append(domain)
+        return self.domain_names.index(domain)
+
+
+def parts_of(dataset: Any, consumed: int) -> list[tuple[Any, int]]:
+    """Returns the data sets of a blend, each with how many of its samples have been read.
+
+    Args:
+        dataset: a `BlendedDataset`, one data set, or None.
+        consumed: samples that have been read of the whole.
+    """
+    if dataset is None:
+        return []
+    if not hasattr(dataset, "dataset_index"):
+        return [(dataset, consumed)]
+    counts = numpy.bincount(dataset.dataset_index[:consumed], minlength=len(dataset.datasets))
+    return [(part, int(n)) for part, n in zip(dataset.datasets, counts, strict=True)]

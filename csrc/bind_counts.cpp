@@ -34,7 +34,7 @@ py::array_t<int32_t> py_systematic_counts(const py::object& weights_arg, double 
                                           const py::object& threads_arg) {
   const auto weights = view_of<float>(weights_arg, "weights", "float32");
   if (!(scale >= 0.0 && std::isfinite(scale))) {
-    fail("scale: expected a finite number >= 0, found " + std::to_string(scale));
+    fail("scale: expected a finite number >= 0, found " + number(scale));
   }
   const int64_t seed = int64_of(seed_arg, "seed");
   const int64_t epoch = int64_of(epoch_arg, "epoch");

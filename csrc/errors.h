@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
 
@@ -13,6 +14,13 @@ namespace megatron_dwm {
 // "name[index]" for error messages.
 inline std::string entry(const char* name, int64_t index) {
   return std::string(name) + "[" + std::to_string(index) + "]";
+}
+
+// Short for numbers of any size, where std::to_string writes all digits and no exponent.
+inline std::string number(double value) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "%.9g", value);
+  return text;
 }
 
 inline int64_t checked_add(int64_t a, int64_t b, const char* what) {

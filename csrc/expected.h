@@ -1,6 +1,7 @@
 // Expected number of draws of every document, from its weight.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -19,7 +20,7 @@ using Weights = ArrayView<float>;
 inline void check_weight(float weight, int64_t document) {
   // False for NaN too.
   if (!(weight >= 0.0F && weight <= std::numeric_limits<float>::max())) {
-    fail(entry("weights", document) + ": " + std::to_string(weight) +
+    fail(entry("weights", document) + ": " + number(weight) +
          " is not a finite number >= 0");
   }
 }
@@ -152,7 +153,8 @@ inline double expected_scale(const Weights& weights, int64_t num_draws, int64_t 
       return scale;
     }
     capped = now.capped;
-    scale = (draws - cap * static_cast<double>(capped)) / rest;
+    // Rounding may take a document for capped that is just at the cap: never turn back for it.
+    scale = std::max(scale, (draws - cap * static_cast<double>(capped)) / rest);
   }
 }
 

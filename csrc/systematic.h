@@ -62,7 +62,7 @@ class ExpectedCounts {
       return {0, 0};
     }
     if (count > INT32_MAX) {
-      fail(entry("weights", document) + ": the document would be drawn " + std::to_string(count) +
+      fail(entry("weights", document) + ": the document would be drawn " + number(count) +
            " times, which does not fit in 32 bits; limit max_repeats or the weights");
     }
     const int32_t whole = static_cast<int32_t>(count);

@@ -92,6 +92,12 @@ class TestExpectedScale:
         assert abs(found.sum() - 60) < 1e-9
         assert (found <= 1).all()
 
+    def test_documents_just_at_the_cap(self):
+        """The two heavy documents take all draws without the cap's help."""
+        for light in (1e-45, 1e-30, 1e-9):
+            found = expected_counts([light, 3e38, 0.0, light, 3e38], 2, 1)
+            assert np.allclose(found, [0, 1, 0, 0, 1], atol=1e-12)
+
     @pytest.mark.parametrize("weight", [1.0, 0.1, 3e-39, 3e38])
     def test_all_at_the_cap(self, weight):
         found = expected_counts([weight, 2 * weight if weight < 1e38 else weight, 0.0], 6, 3)
@@ -285,7 +291,10 @@ class TestSystematic:
             (dict(scale=math.nan), "scale: expected a finite number >= 0, found"),
             (dict(scale=-1.0), "scale: expected a finite number >= 0, found -1"),
             (dict(scale=math.inf), "scale: .*inf"),
-            (dict(scale=1.5e9), r"weights\[1\]: the document would be drawn 3000000000.* 32 bits"),
+            (
+                dict(scale=1.5e9),
+                r"weights\[1\]: the document would be drawn 3e\+09 times.* 32 bits",
+            ),
             (dict(consumed=np.zeros(1, dtype=np.int32)), "consumed: 1 entries for 2 weights"),
             (dict(consumed=np.array([0, -1], dtype=np.int32)), r"consumed\[1\]: -1 is negative"),
             (dict(consumed=np.zeros(2)), "consumed: .*int32"),

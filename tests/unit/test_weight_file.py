@@ -203,9 +203,10 @@ class TestRefused:
         with pytest.raises(DatasetError, match=r"none.a\.weights.*cannot be written.*No such"):
             write_weights(tmp_path / "none" / "a.weights", np.ones(1), make_index([1]))
 
-    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
     def test_folder_without_permission(self, tmp_path):
         tmp_path.chmod(0o500)
+        if os.access(tmp_path, os.W_OK):
+            pytest.skip("this user may write everywhere")
         try:
             with pytest.raises(DatasetError, match="Permission denied"):
                 write_weights(tmp_path / "a.weights", np.ones(1), make_index([1]))

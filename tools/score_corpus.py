@@ -212,8 +212,11 @@ def main(argv: list[str] | None = None) -> int:
         start_ranks()
         run(args)
     except DWMError as error:
-        if int(os.environ.get("RANK", "0")) == 0 or error.this_rank_only:
-            print(f"score_corpus: error: {error}", file=sys.stderr, flush=True)
+        rank = int(os.environ.get("RANK", "0"))
+        if rank == 0 or error.this_rank_only:
+            # The cursor may be behind rank 0's progress bar.
+            begin = "\n" if rank else ""
+            print(f"{begin}score_corpus: error: {error}", file=sys.stderr, flush=True)
         return 2
     finally:
         if dist.is_initialized():

@@ -209,21 +209,22 @@ def score(
     ]
     readers = [TokenReader(corpus.index, scorer.vocab_size) for corpus in corpora]
     todo = _outstanding(folders)
-    progress = _Progress(corpora, folders)
-    for number, chunk in todo[dist.get_rank() :: dist.get_world_size()]:
-        folder = folders[number]
-        first, last = (int(bound) for bound in folder.bounds[chunk : chunk + 2])
-        scores = score_chunk(scorer, readers[number], first, last, seq_length, micro_batch_size)
-        folder.append(chunk, scores)
-        progress.update()
-    for folder in folders:
-        folder.close()
-    # All scores are on the disk once every rank is here.
-    waiting = dist.barrier(async_op=True)
-    while not waiting.is_completed():
-        time.sleep(0.05)
-        progress.update()
-    progress.close()
+    with _Progress(corpora, folders) as progress:
+        for number, chunk in todo[dist.get_rank() :: dist.get_world_size()]:
+            folder = folders[number]
+            first, last = (int(bound) for bound in folder.bounds[chunk : chunk + 2])
+            folder.append(
+                chunk,
+                score_chunk(scorer, readers[number], first, last, seq_length, micro_batch_size),
+            )
+            progress.update()
+        for folder in folders:
+            folder.close()
+        # All scores are on the disk once every rank is here.
+        waiting = dist.barrier(async_op=True)
+        while not waiting.is_completed():
+            time.sleep(0.05)
+            progress.update()
     return folders
 
 
@@ -275,8 +276,11 @@ class _Progress:
         self._bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
         self._bar.update(documents)
 
-    def close(self) -> None:
-        """Shows the end."""
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        # Closed after an error too, so that the message begins a line of its own.
         if self._shown:
             self._look()
             self._bar.close()

@@ -1,6 +1,9 @@
 # Every target that needs the environment makes it first; see tools/setup_env.sh.
 PYTHON_VENV := .venv/bin/python
 PYTEST := $(PYTHON_VENV) -m pytest
+# Two files at a time: while one waits for ranks to start, the other computes. By file, as the
+# tests of one share what its ranks have done.
+PYTEST_SHARE ?= -n 2 --dist loadfile
 # More pytest flags: make test PYTEST_ARGS="-k index -x"
 PYTEST_ARGS ?=
 
@@ -17,7 +20,7 @@ demo: setup ## train a small model with data weighting, start to finish
 	@bash examples/demo.sh
 
 test: setup ## run all tests (GPU tests are skipped, see test-gpu)
-	$(PYTEST) --durations=10 $(PYTEST_ARGS) tests
+	$(PYTEST) --durations=10 $(PYTEST_SHARE) $(PYTEST_ARGS) tests
 
 test-unit: setup ## run the quick tests only
 	$(PYTEST) $(PYTEST_ARGS) tests/unit

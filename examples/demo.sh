@@ -35,7 +35,7 @@ step "2/6 tokenizer: SentencePiece, 2048 pieces"
 "$PYTHON" tools/train_tokenizer.py --input "$CORPUS"/train/*.jsonl --out "$CORPUS/tokenizer" \
     --vocab-size 2048 --skip-existing
 
-step "3/6 Megatron data sets: one for each domain, the meta set and the validation set"
+step "3/6 Megatron data sets, with weight files: one for each domain, the meta and validation sets"
 "$PYTHON" examples/demo_data.py "$CORPUS" "$DATA"
 
 # Every good domain alike, and a third of all samples corrupt: enough for the weights to matter.
@@ -77,7 +77,7 @@ run() {
 }
 
 step "4/6 pre-training with the data weighting model, $ITERS steps on two ranks"
-DWM=1 run dwm --dwm-log-samples
+DWM=1 run dwm --dwm-log-samples --dwm-sampling weights
 
 step "5/6 the stock trainer on the same tokens"
 DWM=0 run stock

@@ -232,11 +232,6 @@ class DWMConfig:
                     f"{flag(name)} is about drawn documents; add --dwm-sampling weights, or leave "
                     "it out"
                 )
-        if self.sampling_draws == "independent" and self.sampling_max_repeats is not None:
-            found.append(
-                "--dwm-sampling-max-repeats needs --dwm-sampling-draws systematic: independent "
-                "draws cannot keep to it"
-            )
         return found
 
     def head_dim_problems(self, tensor_parallel_size: int) -> list[str]:

@@ -1,5 +1,15 @@
-"""Data files: indices, packed samples (and nothing that imports torch or Megatron)."""
+"""Data files: indices, weights, packed samples (nothing here imports torch or Megatron).
 
+`weighted_dataset` (Megatron's `GPTDataset` with weights) is imported by its own name.
+"""
+
+from megatron_dwm.data.document_weights import (
+    domain_summary,
+    keep_top_fraction,
+    weight_summary,
+    weights_from_scores,
+)
+from megatron_dwm.data.epoch_plan import Corpus, Segment, first_segment, next_segment
 from megatron_dwm.data.index import (
     DatasetError,
     IndexSummary,
@@ -8,12 +18,30 @@ from megatron_dwm.data.index import (
     read_index,
     sample_documents,
 )
+from megatron_dwm.data.sampling import Permutation, draw_counts, sample_index, visit_order
+from megatron_dwm.data.weight_file import WeightFile, read_weights, weights_path, write_weights
 
 __all__ = [
+    "Corpus",
     "DatasetError",
     "IndexSummary",
+    "Permutation",
     "SampleDocuments",
+    "Segment",
+    "WeightFile",
+    "domain_summary",
+    "draw_counts",
+    "first_segment",
+    "keep_top_fraction",
+    "next_segment",
     "num_packed_samples",
     "read_index",
+    "read_weights",
     "sample_documents",
+    "sample_index",
+    "visit_order",
+    "weight_summary",
+    "weights_from_scores",
+    "weights_path",
+    "write_weights",
 ]

@@ -224,9 +224,9 @@ def _file_size(path: str, prefix: str) -> int:
     if os.path.isdir(path):
         raise DatasetError(f"{path}: expected a file, found a folder; {_REBUILD}")
     stem = Path(prefix)
-    if path.endswith(".idx") and stem.suffix in (".idx", ".bin") and stem.is_file():
+    if path.endswith(".idx") and stem.suffix in (".idx", ".bin") and os.path.isfile(stem):
         hint = f"pass the prefix without the ending: {stem.with_suffix('')}"
-    elif path.endswith(".idx") and stem.is_dir():
+    elif path.endswith(".idx") and os.path.isdir(stem):
         hint = "the prefix is a folder: pass the path of a pair in it, without .idx and .bin"
     else:
         hint = "check the path, or make the pair with tools/preprocess_data.py"

@@ -64,7 +64,7 @@ def draw_counts(
             weights with n = D visit every document exactly once. "independent": n independent
             draws with replacement, as `torch.multinomial`; counts scatter by about sqrt(e_d).
         max_repeats: Limit of e_d; what it cuts off goes to the other documents in proportion to
-            their weights. None for no limit. "systematic" only.
+            their weights. None for no limit. Independent draws scatter about it.
         threads: Number of threads, 0 for all cores.
 
     Returns:
@@ -80,10 +80,10 @@ def draw_counts(
     if method != "independent":
         raise ValueError(f"method: {method!r} is none of {', '.join(METHODS)}")
     if max_repeats is not None:
-        raise ValueError(
-            f"max_repeats: {max_repeats} cannot be kept to by independent draws; "
-            "take method='systematic' or no limit"
-        )
+        # The limited expectations are weights in themselves.
+        limit = _checked_limit(max_repeats)
+        scale = _data_engine.expected_scale(weights, num_draws, limit, threads)
+        weights = np.minimum(weights * scale, limit).astype(np.float32)
     return _data_engine.independent_counts(weights, num_draws, seed, epoch, threads)
 
 
@@ -284,12 +284,16 @@ def _systematic(
     max_repeats: int | None,
     threads: int,
 ) -> np.ndarray:
-    if max_repeats is not None and max_repeats < 1:
-        raise ValueError(f"max_repeats: expected at least 1, found {max_repeats}")
     # The kernels write "no limit" as 0.
-    limit = max_repeats or 0
+    limit = 0 if max_repeats is None else _checked_limit(max_repeats)
     scale = _data_engine.expected_scale(weights, num_draws, limit, threads)
     return _data_engine.systematic_counts(weights, scale, seed, epoch, limit, consumed, threads)
+
+
+def _checked_limit(max_repeats: int) -> int:
+    if max_repeats < 1:
+        raise ValueError(f"max_repeats: expected at least 1, found {max_repeats}")
+    return max_repeats
 
 
 def _as_float32(values: np.ndarray, name: str) -> np.ndarray:

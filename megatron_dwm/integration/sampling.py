@@ -268,7 +268,10 @@ class Sampling:
             domains = None if domains is None else domains[document_of]
         names = list(file.domain_names)
         if domains is not None and not names:
-            names = [str(number) for number in range(int(domains.max()) + 1)]
+            # Bare numbers, of any size: numbered anew, -1 stays.
+            found, domains = numpy.unique(domains, return_inverse=True)
+            names = [str(number) for number in found[found >= 0]]
+            domains = domains - int(found[0] < 0)
         # A document without a domain belongs to its data set.
         numbers = [self._number_of(name) for name in [*names, os.path.basename(prefix)]]
         return DocumentWeights(weights, domains, numpy.array(numbers), document_of)

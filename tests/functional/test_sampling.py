@@ -65,8 +65,8 @@ def bad(data: dict[str, str]) -> list[tuple[str, list[str], str, str]]:
         (
             "both",
             [data["equal"]],
-            "--dwm-sampling-draws independent --dwm-sampling-max-repeats 2",
-            "--dwm-sampling-max-repeats needs --dwm-sampling-draws systematic",
+            "--dwm-sampling stock --dwm-sampling-max-repeats 2",
+            "--dwm-sampling-max-repeats is about drawn documents; add --dwm-sampling weights",
         ),
     ]
 

@@ -49,6 +49,7 @@ BAD_VALUES = [
     ("verify_samples", 2),
     ("verify_correlation", 1.0),
     ("verify_correlation", -0.1),
+    ("sampling", "random"),
 ]
 
 # Another legal value for every field, so that a round trip shows each one.
@@ -85,6 +86,9 @@ OTHER_VALUES = {
     "adam_beta2": 0.875,
     "clip_grad": 0.0,
     "temperature": 2.5,
+    "sampling": "weights",
+    "sampling_draws": "independent",
+    "sampling_max_repeats": 3,
     "seed": 7,
     "log_samples": True,
 }
@@ -92,6 +96,19 @@ OTHER_VALUES = {
 
 def parser_of_flags() -> argparse.ArgumentParser:
     return add_dwm_args(argparse.ArgumentParser(allow_abbrev=False))
+
+
+class TestSampling:
+    def test_values_are_checked(self):
+        (problem,) = DWMConfig(sampling="weights", sampling_draws="some").problems()
+        assert problem.startswith("--dwm-sampling-draws is 'some'; allowed are systematic, ")
+        (problem,) = DWMConfig(sampling="weights", sampling_max_repeats=0).problems()
+        assert problem.startswith("--dwm-sampling-max-repeats is 0; it must be above 0")
+
+    @pytest.mark.parametrize("name", ["sampling_draws", "sampling_max_repeats"])
+    def test_what_needs_weights_says_so(self, name):
+        (problem,) = DWMConfig(**{name: OTHER_VALUES[name]}).problems()
+        assert problem.startswith(f"{flag(name)} is about drawn documents; add --dwm-sampling weig")
 
 
 class TestProblems:

@@ -429,11 +429,23 @@ class TestIndependent:
 
 
 class TestFace:
+    def test_independent_draws_keep_to_a_limit_on_average(self):
+        """The limit is on the expectation: what one document loses goes to the others."""
+        weights, epochs = np.array([100.0] + [1.0] * 19, np.float32), 400
+        counts = sum(
+            draw_counts(weights, 20, seed=3, epoch=e, method="independent", max_repeats=2)
+            for e in range(epochs)
+        )
+        assert counts.sum() == 20 * epochs
+        # A binomial with mean 2 a draw of 20: five standard deviations.
+        assert abs(counts[0] / epochs - 2) < 5 * (2 / epochs) ** 0.5
+        assert abs(counts[1:].mean() / epochs - 18 / 19) < 0.02
+
     @pytest.mark.parametrize(
         ("call", "message"),
         [
             (dict(method="alias"), "method: 'alias' is none of systematic, independent"),
-            (dict(method="independent", max_repeats=2), "max_repeats: 2 cannot be kept to"),
+            (dict(method="independent", max_repeats=0), "max_repeats: expected at least 1, found 0"),
             (dict(max_repeats=0), "max_repeats: expected at least 1, found 0"),
             (dict(weights=["a", "b"]), "weights: expected real numbers"),
             (dict(weights=[1.0, 1e300]), r"weights\[1\]: inf"),

@@ -445,7 +445,7 @@ class TestFace:
         ("call", "message"),
         [
             (dict(method="alias"), "method: 'alias' is none of systematic, independent"),
-            (dict(method="independent", max_repeats=0), "max_repeats: expected at least 1, found 0"),
+            (dict(method="independent", max_repeats=0), "max_repeats: expected at least 1"),
             (dict(max_repeats=0), "max_repeats: expected at least 1, found 0"),
             (dict(weights=["a", "b"]), "weights: expected real numbers"),
             (dict(weights=[1.0, 1e300]), r"weights\[1\]: inf"),

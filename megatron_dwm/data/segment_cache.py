@@ -1,13 +1,15 @@
 """Plans on disk, so that one process computes what all ranks and later runs memory-map.
 
 A plan is a few `.npy` files and one `.json` that is written last: without it there is no plan.
-Each is written beside its place and renamed, so that a killed run leaves none half-written.
+Each is written beside its place and renamed, so that a killed run leaves none half-written, and
+two that write the same plan at once do not meet.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import uuid
 from typing import Any
 
 import numpy as np
@@ -28,12 +30,12 @@ def save_segment(path: str, segment: Segment) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     arrays = [name for name in _ARRAYS if getattr(segment, name) is not None]
     for name in arrays:
-        temporary = f"{path}-{name}.{os.getpid()}.tmp"
+        temporary = f"{path}-{name}.{uuid.uuid4().hex}.tmp"
         with open(temporary, "wb") as file:
             np.save(file, getattr(segment, name), allow_pickle=False)
         os.replace(temporary, f"{path}-{name}.npy")
     numbers = {name: getattr(segment, name) for name in _NUMBERS}
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     with open(temporary, "w") as file:
         json.dump({"arrays": arrays, **numbers}, file)
     os.replace(temporary, f"{path}.json")

@@ -107,20 +107,24 @@ class Sampling:
         """Builds the trainer's data iterators with documents drawn by weight."""
         digests = self._in_force = self._current_digests()
         resumed = bool(self.settings.stages)
+        # If not, only some ranks call it.
+        is_distributed = getattr(provider, "is_distributed", False)
 
         def with_weights(*args: Any, **kwargs: Any) -> Any:
             datasets = provider(*args, **kwargs)
             # Of several chunks of a virtual pipeline the first one brings the history up to date.
-            self.settings.stages.update(self._take_over(datasets[0], digests, resumed))
+            changed = self._take_over(datasets[0], digests, resumed, is_distributed)
+            self.settings.stages.update(changed)
             self._train_sets.append(datasets[0])
             return datasets
 
-        with_weights.is_distributed = getattr(provider, "is_distributed", False)  # type: ignore[attr-defined]
+        with_weights.is_distributed = is_distributed  # type: ignore[attr-defined]
         if not resumed:
             self.settings.stages = {path: [Stage(0, digests[path])] for path in self.prefixes}
         for path, stages in self.settings.stages.items():
-            # Names of domains in the same order on every rank, whichever of them read data.
-            self._weights(path, stages[-1].digest)
+            # So that domains have the same numbers on every rank, whichever of them read data.
+            for digest in [*(stage.digest for stage in stages), digests[path]]:
+                self._weights(path, digest)
         with rebound(
             BlendedMegatronDatasetBuilder,
             "__init__",
@@ -145,7 +149,7 @@ class Sampling:
         changed: dict[str, list[Stage]] = {}
         for dataset, iterator in zip(self._train_sets, iterators, strict=True):
             # Each chunk of a virtual pipeline has data sets of its own, with the same history.
-            changed.update(self._take_over(dataset, digests, resumed=True))
+            changed.update(self._take_over(dataset, digests, resumed=True, everywhere=True))
             if iterator is not None:
                 consumed = self.run.consumed_train_samples
                 loader = training.build_pretraining_data_loader(dataset, consumed)
@@ -163,7 +167,7 @@ class Sampling:
         stock(builder, cls, sizes, is_built_on_rank, config)
 
     def _take_over(
-        self, dataset: Any, digests: dict[str, str], resumed: bool
+        self, dataset: Any, digests: dict[str, str], resumed: bool, everywhere: bool
     ) -> dict[str, list[Stage]]:
         """Begins a new stage in every data set whose weight file is not the one in force.
 
@@ -172,10 +176,25 @@ class Sampling:
             digests: of the current weight files.
             resumed: whether the history says what was drawn so far. If not, samples that were
                 read before are taken as never seen.
+            everywhere: whether all ranks call this; then rank 0 plans, and the others find the
+                plan in the cache.
 
         Returns:
             The history of the data sets that have begun one.
         """
+        first = torch.distributed.get_rank() == 0
+        changed: dict[str, list[Stage]] = {}
+        if first or not everywhere:
+            changed = self._begin_stages(dataset, digests, resumed)
+        if everywhere:
+            torch.distributed.barrier()
+            if not first:
+                changed = self._begin_stages(dataset, digests, resumed)
+        return changed
+
+    def _begin_stages(
+        self, dataset: Any, digests: dict[str, str], resumed: bool
+    ) -> dict[str, list[Stage]]:
         changed = {}
         for part, position in parts_of(dataset, self.run.consumed_train_samples):
             if not isinstance(part, WeightedSampling):

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -22,63 +21,79 @@ class AliasTable {
  public:
   // `weights` is used as scratch space. At least one of them must be positive.
   void build(double* weights, int64_t size, double sum) {
+    const auto places = static_cast<size_t>(size);
     size_ = size;
-    threshold_.resize(static_cast<size_t>(size));
-    alias_.resize(static_cast<size_t>(size));
-    const Index largest = static_cast<Index>(std::max_element(weights, weights + size) - weights);
+    threshold_.resize(places);
+    alias_.resize(places);
+    small_.resize(places + 1);
+    large_.resize(places + 1);
     const double factor = static_cast<double>(size) / sum;
+    int64_t largest = 0, num_small = 0, num_large = 0;
     for (int64_t i = 0; i < size; ++i) {
-      alias_[i] = largest;
-      // Slots that rounding leaves without a partner keep these.
-      threshold_[i] = weights[i] > 0.0 ? UINT64_MAX : 0;
       weights[i] *= factor;
+      largest = weights[i] > weights[largest] ? i : largest;
+      // Both lists take it, one of them keeps it: which one is hard to predict.
+      const bool below = weights[i] < 1.0;
+      small_[num_small] = large_[num_large] = static_cast<Index>(i);
+      num_small += below ? 1 : 0;
+      num_large += below ? 0 : 1;
     }
-    // One cursor looks for outcomes with less than their slot, one for those with more. An
-    // outcome with more that falls below a whole slot behind the first cursor is finished at once.
-    int64_t large = next(weights, 0, [](double w) { return w >= 1.0; });
-    int64_t small = next(weights, 0, [](double w) { return w < 1.0; });
-    int64_t scan = small;
-    while (large < size_ && small < size_) {
-      threshold_[small] = to_threshold(weights[small]);
-      alias_[small] = static_cast<Index>(large);
-      weights[large] -= 1.0 - weights[small];
-      const int64_t finished = large;
-      if (weights[large] < 1.0) {
-        large = next(weights, large + 1, [](double w) { return w >= 1.0; });
-      }
-      if (weights[finished] < 1.0 && finished < scan) {
-        small = finished;
-      } else {
-        scan = next(weights, scan + 1, [](double w) { return w < 1.0; });
-        small = scan;
-      }
+    // Slots that rounding leaves without a partner keep these.
+    for (int64_t i = 0; i < size; ++i) {
+      threshold_[i] = weights[i] > 0.0 ? UINT64_MAX : 0;
+      alias_[i] = static_cast<Index>(largest);
+    }
+    if (num_small > 0 && num_large > 0) {
+      pair(weights, num_small, num_large);
     }
   }
 
   int64_t draw(uint64_t hash) const {
     const uint128 product = static_cast<uint128>(hash) * static_cast<uint64_t>(size_);
     const auto slot = static_cast<int64_t>(product >> 64);
-    return static_cast<uint64_t>(product) < threshold_[slot] ? slot
-                                                             : static_cast<int64_t>(alias_[slot]);
+    // Arithmetic instead of a branch that goes either way at random.
+    const auto alias = static_cast<int64_t>(alias_[slot]);
+    const auto own = static_cast<int64_t>(static_cast<uint64_t>(product) < threshold_[slot]);
+    return alias + (slot - alias) * own;
   }
 
  private:
-  template <typename Wanted>
-  int64_t next(const double* weights, int64_t from, const Wanted& wanted) const {
-    while (from < size_ && !wanted(weights[from])) {
-      ++from;
+  // Fills the slot of one outcome after the other that has less than a slot, from one that has
+  // more; that one is next if it has less than a slot itself by then.
+  void pair(const double* weights, int64_t num_small, int64_t num_large) {
+    int64_t s = 0, l = 0;
+    int64_t to = small_[0], from = large_[0];
+    double to_weight = weights[to], from_weight = weights[from];
+    for (;;) {
+      threshold_[to] = to_threshold(to_weight);
+      alias_[to] = static_cast<Index>(from);
+      const double rest = from_weight - (1.0 - to_weight);
+      const bool below = rest < 1.0;
+      l += below ? 1 : 0;
+      s += below ? 0 : 1;
+      if (s == num_small || l == num_large) {
+        return;
+      }
+      const int64_t next = below ? large_[l] : small_[s];
+      const double next_weight = weights[next];
+      to = below ? from : next;
+      to_weight = below ? rest : next_weight;
+      from = below ? next : from;
+      from_weight = below ? next_weight : rest;
     }
-    return from;
   }
 
+  // 2^64 times a number below 1, in two steps because signed conversions have no branch.
   static uint64_t to_threshold(double probability) {
-    // Below 1, and never negative: 2^64 times it fits.
-    return static_cast<uint64_t>(std::max(probability, 0.0) * 18446744073709551616.0);
+    constexpr double kTwo63 = 9223372036854775808.0;
+    return static_cast<uint64_t>(static_cast<int64_t>(std::max(probability, 0.0) * kTwo63)) << 1;
   }
 
   int64_t size_ = 0;
   std::vector<uint64_t> threshold_;
   std::vector<Index> alias_;
+  std::vector<Index> small_;
+  std::vector<Index> large_;
 };
 
 // Draw t takes a block by a hash of t, and the k-th draw of a block takes a document of it by a

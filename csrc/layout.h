@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -15,8 +16,8 @@
 namespace megatron_dwm {
 
 constexpr int64_t kEntryChunk = 1 << 15;
-// Entries between asking for a length and reading it: lengths are read in random order.
-constexpr int64_t kLookahead = 32;
+// Lengths are read in random order, so many are asked for before the first is used.
+constexpr int kEntryBatch = 64;
 // Token positions stay so far from the ends of int64 that differences of two cannot overflow.
 constexpr int64_t kMaxTokens = int64_t{1} << 62;
 
@@ -35,8 +36,44 @@ class Entries {
 
   int64_t size() const { return documents_.size(); }
 
-  // Number of tokens; checks all that it reads.
-  int32_t tokens(int64_t position) const {
+  // Number of tokens of `count` <= kEntryBatch entries from `first` on; checks all that it reads.
+  void tokens(int64_t first, int count, int32_t* out) const {
+    std::array<uint64_t, kEntryBatch> documents;
+    const auto sequences = static_cast<uint64_t>(lengths_.size());
+    bool bad = false;
+    for (int i = 0; i < count; ++i) {
+      documents[i] = static_cast<uint64_t>(static_cast<int64_t>(documents_[first + i]));
+      bad |= documents[i] >= sequences;  // negative ones too
+    }
+    if (!bad) {
+      for (int i = 0; i < count; ++i) {
+        lengths_.prefetch(static_cast<int64_t>(documents[i]));
+      }
+      for (int i = 0; i < count; ++i) {
+        const int32_t length = lengths_[static_cast<int64_t>(documents[i])];
+        const int32_t begin = start(first + i);
+        const int32_t end = stops_ ? (*stops_)[first + i] : length;
+        bad |= length < 0 || begin < 0 || begin > end || end > length;
+        out[i] = bad ? 0 : end - begin;
+      }
+    }
+    for (int i = 0; bad && i < count; ++i) {
+      check(first + i);
+    }
+  }
+
+  int32_t start(int64_t position) const { return starts_ ? (*starts_)[position] : 0; }
+
+ private:
+  void check_size(const char* name, const std::optional<ArrayView<int32_t>>& view) const {
+    if (view && view->size() != documents_.size()) {
+      fail(std::string(name) + ": " + std::to_string(view->size()) + " entries for " +
+           std::to_string(documents_.size()) + " entries of entry_documents");
+    }
+  }
+
+  // Throws when there is something wrong with an entry.
+  void check(int64_t position) const {
     const int64_t document = documents_[position];
     if (document < 0 || document >= lengths_.size()) {
       fail(entry("entry_documents", position) + ": " + std::to_string(document) +
@@ -44,35 +81,12 @@ class Entries {
     }
     const int32_t length = lengths_[document];
     check_length(length, document);
-    if (!starts_ && !stops_) {
-      return length;
-    }
     const int32_t begin = start(position);
     const int32_t end = stops_ ? (*stops_)[position] : length;
     if (begin < 0 || begin > end || end > length) {
       fail(entry(starts_ ? "starts" : "stops", position) + ": the tokens [" +
            std::to_string(begin) + ", " + std::to_string(end) + ") are no part of the " +
            std::to_string(length) + " tokens of sequence " + std::to_string(document));
-    }
-    return end - begin;
-  }
-
-  int32_t start(int64_t position) const { return starts_ ? (*starts_)[position] : 0; }
-
-  void prefetch(int64_t position) const {
-    if (position < documents_.size()) {
-      const int64_t document = documents_[position];
-      if (document >= 0 && document < lengths_.size()) {
-        lengths_.prefetch(document);
-      }
-    }
-  }
-
- private:
-  void check_size(const char* name, const std::optional<ArrayView<int32_t>>& view) const {
-    if (view && view->size() != documents_.size()) {
-      fail(std::string(name) + ": " + std::to_string(view->size()) + " entries for " +
-           std::to_string(documents_.size()) + " entries of entry_documents");
     }
   }
 
@@ -104,12 +118,13 @@ Layout lay_out(const Entries<Id>& entries, int threads, bool keep_tokens) {
   parallel_chunks(layout.size, kEntryChunk, threads,
                   [&](int64_t chunk, int64_t begin, int64_t end) {
                     int64_t sum = 0;
-                    for (int64_t p = begin; p < end; ++p) {
-                      entries.prefetch(p + kLookahead);
-                      const int32_t tokens = entries.tokens(p);
-                      sum += tokens;
-                      if (keep_tokens) {
-                        layout.tokens[p] = tokens;
+                    std::array<int32_t, kEntryBatch> scratch;
+                    for (int64_t p = begin; p < end; p += kEntryBatch) {
+                      const int count = static_cast<int>(std::min<int64_t>(kEntryBatch, end - p));
+                      int32_t* const tokens = keep_tokens ? &layout.tokens[p] : scratch.data();
+                      entries.tokens(p, count, tokens);
+                      for (int i = 0; i < count; ++i) {
+                        sum += tokens[i];
                       }
                     }
                     layout.chunk_begin[chunk + 1] = sum;

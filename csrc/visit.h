@@ -44,40 +44,60 @@ class DrawWriter {
   DrawWriter(const Permutation& order, int64_t first_draw, Id* out)
       : order_(order), draw_(static_cast<uint64_t>(first_draw)), out_(out) {}
 
-  void put(Id id) {
-    ids_[turn_][filled_++] = id;
-    if (filled_ == Permutation::kBatch) {
-      flush();
+  // The next `count` draws are of one document.
+  void put(Id id, int32_t count) {
+    // Counts are small and cannot be predicted: without a branch, a few places are filled of
+    // which the next draws overwrite those that are too many.
+    for (; count > kFew; --count) {
+      append(id, 1);
     }
+    append(id, count);
   }
 
   void finish() {
-    flush();
+    flush(filled_);
     write();
   }
 
  private:
-  // Finds the places of the draws gathered so far and starts loading them, then writes those
-  // of the batch before, which are loaded by now.
-  void flush() {
+  static constexpr int kFew = 4;
+
+  void append(Id id, int32_t count) {
+    Id* const ids = ids_[turn_] + filled_;
+    for (int i = 0; i < kFew; ++i) {
+      ids[i] = id;
+    }
+    filled_ += count;
+    if (filled_ >= Permutation::kBatch) {
+      flush(Permutation::kBatch);
+    }
+  }
+
+  // Finds the places of the first `count` gathered draws and starts loading them, then writes
+  // those of the batch before, which are loaded by now.
+  void flush(int count) {
     uint64_t* const places = places_[turn_];
-    for (int i = 0; i < filled_; ++i) {
+    for (int i = 0; i < count; ++i) {
       places[i] = draw_ + static_cast<uint64_t>(i);
     }
-    order_.map_batch<true>(places, filled_);
-    for (int i = 0; i < filled_; ++i) {
+    order_.map_batch<true>(places, count);
+    for (int i = 0; i < count; ++i) {
       __builtin_prefetch(out_ + places[i], 1);
     }
-    draw_ += static_cast<uint64_t>(filled_);
+    draw_ += static_cast<uint64_t>(count);
     write();
-    waiting_ = filled_;
-    filled_ = 0;
+    waiting_ = count;
+    filled_ -= count;
+    std::copy_n(ids_[turn_] + count, filled_, ids_[turn_ ^ 1]);
     turn_ ^= 1;
   }
 
+  // Writes the batch that flush() left.
   void write() {
+    const uint64_t* const places = places_[turn_ ^ 1];
+    const Id* const ids = ids_[turn_ ^ 1];
     for (int i = 0; i < waiting_; ++i) {
-      out_[places_[turn_ ^ 1][i]] = ids_[turn_ ^ 1][i];
+      out_[places[i]] = ids[i];
     }
     waiting_ = 0;
   }
@@ -89,7 +109,7 @@ class DrawWriter {
   int filled_ = 0;
   int waiting_ = 0;
   uint64_t places_[2][Permutation::kBatch];
-  Id ids_[2][Permutation::kBatch];
+  Id ids_[2][Permutation::kBatch + kFew];
 };
 
 // Draw j of the epoch belongs to the document whose draws [starts, starts + count) hold j; the
@@ -102,10 +122,7 @@ void visit_order(const ArrayView<int32_t>& counts, const std::vector<int64_t>& s
                   [&](int64_t chunk, int64_t begin, int64_t end) {
                     DrawWriter<Id> writer(order, starts[chunk], out);
                     for (int64_t d = begin; d < end; ++d) {
-                      const Id id = static_cast<Id>(first_document + d);
-                      for (int32_t count = counts[d]; count > 0; --count) {
-                        writer.put(id);
-                      }
+                      writer.put(static_cast<Id>(first_document + d), counts[d]);
                     }
                     writer.finish();
                   });
@@ -114,7 +131,7 @@ void visit_order(const ArrayView<int32_t>& counts, const std::vector<int64_t>& s
                   [&](int64_t, int64_t begin, int64_t end) {
                     DrawWriter<Id> writer(order, draws + begin, out);
                     for (int64_t k = begin; k < end; ++k) {
-                      writer.put(static_cast<Id>(-1 - k));
+                      writer.put(static_cast<Id>(-1 - k), 1);
                     }
                     writer.finish();
                   });

@@ -80,10 +80,11 @@ def draw_counts(
     if method != "independent":
         raise ValueError(f"method: {method!r} is none of {', '.join(METHODS)}")
     if max_repeats is not None:
-        # The limited expectations are weights in themselves.
+        # The limited expectations are weights in themselves. In double precision: a scale for
+        # tiny weights is infinite as float32.
         limit = _checked_limit(max_repeats)
         scale = _data_engine.expected_scale(weights, num_draws, limit, threads)
-        weights = np.minimum(weights * scale, limit).astype(np.float32)
+        weights = np.minimum(weights.astype(np.float64) * scale, limit).astype(np.float32)
     return _data_engine.independent_counts(weights, num_draws, seed, epoch, threads)
 
 

@@ -441,6 +441,13 @@ class TestFace:
         assert abs(counts[0] / epochs - 2) < 5 * (2 / epochs) ** 0.5
         assert abs(counts[1:].mean() / epochs - 18 / 19) < 0.02
 
+    def test_a_limit_on_independent_draws_by_tiny_weights(self):
+        counts = draw_counts(
+            [1e-40, 0.0, 3e-40], 90, seed=0, epoch=0, method="independent", max_repeats=60
+        )
+        assert counts.sum() == 90
+        assert counts[1] == 0
+
     @pytest.mark.parametrize(
         ("call", "message"),
         [

@@ -220,12 +220,27 @@ def score(
             progress.update()
         for folder in folders:
             folder.close()
-        # All scores are on the disk once every rank is here.
+        _wait_for_all(progress)
+    return folders
+
+
+def _wait_for_all(progress: _Progress) -> None:
+    """Returns once every rank is here, and so all scores are on the disk.
+
+    Raises:
+        DWMError: a rank has ended without coming here.
+    """
+    try:
         waiting = dist.barrier(async_op=True)
         while not waiting.is_completed():
             time.sleep(0.05)
             progress.update()
-    return folders
+        waiting.wait()
+    except RuntimeError as error:
+        raise DWMError(
+            "another rank ended before its documents were scored, and said why; once that is "
+            "mended, start again: finished chunks are kept"
+        ) from error
 
 
 def _outstanding(folders: Sequence[WorkFolder]) -> list[tuple[int, int]]:

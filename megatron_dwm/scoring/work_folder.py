@@ -158,6 +158,6 @@ class WorkFolder:
             return None
         payload = file.read(4 * count)
         crc = zlib.crc32(payload, zlib.crc32(header[: _COUNTS.size]))
-        if len(payload) < 4 * count or crc != _CRC.unpack_from(header, _COUNTS.size)[0]:
+        if crc != _CRC.unpack_from(header, _COUNTS.size)[0]:
             return None
         return chunk, np.frombuffer(payload, "<f4")

@@ -131,6 +131,8 @@ def test_token_outside_the_vocabulary_is_named(corpus: str) -> None:
     reader.document(3)
     with pytest.raises(DWMError, match=r"corpus\.bin: document 4 .* id 17 at its token 2.* 17 ids"):
         reader.document(4)
+    with pytest.raises(DWMError, match="document 4 has the token id 18"):
+        TokenReader(read_index(corpus), vocab_size=18).document(4)
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
@@ -206,10 +208,12 @@ def test_chunks_of_several_processes_are_put_together(tmp_path: Path) -> None:
     with pytest.raises(DWMError, match="scores of 1 of 3 chunks are not there"):
         reader.scores()
     one.append(1, CHUNKS[1])
+    two.append(1, CHUNKS[1])
+    assert reader.scan() == [1]
     assert np.array_equal(reader.scores(), np.concatenate(CHUNKS))
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "count"])
+@pytest.mark.parametrize("damage", ["cut", "scores", "count", "chunk"])
 def test_chunk_that_a_kill_damaged_counts_as_not_done(tmp_path: Path, damage: str) -> None:
     writer = folder_at(tmp_path)
     writer.append(0, CHUNKS[0])
@@ -220,7 +224,8 @@ def test_chunk_that_a_kill_damaged_counts_as_not_done(tmp_path: Path, damage: st
     if damage == "cut":
         content = content[:-1]
     else:
-        content[-1 if damage == "flip" else -24] ^= 1
+        # The record is 8 + 8 + 4 bytes and three scores long; the highest byte is what differs.
+        content[{"scores": -1, "count": -17, "chunk": -25}[damage]] ^= 1
     path.write_bytes(content)
     again = folder_at(tmp_path)
     assert again.scan() == [0]

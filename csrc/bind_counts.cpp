@@ -114,7 +114,8 @@ Returns:
     `[D]` int32.
 
 Raises:
-    ValueError: An argument is malformed (the first bad entry is named), or a count does not fit.)");
+    ValueError: An argument is malformed (the first bad entry is named), or a count does not
+        fit.)");
 
   module.def("independent_counts", &py_independent_counts, py::arg("weights"),
              py::arg("num_draws"), py::arg("seed"), py::arg("epoch"), py::arg("threads") = 0,
@@ -131,7 +132,8 @@ Returns:
     `[D]` int32 with the sum num_draws.
 
 Raises:
-    ValueError: An argument is malformed (the first bad entry is named), or a count does not fit.)");
+    ValueError: An argument is malformed (the first bad entry is named), or a count does not
+        fit.)");
 }
 
 }  // namespace megatron_dwm

@@ -5,9 +5,10 @@
 // Megatron's .idx stores one length and one byte pointer per sequence, and D + 1 sequence
 // numbers that say where each document begins; a document may have several sequences.
 //
-// All loops are single passes that read a few bytes per step, so memory sets their speed and
-// threads would not help. Input that cannot be right throws std::invalid_argument (ValueError
-// in Python) with the name of the argument and of its first bad entry.
+// The loops of this file are single passes that read a few bytes per step, so memory sets their
+// speed and threads would not help. The bind_*.cpp files hold what weighted sampling needs.
+// Input that cannot be right throws std::invalid_argument (ValueError in Python) with the name
+// of the argument and of its first bad entry.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>

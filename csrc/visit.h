@@ -48,8 +48,8 @@ class DrawWriter {
   void put(Id id, int32_t count) {
     // Counts are small and cannot be predicted: without a branch, a few places are filled of
     // which the next draws overwrite those that are too many.
-    for (; count > kFew; --count) {
-      append(id, 1);
+    for (; count > kFew; count -= kFew) {
+      append(id, kFew);
     }
     append(id, count);
   }

@@ -347,9 +347,11 @@ void test_packing_errors() {
     check_fails([&] { lay_out(entries, threads, true); }, "entry_documents[40000]: 2");
   }
   const Misaligned<int32_t> one({1}), two({1, 1}), far({INT32_MAX});
-  check_fails([&] { Entries<int32_t>(one.view(), lengths.view(), two.view(), kNone); }, "starts: 2");
-  check_fails([&] { lay_out(Entries<int32_t>(one.view(), negative.view(), kNone, kNone), 1, true); },
-              "sequence_lengths[1]: -4");
+  check_fails([&] { Entries<int32_t>(one.view(), lengths.view(), two.view(), kNone); },
+              "starts: 2");
+  check_fails(
+      [&] { lay_out(Entries<int32_t>(one.view(), negative.view(), kNone, kNone), 1, true); },
+      "sequence_lengths[1]: -4");
   check_fails(
       [&] { lay_out(Entries<int32_t>(one.view(), lengths.view(), far.view(), kNone), 1, true); },
       "starts[0]");

@@ -28,6 +28,9 @@ import numpy as np
 from megatron_dwm.data import sampling
 from megatron_dwm.data.index import DatasetError
 
+# Of everything that a plan is a function of: this file and the kernels. A run that has followed a
+# plan of one version cannot go on by another.
+PLAN_VERSION = 1
 # Epochs of different segments never share a key: their numbers are this far apart.
 _STAGE_STRIDE = 2**40
 
@@ -367,8 +370,16 @@ def _counts(
         if seen is None:
             return sampling.draw_counts(weights, draws, method=corpus.method, **common)
         if corpus.method == "independent":
-            # Independent draws do not make up for earlier ones.
+            # Independent draws do not make up for earlier ones, but under a limit.
             left = max(draws - int(seen.sum()), 0)
+            if corpus.max_repeats is not None:
+                weights = np.maximum(
+                    sampling.expected_counts(weights, draws, corpus.max_repeats) - seen, 0
+                )
+                common["max_repeats"] = None
+                left = left if weights.any() else 0
+            if left == 0:
+                return np.zeros(len(weights), dtype=np.int32)
             return sampling.draw_counts(weights, left, method=corpus.method, **common)
         return sampling.re_draw_counts(weights, draws, seen, **common)
     except ValueError as error:

@@ -88,6 +88,15 @@ def draw_counts(
     return _data_engine.independent_counts(weights, num_draws, seed, epoch, threads)
 
 
+def expected_counts(
+    weights: np.ndarray, num_draws: int, max_repeats: int, threads: int = 0
+) -> np.ndarray:
+    """Return e_d `[D]` float32 under a limit; arguments and errors as in `draw_counts`."""
+    weights, limit = _as_float32(weights, "weights"), _checked_limit(max_repeats)
+    scale = _data_engine.expected_scale(weights, num_draws, limit, threads)
+    return np.minimum(weights * np.float32(scale), np.float32(limit))
+
+
 def re_draw_counts(
     weights: np.ndarray,
     num_draws: int,

@@ -42,7 +42,7 @@ def save_segment(path: str, segment: Segment) -> None:
 
 
 def load_segment(path: str, corpus: Corpus) -> Segment | None:
-    """Returns a plan with memory-mapped arrays; None where there is none.
+    """Returns a plan with memory-mapped arrays; None where there is none, or not all of it.
 
     Args:
         path: as for `save_segment`.
@@ -50,14 +50,18 @@ def load_segment(path: str, corpus: Corpus) -> Segment | None:
     """
     if not os.path.isfile(f"{path}.json"):
         return None
-    with open(f"{path}.json") as file:
-        stored = json.load(file)
-    arrays: dict[str, Any] = {
-        name: np.load(f"{path}-{name}.npy", mmap_mode="r", allow_pickle=False)
-        if name in stored["arrays"]
-        else None
-        for name in _ARRAYS
-    }
+    try:
+        with open(f"{path}.json") as file:
+            stored = json.load(file)
+        arrays: dict[str, Any] = {
+            name: np.load(f"{path}-{name}.npy", mmap_mode="r", allow_pickle=False)
+            if name in stored["arrays"]
+            else None
+            for name in _ARRAYS
+        }
+    except (OSError, ValueError):
+        # Someone has cleared a part of the cache: it is planned, and written, anew.
+        return None
     return Segment(
         corpus=corpus,
         start=stored["start"],

@@ -24,7 +24,7 @@ import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.utils import Split
 
-from megatron_dwm.data.epoch_plan import Corpus, Segment, first_segment, next_segment
+from megatron_dwm.data.epoch_plan import PLAN_VERSION, Corpus, Segment, first_segment, next_segment
 from megatron_dwm.data.segment_cache import load_segment, save_segment
 
 
@@ -76,6 +76,12 @@ class SamplingSettings:
     max_repeats: int | None = None
 
 
+def lengths_digest(sequence_lengths: numpy.ndarray) -> str:
+    """Returns what tells the documents of two data sets apart: a hash of their lengths."""
+    lengths = numpy.ascontiguousarray(sequence_lengths, dtype="<i4")
+    return hashlib.sha256(lengths).hexdigest()
+
+
 def weighted(cls: type) -> type:
     """Returns a class that is `cls`, a `GPTDataset`, but draws its training documents by weight."""
     if issubclass(cls, WeightedSampling):
@@ -95,6 +101,9 @@ class WeightedSampling:
     num_samples: int | None
     unique_description: str
     _pad_token_id: int
+
+    _is_padding = False
+    _lengths_digest: str | None = None
 
     @property
     def draws_by_weight(self) -> bool:
@@ -117,6 +126,9 @@ class WeightedSampling:
         self.stages = list(stages)
         self.segment = self._segment(self.stages, self.num_samples)
         self.in_force = self._weights(self.stages[-1])
+        # GPTDataset's names for them.
+        self.document_index = self.segment.documents
+        self.sample_index = self.segment.sample_index
 
     def _segment(self, stages: list[Stage], num_samples: int | None) -> Segment:
         """Returns the plan of the last stage, from the cache where it is there."""
@@ -159,8 +171,12 @@ class WeightedSampling:
         folder = self.config.path_to_cache or os.path.join(
             self.dataset.path_prefix, "cache", "WeightedGPTDataset_indices"
         )
+        if self._lengths_digest is None:
+            self._lengths_digest = lengths_digest(self.dataset.sequence_lengths)
         key = [
+            PLAN_VERSION,
             self.unique_description,
+            self._lengths_digest,
             num_samples,
             [(s.start, s.digest) for s in stages],
             settings.method,

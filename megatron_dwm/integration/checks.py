@@ -110,6 +110,14 @@ def _sampling_problems(args: Any) -> list[str]:
             f"--dataloader-type {args.dataloader_type} has an order of its own; "
             "--dwm-sampling weights needs single"
         )
+    blend, per_split = get_blend_and_blend_per_split(args)
+    training = blend if blend is not None else (per_split or [None])[0]
+    if training is not None and training[1] is None and len(training[0]) > 1:
+        found.append(
+            "--dwm-sampling weights needs a share before each of several training data sets (as in "
+            "--data-path 0.7 A 0.3 B): without, Megatron blends them by how many samples the "
+            "weights make of each"
+        )
     if args.save and args.ckpt_format != "torch_dist":
         found.append(
             f"--ckpt-format {args.ckpt_format} cannot hold which documents were drawn; use "

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import numpy
@@ -18,8 +19,10 @@ import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
 from megatron.training import training
+from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_dwm.config import DWMConfig
+from megatron_dwm.data.epoch_plan import PLAN_VERSION
 from megatron_dwm.data.index import read_index
 from megatron_dwm.data.weight_file import WeightFile, read_weights, weights_path
 from megatron_dwm.data.weighted_dataset import (
@@ -27,6 +30,7 @@ from megatron_dwm.data.weighted_dataset import (
     SamplingSettings,
     Stage,
     WeightedSampling,
+    lengths_digest,
     weighted,
 )
 from megatron_dwm.errors import DWMError
@@ -59,46 +63,65 @@ class Sampling:
             max_repeats=config.sampling_max_repeats,
         )
         self.domain_names: list[str] = []
+        self._domain_numbers: dict[str, int] = {}
         self._files: dict[tuple[str, str], DocumentWeights] = {}
         self._train_sets: list[Any] = []
         self._in_force: dict[str, str] = {}
+        self._resumed = False
 
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the history, as plain values."""
+        """Returns the history and all else that the plan follows from, as plain values."""
         return {
             "stages": {
                 path: [(stage.start, stage.digest) for stage in stages]
                 for path, stages in self.settings.stages.items()
             },
-            "draws": self.settings.method,
-            "max_repeats": self.settings.max_repeats,
+            "rules": self._rules,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over the history of a checkpoint.
 
         Raises:
-            DWMError: the run has other data, or other rules of drawing.
+            DWMError: the run has other data or other rules of drawing, under which the samples
+                read so far could not be told from those to come.
         """
-        if set(state["stages"]) != set(self.prefixes):
+        saved, rules = state["rules"], self._rules
+        different = [
+            f"{name} was {saved.get(name)} and is {value}"
+            for name, value in rules.items()
+            if saved.get(name) != value
+        ]
+        if different:
             raise DWMError(
-                f"--dwm-sampling weights: the checkpoint's run drew from "
-                f"{', '.join(state['stages'])}, but this run has {', '.join(self.prefixes)}; give "
-                "the same training data, or start anew with --finetune"
+                f"--dwm-sampling weights: the run in {self.run.load} drew otherwise: "
+                f"{'; '.join(different)}. Give the same, or start anew with --finetune"
             )
-        for name, flag in (("draws", "method"), ("max_repeats", "max_repeats")):
-            if state[name] != getattr(self.settings, flag):
-                raise DWMError(
-                    f"--dwm-sampling-{name.replace('_', '-')} was {state[name]} in the "
-                    f"checkpoint's run and is {getattr(self.settings, flag)} now; the documents "
-                    "read so far could not be told from those to come. Give the same, or start "
-                    "anew with --finetune"
-                )
+        self._resumed = True
         self.settings.stages = {
             path: [Stage(int(start), digest) for start, digest in stages]
             for path, stages in state["stages"].items()
+        }
+
+    @cached_property
+    def _rules(self) -> dict[str, Any]:
+        """What must stay the same for a plan to be followed, named as a user knows it."""
+        blend, per_split = get_blend_and_blend_per_split(self.run)
+        shares = (blend or per_split[0])[1]
+        return {
+            "the version of the plan": PLAN_VERSION,
+            "the training data": self.prefixes,
+            "its shares": None if shares is None else [float(share) for share in shares],
+            "its documents": [
+                lengths_digest(read_index(p).sequence_lengths) for p in self.prefixes
+            ],
+            "--split": self.run.split if blend is not None else None,
+            "--seed": self.run.seed,
+            "--seq-length": self.run.seq_length,
+            "--dwm-sampling-draws": self.settings.method,
+            "--dwm-sampling-max-repeats": self.settings.max_repeats,
         }
 
     # ------------------------------------------------------------------ building and changing
@@ -106,21 +129,22 @@ class Sampling:
     def build_data_iterators(self, stock: Any, provider: Any) -> Any:
         """Builds the trainer's data iterators with documents drawn by weight."""
         digests = self._in_force = self._current_digests()
-        resumed = bool(self.settings.stages)
         # If not, only some ranks call it.
         is_distributed = getattr(provider, "is_distributed", False)
 
         def with_weights(*args: Any, **kwargs: Any) -> Any:
             datasets = provider(*args, **kwargs)
             # Of several chunks of a virtual pipeline the first one brings the history up to date.
-            changed = self._take_over(datasets[0], digests, resumed, is_distributed)
+            changed = self._take_over(datasets[0], digests, is_distributed)
             self.settings.stages.update(changed)
             self._train_sets.append(datasets[0])
             return datasets
 
         with_weights.is_distributed = is_distributed  # type: ignore[attr-defined]
-        if not resumed:
+        if not self._resumed:
             self.settings.stages = {path: [Stage(0, digests[path])] for path in self.prefixes}
+        if self.run.save and torch.distributed.get_rank() == 0:
+            self._keep_history()
         for path, stages in self.settings.stages.items():
             # So that domains have the same numbers on every rank, whichever of them read data.
             for digest in [*(stage.digest for stage in stages), digests[path]]:
@@ -139,7 +163,13 @@ class Sampling:
         Args:
             data_iterator: the trainer's, which goes on with the samples of the new plan.
         """
-        digests = self._current_digests()
+        self._resumed = True
+        try:
+            digests = self._current_digests()
+        except DWMError as error:
+            # The weights in force are safe in the run's folder, and so is the training.
+            self.printer(f"WARNING: DWM: documents are drawn as before, as {error}")
+            return
         if digests == self._in_force:
             return
         self._in_force = digests
@@ -149,7 +179,7 @@ class Sampling:
         changed: dict[str, list[Stage]] = {}
         for dataset, iterator in zip(self._train_sets, iterators, strict=True):
             # Each chunk of a virtual pipeline has data sets of its own, with the same history.
-            changed.update(self._take_over(dataset, digests, resumed=True, everywhere=True))
+            changed.update(self._take_over(dataset, digests, everywhere=True))
             if iterator is not None:
                 consumed = self.run.consumed_train_samples
                 loader = training.build_pretraining_data_loader(dataset, consumed)
@@ -162,39 +192,46 @@ class Sampling:
     ) -> None:
         if isinstance(cls, type) and issubclass(cls, GPTDataset):
             if not issubclass(cls, MockGPTDataset):
+                _check_class(cls)
                 config.dwm_sampling = self.settings
                 cls = weighted(cls)
         stock(builder, cls, sizes, is_built_on_rank, config)
 
     def _take_over(
-        self, dataset: Any, digests: dict[str, str], resumed: bool, everywhere: bool
+        self, dataset: Any, digests: dict[str, str], everywhere: bool
     ) -> dict[str, list[Stage]]:
         """Begins a new stage in every data set whose weight file is not the one in force.
 
         Args:
             dataset: the training data: a blend, one data set, or None on ranks without.
             digests: of the current weight files.
-            resumed: whether the history says what was drawn so far. If not, samples that were
-                read before are taken as never seen.
             everywhere: whether all ranks call this; then rank 0 plans, and the others find the
                 plan in the cache.
 
         Returns:
             The history of the data sets that have begun one.
-        """
-        first = torch.distributed.get_rank() == 0
-        changed: dict[str, list[Stage]] = {}
-        if first or not everywhere:
-            changed = self._begin_stages(dataset, digests, resumed)
-        if everywhere:
-            torch.distributed.barrier()
-            if not first:
-                changed = self._begin_stages(dataset, digests, resumed)
-        return changed
 
-    def _begin_stages(
-        self, dataset: Any, digests: dict[str, str], resumed: bool
-    ) -> dict[str, list[Stage]]:
+        Raises:
+            DWMError: on every rank when rank 0 cannot plan by the new weights.
+        """
+        if not everywhere:
+            return self._begin_stages(dataset, digests)
+        found: list[Any] = [None]
+        if torch.distributed.get_rank() == 0:
+            try:
+                found = [self._begin_stages(dataset, digests)]
+            except (DWMError, OSError) as error:
+                found = [str(error)]
+        torch.distributed.broadcast_object_list(found, src=0)
+        if isinstance(found[0], str):
+            raise DWMError(found[0])
+        if torch.distributed.get_rank() == 0:
+            return found[0]
+        # A rank of another pipeline stage may have data where rank 0 has none.
+        return {**found[0], **self._begin_stages(dataset, digests)}
+
+    def _begin_stages(self, dataset: Any, digests: dict[str, str]) -> dict[str, list[Stage]]:
+        """Does so on this rank; samples of a run that did not draw by weight count as not seen."""
         changed = {}
         for part, position in parts_of(dataset, self.run.consumed_train_samples):
             if not isinstance(part, WeightedSampling):
@@ -205,9 +242,9 @@ class Sampling:
                 )
             path = part.dataset_path
             stages, digest = self.settings.stages[path], digests[path]
-            if resumed and stages[-1].digest != digest:
+            if self._resumed and stages[-1].digest != digest:
                 changed[path] = [*stages, Stage(position, digest)]
-            elif not resumed and position > 0:
+            elif not self._resumed and position > 0 and stages[-1].start != position:
                 changed[path] = [Stage(position, digest)]
             else:
                 continue
@@ -241,15 +278,24 @@ class Sampling:
         """Copies a data set's weight file to the run's folder; returns its digest."""
         file = read_weights(weights_path(prefix), read_index(prefix))
         if self.run.save:
-            path = os.path.join(self.run.save, FOLDER, f"{file.digest}.weights")
-            if not os.path.exists(path):
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                shutil.copyfile(file.path, f"{path}.tmp")
-                copied = read_weights(f"{path}.tmp").digest
-                if copied != file.digest:
-                    raise DWMError(f"{file.path} was changed while it was read; try again")
-                os.replace(f"{path}.tmp", path)
+            self._copy(file)
         return file.digest
+
+    def _keep_history(self) -> None:
+        """Copies the weight files of a resumed run's history to this run's folder."""
+        for prefix, stages in self.settings.stages.items():
+            for stage in stages:
+                self._copy(self._find(prefix, stage.digest, read_index(prefix)))
+
+    def _copy(self, file: WeightFile) -> None:
+        path = os.path.join(self.run.save, FOLDER, f"{file.digest}.weights")
+        if os.path.exists(path):
+            return
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        shutil.copyfile(file.path, f"{path}.tmp")
+        if read_weights(f"{path}.tmp").digest != file.digest:
+            raise DWMError(f"{file.path} was changed while it was read; try again")
+        os.replace(f"{path}.tmp", path)
 
     def _weights(self, prefix: str, digest: str) -> DocumentWeights:
         """Returns the weights of a data set, by its weight file's digest.
@@ -296,9 +342,26 @@ class Sampling:
         return DocumentWeights(weights, domains, numpy.array(numbers), document_of)
 
     def _number_of(self, domain: str) -> int:
-        if domain not in self.domain_names:
+        if domain not in self._domain_numbers:
+            self._domain_numbers[domain] = len(self.domain_names)
             self.domain_names.append(domain)
-        return self.domain_names.index(domain)
+        return self._domain_numbers[domain]
+
+
+def _check_class(cls: type) -> None:
+    """Refuses a data set class that finds its samples in a way of its own."""
+    for name in (
+        "_build_document_sample_shuffle_indices",
+        "_query_document_sample_shuffle_indices",
+    ):
+        if getattr(cls, name) not in (
+            getattr(GPTDataset, name),
+            getattr(WeightedSampling, name),
+        ):
+            raise DWMError(
+                f"--dwm-sampling weights would replace {cls.__name__}.{name}, which finds samples "
+                "in a way of its own (as --fim-data does); leave one of them out"
+            )
 
 
 def parts_of(dataset: Any, consumed: int) -> list[tuple[Any, int]]:

@@ -37,12 +37,13 @@ class Session:
         self.verifier: Verifier | None = None
         self.sampling: Sampling | None = None
         self.stage_loaded: int | None = None
+        self.stage_sampled: int | None = None
 
     def setup_model_and_optimizer(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
         """Checks the arguments, lets the trainer build and load, then builds and loads the DWM."""
         # One attach() may see several runs; each starts without a DWM.
         self.step, self.log, self.verifier, self.stage_loaded = None, None, None, None
-        self.sampling = None
+        self.sampling, self.stage_sampled = None, None
         run = get_args()
         config = DWMConfig.from_args(run)
         if not config.enabled:
@@ -174,11 +175,12 @@ class Session:
     def _look_for_weights(self, iteration: int, data_iterator: Any) -> None:
         """Where a stage begins, takes over weight files that have changed."""
         assert self.step is not None
-        # The first step of this process has just read them.
-        if self.sampling is None or iteration == get_args().iteration:
+        if self.sampling is None:
             return
-        plan = self.step.schedule.plan
-        if plan(iteration).stage != plan(iteration - 1).stage:
+        stage, known = self.step.schedule.plan(iteration).stage, self.stage_sampled
+        self.stage_sampled = stage
+        # What this process began with, it has read when it built the data.
+        if known is not None and stage != known:
             self.sampling.at_stage(data_iterator)
 
     def _load_stage(self, iteration: int) -> None:

@@ -19,6 +19,8 @@ from megatron_dwm.data.weight_file import read_weights, write_weights
 from tests.functional.corpus import write_dataset
 from tests.functional.harness import TINY, Results, Run, run_all
 
+VPP = "--num-layers 4 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
+DEEP = "--num-layers 4"
 BATCH, SEQUENCE, SEED = 4, 32, 1234
 STEPS = 30  # of a run that is not cut short
 DOCUMENTS = 20
@@ -60,6 +62,7 @@ def bad(data: dict[str, str]) -> list[tuple[str, list[str], str, str]]:
     return [
         ("missing", [other], "", f"{other}.weights: no such file; make it with tools/weights.py"),
         ("foreign", [data["foreign"]], "", f"{data['foreign']}.weights: "),
+        ("shares", [data["equal"], data["chain"], data["live"]], "", "needs a share before each"),
         ("twice", ["1", twice[0], "1", twice[1]], "", "more than once"),
         ("cyclic", [data["equal"]], "--dataloader-type cyclic", "--dataloader-type cyclic"),
         (
@@ -80,6 +83,9 @@ def corpora(folder: Path) -> dict[str, str]:
     found["unweighted"] = write_dataset(folder / "unweighted", 50, DOCUMENTS)
     found["foreign"] = write_dataset(folder / "foreign", 51, DOCUMENTS + 1)
     Path(f"{found['foreign']}.weights").write_bytes(Path(f"{found['equal']}.weights").read_bytes())
+    for k, name in enumerate(("a", "b", "c")):
+        found[name] = write_dataset(folder / name, 60 + k, DOCUMENTS)
+        weigh(found[name], 60 + k)
     # The same documents and weights under two names.
     for ending in ("idx", "bin", "weights"):
         source = Path(f"{found['live']}.{ending}")
@@ -107,6 +113,13 @@ def results(folder: Path, data: dict[str, str]) -> dict[int, list[Results]]:
     def saved(name: str, more: str) -> str:
         return f"--save {folder / name} --load {folder / name} --save-interval 3 {more}"
 
+    def exits(after: int, load: str, save: str) -> str:
+        words = f"--load {folder / load} --save {folder / save} --save-interval 50"
+        return f"{words} --exit-interval {after}"
+
+    pair = ["0.6", data["a"], "0.4", data["b"]]
+    (folder / "a_first.weights").write_bytes(Path(f"{data['a']}.weights").read_bytes())
+    weigh(data["a"], 300, folder / "a_second.weights")
     chain, target = [data["chain"]], Path(f"{data['chain']}.weights")
     blend = ["0.7", data["layouts"], "0.3", data["alone"]]
     learned = "--dwm-policy learned --dwm-schedule joint --dwm-num-layers 1 --dwm-hidden-size 64 "
@@ -145,6 +158,19 @@ def results(folder: Path, data: dict[str, str]) -> dict[int, list[Results]]:
             Run("pp2", words(blend, folder, f"{learned} --pipeline-model-parallel-size 2")),
             Run("tp2", words(blend, folder, f"{learned} --tensor-model-parallel-size 2")),
             Run("workers", words(blend, folder, f"{learned} --num-workers 2")),
+            # Weights of one of two data sets change at a stage; the one run is not stopped.
+            Run(
+                "blend-live",
+                words(pair, folder, f"{VPP} {two_stages}"),
+                {"REPLACE": f"2:{folder / 'a_second.weights'}:{data['a']}.weights"},
+            ),
+            # A run that began in Megatron's own order.
+            Run(
+                "stock",
+                words([data["c"]], folder, f"{VPP} --dwm-sampling stock {exits(2, 'v', 'v')}"),
+            ),
+            Run("stock-on", words([data["c"]], folder, f"{VPP} {exits(6, 'v', 'v')}")),
+            Run("another-seed", words([data["c"]], folder, f"{VPP} --seed 5 {saved('v', '')}")),
             *(Run(name, words(prefixes, folder, more)) for name, prefixes, more, _ in bad(data)),
         ],
         "first",
@@ -161,9 +187,18 @@ def results(folder: Path, data: dict[str, str]) -> dict[int, list[Results]]:
         ],
         "then",
     )
+    Path(f"{data['a']}.weights").write_bytes((folder / "a_first.weights").read_bytes())
     last = runs(
         2,
         [
+            # Stopped where the weights change, each time with another folder to save to.
+            Run(
+                "blend-1",
+                words(pair, folder, f"{DEEP} {two_stages} {exits(4, 'b1', 'b1')}"),
+                {"REPLACE": f"4:{folder / 'a_second.weights'}:{data['a']}.weights"},
+            ),
+            Run("blend-2", words(pair, folder, f"{DEEP} {two_stages} {exits(6, 'b1', 'b2')}")),
+            Run("blend-3", words(pair, folder, f"{DEEP} {two_stages} {exits(99, 'b2', 'b2')}")),
             Run("chain-4", words(chain, folder, saved("c", ""))),
             Run(
                 "forgotten",
@@ -289,6 +324,49 @@ def test_every_layout_and_loader_reads_the_same(results) -> None:
     assert first.losses("workers") == first.losses("dp2")
 
 
+def ranks_agree(results: Results, name: str) -> dict[int, list]:
+    """Returns what was read, after checking that every rank with data read the same."""
+    found: list[dict[int, list]] = []
+    for rank in results.succeeded(name):
+        first = rank["steps"][0][0]
+        by_step: dict[int, list] = {}
+        for step, ids, tokens in rank["documents"]:
+            by_step.setdefault(first - 1 + step, []).append((tuple(ids), tuple(tokens)))
+        if by_step:
+            found.append({step: sorted(samples) for step, samples in by_step.items()})
+    assert len(found) == 2
+    assert found[0] == found[1]
+    return found[0]
+
+
+def test_blend_changes_at_a_stage_of_a_virtual_pipeline(results) -> None:
+    """As two ranks that are stopped there, and again later, and save somewhere else each time."""
+    live = ranks_agree(results["first"], "blend-live")
+    stopped = {}
+    for name in ("blend-1", "blend-2", "blend-3"):
+        stopped.update(read(results["last"], name))
+    assert sorted(live) == sorted(stopped) == list(range(1, 9))
+    assert live == stopped
+
+
+def test_run_that_began_in_megatrons_order(results, data) -> None:
+    """Both ends of a virtual pipeline go on with the same samples, by weight."""
+    found, expected = ranks_agree(results["first"], "stock-on"), Expected(data["c"])
+    weights = np.asarray(read_weights(f"{data['c']}.weights", expected.index).weights)
+    expected.segment = first_segment(expected.corpus, weights, STEPS * BATCH, start=2 * BATCH)
+    assert sorted(found) == [3, 4, 5, 6]
+    for step, samples in found.items():
+        assert samples == expected.step(step), step
+    assert "what it has read counts as not seen" in results["first"]["stock-on"][0]["stdout"]
+
+
+def test_another_seed_on_resume_is_refused(results) -> None:
+    assert all(rank["code"] == 2 for rank in results["first"]["another-seed"])
+    error = results["first"]["another-seed"][0]["stderr"]
+    assert "--seed was 1234 and is 5" in error
+    assert "--dwm-sampling-draws was" not in error
+
+
 def test_log_has_the_domains_of_the_weight_files(results, folder) -> None:
     results["first"].succeeded("dp2")
     lines = [json.loads(x) for x in (folder / "d" / "dwm_log.jsonl").read_text().splitlines()]
@@ -305,7 +383,7 @@ def test_resuming_without_the_flag_is_refused(results) -> None:
     assert "draws documents by weight; resume it with" in results["last"]["forgotten"][0]["stderr"]
 
 
-@pytest.mark.parametrize("k", range(5))
+@pytest.mark.parametrize("k", range(6))
 def test_bad_input_is_one_clear_line(results, data, k) -> None:
     name, _, _, message = bad(data)[k]
     for rank in results["first"][name]:

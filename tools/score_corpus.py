@@ -18,9 +18,10 @@ Weights are w = exp((s - max s) / T), scaled to mean 1 over all documents that h
 files together: they compare across files.
 
 A run that was killed goes on where it was when it is started again, on any number of ranks, and
-ends with the same bytes. Finished chunks of scores lie in PREFIX.weights.scores until the weights
-are written; another model, corpus, --seq-length, --micro-batch-size or --chunk-tokens starts anew,
-another --temperature or --top-fraction does not.
+ends with the same bytes (it needs --force if some of several weight files were written already).
+Finished chunks of scores lie in PREFIX.weights.scores until the weights are written; another model,
+corpus, --seq-length, --micro-batch-size or --chunk-tokens starts anew, another --temperature or
+--top-fraction does not.
 
 Exit code 2 and one line on bad input; torchrun itself then ends with 1.
 """

@@ -173,6 +173,23 @@ void test_counts() {
   independent_counts(none.view(), 0, 1, 2, 2, nullptr);
 }
 
+// Sums that are an integer but for rounding draw that many, even when the shift is so close to
+// 0 or 1 that it is less than what was rounded. So many seeds find such shifts.
+void test_offset_near_integers() {
+  constexpr uint128 kDraws = static_cast<uint128>(1000) << kFractionBits;
+  constexpr uint64_t kSlip = kOne / 1250000;
+  uint64_t smallest = kOne, largest = 0;
+  for (uint64_t seed = 0; seed < (1 << 23); ++seed) {
+    const uint64_t exact = systematic_offset(kDraws, seed, 0);
+    smallest = std::min(smallest, exact);
+    largest = std::max(largest, exact);
+    CHECK(exact < kOne);
+    CHECK((kDraws - kSlip + systematic_offset(kDraws - kSlip, seed, 0)) >> kFractionBits == 1000);
+    CHECK((kDraws + kSlip + systematic_offset(kDraws + kSlip, seed, 0)) >> kFractionBits == 1000);
+  }
+  CHECK(smallest < kSlip && kOne - largest < kSlip);
+}
+
 void test_extreme_weights() {
   constexpr float kSmall = std::numeric_limits<float>::denorm_min();
   constexpr float kLarge = std::numeric_limits<float>::max();
@@ -366,6 +383,7 @@ int main() {
   test_parallel();
   test_permutation();
   test_counts();
+  test_offset_near_integers();
   test_extreme_weights();
   test_visit_order();
   for (const int64_t size : {0, 1, 2, 100, 32768, 32769}) {

@@ -6,7 +6,7 @@ What this file does NOT exercise: epochs of more than 2^31 entries, for their si
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dwm import _data_engine as engine
@@ -29,6 +29,7 @@ def i32(*values):
 
 
 class TestVisitOrder:
+    @settings(deadline=None)
     @given(st.lists(st.integers(0, 4), max_size=40), st.integers(0, 5), st.integers(0, 100))
     def test_agrees_with_the_model(self, counts, extra, first_document):
         draws = [first_document + d for d, count in enumerate(counts) for _ in range(count)]
@@ -136,6 +137,7 @@ def laid_out(entries, lengths, starts, stops):
 
 
 class TestSampleIndex:
+    @settings(deadline=None)
     @given(layouts(), st.integers(1, 12), st.booleans())
     def test_agrees_with_the_model(self, layout, sequence_length, add_extra_token):
         entries, lengths, starts, stops = layout
@@ -158,6 +160,7 @@ class TestSampleIndex:
             assert rows[k].tolist() == [entry, offset + 1 - extra]
         assert epoch_tokens(entries, lengths, starts=starts, stops=stops) == len(tokens)
 
+    @settings(deadline=None)
     @given(layouts(), st.integers(1, 12))
     def test_rows_are_read_as_megatron_reads_them(self, layout, sequence_length):
         """Tokens from row k to row k + 1, its own included, are those of sample k."""
@@ -285,6 +288,7 @@ def remaining_by_tokens(layout, first_token, sequence_length, consumed):
 
 
 class TestRemaining:
+    @settings(deadline=None)
     @given(
         layouts(),
         st.integers(-15, 25),

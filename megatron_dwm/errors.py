@@ -19,3 +19,8 @@ class DWMError(ValueError):
         """
         super().__init__(message)
         self.this_rank_only = this_rank_only
+
+
+def in_short(error: BaseException) -> str:
+    """Returns the type and the beginning of the text of another library's error, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_dwm import host
-from megatron_dwm.errors import DWMError
+from megatron_dwm.errors import DWMError, in_short
 
 # What a run writes, and the value that stops it. The probe takes no step that would reach the
 # rest of the trainer's intervals.
@@ -141,8 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         traceback.print_exc()
         return _failed(
-            f"the run could not be loaded or stepped: {type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}",
+            f"the run could not be loaded or stepped: {in_short(error)}",
             True,
         )
 

@@ -2,5 +2,5 @@
 
 `documents` cuts a corpus into chunks, windows and batches, `model_loading` and `huggingface` load
 the model, `work_folder` keeps the scores of finished chunks so that a killed run goes on, and
-`weighing` turns scores into weight files. None of them imports `megatron.training`.
+`weighing` turns scores into weight files. None of them needs the trainer.
 """

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from megatron_dwm.errors import DWMError
+from megatron_dwm.errors import DWMError, in_short
 from megatron_dwm.scoring.identity import digest_of
-from megatron_dwm.scoring.score_chunk import pool_tokens
+from megatron_dwm.weighting.pooling import pool_tokens
 
 
 class HuggingFaceScorer:
@@ -42,10 +42,8 @@ class HuggingFaceScorer:
                 folder, dtype="auto", output_loading_info=True, local_files_only=True
             )
         except Exception as error:
-            reason = " ".join(str(error).split())[:300]
             raise DWMError(
-                f"--hf {folder} cannot be loaded as a sequence classifier "
-                f"({type(error).__name__}: {reason})"
+                f"--hf {folder} cannot be loaded as a sequence classifier ({in_short(error)})"
             ) from error
         missing = sorted(report["missing_keys"])
         if missing:

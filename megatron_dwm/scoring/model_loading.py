@@ -23,10 +23,10 @@ from megatron_dwm.checkpoint import KEY
 from megatron_dwm.conversion.errors import ConversionError
 from megatron_dwm.conversion.hf_folder import read_hf_config
 from megatron_dwm.conversion.llama_shape import BUILT_IN_ROPE_FACTOR
-from megatron_dwm.errors import DWMError
+from megatron_dwm.errors import DWMError, in_short
 from megatron_dwm.scoring.identity import digest_of
-from megatron_dwm.scoring.score_chunk import pool_tokens
 from megatron_dwm.weighting.model import (
+    LAYER_FIELDS,
     DataWeightingModel,
     EmbeddingShape,
     dwm_transformer_config,
@@ -61,17 +61,8 @@ _SHAPE_FIELDS = (
     "qk_layernorm",
 )
 # What only the run's arguments say; it matters for layers taken over from the LLM.
-_ARGUMENT_FIELDS = (
-    "layernorm_zero_centered_gamma",
-    "attention_softmax_in_fp32",
-    "apply_query_key_layer_scaling",
-    "softmax_scale",
-    "softmax_type",
-    "window_size",
-    "attention_output_gate",
-    "activation_func_clamp_value",
-    "glu_linear_offset",
-    "rotary_interleaved",
+_ARGUMENT_FIELDS = tuple(
+    name for name in LAYER_FIELDS if name not in (*_SHAPE_FIELDS, "activation_func")
 )
 
 
@@ -175,9 +166,8 @@ def _common_state(folder: str) -> dict[str, Any]:
     try:
         return dist_checkpointing.load_common_state_dict(folder)
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
         raise DWMError(
-            f"--checkpoint {folder} cannot be read ({type(error).__name__}: {reason}); give "
+            f"--checkpoint {folder} cannot be read ({in_short(error)}); give "
             "another checkpoint or snapshot"
         ) from error
 
@@ -215,7 +205,6 @@ class MegatronScorer:
         self.temperature = None if temperature is None else float(temperature)
         self._shape = shape
         self._device = host.device()
-        self._hidden: torch.Tensor | None = None
 
         if mpu.model_parallel_is_initialized():
             # Of ranks that were joined before, in the same process.
@@ -226,19 +215,12 @@ class MegatronScorer:
         self._model = _build(saved, groups)
         _load(self._model, saved, groups)
         self._model.eval()
-        self._model.decoder.register_forward_hook(self._keep_hidden)
 
     def scores(self, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Scores a batch that is padded on the right; see `WindowScorer`."""
         tokens, lengths = tokens.to(self._device), lengths.to(self._device)
         position_ids = torch.arange(tokens.size(1), device=self._device).unsqueeze(0)
-        # What forward() pools itself counts the padding in; the states in front of it do not.
-        self._model(tokens, position_ids)
-        assert self._hidden is not None
-        pooled = pool_tokens(self._hidden, lengths, self._model.pooling)
-        self._hidden = None
-        weight = self._model.score.weight.float()
-        return torch.nn.functional.linear(pooled, weight).squeeze(-1)
+        return self._model(tokens, position_ids, lengths)
 
     def identity(self) -> str:
         """Returns a digest of weights, shape and device kind."""
@@ -251,9 +233,6 @@ class MegatronScorer:
             **{name: getattr(config, name) for name in _ARGUMENT_FIELDS},
         }
         return digest_of(self._model, described)
-
-    def _keep_hidden(self, module: Any, inputs: Any, output: torch.Tensor) -> None:
-        self._hidden = output
 
 
 def _build(saved: SavedDWM, groups: Any) -> DataWeightingModel:
@@ -337,8 +316,7 @@ def _load(model: DataWeightingModel, saved: SavedDWM, groups: Any) -> None:
         loaded = dist_checkpointing.load({KEY: {"model": wanted}}, saved.folder)[KEY]["model"]
         model.load_state_dict({n.removeprefix(_PREFIX): value for n, value in loaded.items()})
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
         raise DWMError(
             f"--checkpoint {saved.folder}: its weighting model cannot be loaded "
-            f"({type(error).__name__}: {reason}); give another checkpoint or snapshot"
+            f"({in_short(error)}); give another checkpoint or snapshot"
         ) from error

@@ -208,9 +208,9 @@ def score(
         for corpus, key in zip(corpora, keys, strict=True)
     ]
     readers = [TokenReader(corpus.index, scorer.vocab_size) for corpus in corpora]
-    todo = _outstanding(folders)
+    chunks = _outstanding(folders)
     with _Progress(corpora, folders) as progress:
-        for number, chunk in todo[dist.get_rank() :: dist.get_world_size()]:
+        for number, chunk in chunks[dist.get_rank() :: dist.get_world_size()]:
             folder = folders[number]
             first, last = (int(bound) for bound in folder.bounds[chunk : chunk + 2])
             folder.append(
@@ -245,15 +245,15 @@ def _wait_for_all(progress: _Progress) -> None:
 
 def _outstanding(folders: Sequence[WorkFolder]) -> list[tuple[int, int]]:
     """Returns corpus and chunk of all that is to be done, on every rank alike."""
-    todo: list[Any] = [None]
+    chunks: list[Any] = [None]
     if dist.get_rank() == 0:
         for folder in folders:
             folder.scan()
-        todo = [
+        chunks = [
             [(n, int(c)) for n, folder in enumerate(folders) for c in np.flatnonzero(~folder.done)]
         ]
-    dist.broadcast_object_list(todo, src=0)
-    return todo[0]
+    dist.broadcast_object_list(chunks, src=0)
+    return chunks[0]
 
 
 class _Progress:

@@ -23,6 +23,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_dwm.weighting.pooling import pool_tokens
+
 # Fields that say how the host computes, not what the model is: taken over from the LLM.
 _HOST_FIELDS = (
     "tensor_model_parallel_size",
@@ -43,7 +45,7 @@ _HOST_FIELDS = (
     "attention_backend",
 )
 # Fields that make the DWM's layers equal in form to the LLM's, for a start from its layers.
-_LAYER_FIELDS = (
+LAYER_FIELDS = (
     "hidden_size",
     "ffn_hidden_size",
     "num_attention_heads",
@@ -126,7 +128,7 @@ def dwm_transformer_config(
     """
     fields = {name: getattr(llm, name) for name in _HOST_FIELDS if hasattr(llm, name)}
     if like_llm:
-        fields.update({name: getattr(llm, name) for name in _LAYER_FIELDS if hasattr(llm, name)})
+        fields.update({name: getattr(llm, name) for name in LAYER_FIELDS if hasattr(llm, name)})
     else:
         fields.update(
             normalization="RMSNorm",
@@ -224,12 +226,19 @@ class DataWeightingModel(MegatronModule):
         self.input_tensor = input_tensor
         self.decoder.set_input_tensor(input_tensor)
 
-    def forward(self, tokens: torch.Tensor | None, position_ids: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        tokens: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Runs this pipeline stage.
 
         Args:
             tokens: `[b, s]` ids on the first stage, unused elsewhere.
             position_ids: `[1, s]`.
+            lengths: `[b]` tokens of each sample without the padding on its right; None: all are
+                full.
 
         Returns:
             Scores `[b]` in float32 on the last stage, hidden states `[s, b, h]` elsewhere.
@@ -252,7 +261,10 @@ class DataWeightingModel(MegatronModule):
                 # return its input itself.
                 hidden = hidden.clone()
             return hidden
-        pooled = hidden[-1] if self.pooling == "last" else hidden.float().mean(dim=0)
+        if lengths is not None:
+            pooled = pool_tokens(hidden, lengths, self.pooling)
+        else:
+            pooled = hidden[-1] if self.pooling == "last" else hidden.float().mean(dim=0)
         return torch.nn.functional.linear(pooled.float(), self.score.weight.float()).squeeze(-1)
 
 

@@ -170,7 +170,7 @@ class TestSetup:
     def test_config_fields_that_the_weighting_model_takes_over_exist(self):
         """They are copied where they exist, so a renamed one would fall back to its default."""
         fields = {field.name for field in dataclasses.fields(TransformerConfig)}
-        assert set(dwm_model._HOST_FIELDS + dwm_model._LAYER_FIELDS) <= fields
+        assert set(dwm_model._HOST_FIELDS + dwm_model.LAYER_FIELDS) <= fields
 
 
 class TestCheckpointing:

@@ -1,9 +1,8 @@
 # Every target that needs the environment makes it first; see tools/setup_env.sh.
 PYTHON_VENV := .venv/bin/python
 PYTEST := $(PYTHON_VENV) -m pytest
-# Two files at a time: while one waits for ranks to start, the other computes. By file, as the
-# tests of one share what its ranks have done.
-PYTEST_SHARE ?= -n 2 --dist loadfile
+# Two at a time, see tests/conftest.py.
+PYTEST_SHARE ?= -n 2 --dist loadgroup
 # More pytest flags: make test PYTEST_ARGS="-k index -x"
 PYTEST_ARGS ?=
 

@@ -2,7 +2,7 @@
 PYTHON_VENV := .venv/bin/python
 PYTEST := $(PYTHON_VENV) -m pytest
 # Two at a time, see tests/conftest.py.
-PYTEST_SHARE ?= -n 2 --dist loadgroup
+PYTEST_SHARE ?= -n 2 --dist loadscope
 # More pytest flags: make test PYTEST_ARGS="-k index -x"
 PYTEST_ARGS ?=
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What a step costs over the stock trainer's: time, memory, bytes sent, beside its FLOP floor.
 
-    python benchmarks/cost.py [--ranks 1] [--rounds 5] [-- more trainer flags]
+    python benchmarks/cost.py [--model 10m|134m|374m] [--ranks 1] [--rounds 5] [-- trainer flags]
 
 One training run takes steps of every kind in turn, each between two stock steps: stock, uniform
 weights, a frozen DWM, and a meta step with each estimator, lookahead and meta batch (1, 1/4, 1/8 of
@@ -34,32 +34,77 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from typing import Any
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHARES = {"1": 1, "1/4": 4, "1/8": 8}
+MICRO_BATCHES = 8  # of a step; the smallest meta batch is one
 WARM = 3  # steps before anything is timed
 
-LLM = {"layers": 6, "hidden": 320, "ffn": 896, "vocab": 4096, "sequence": 256}
-DWM = {"layers": 2, "hidden": 128, "ffn": 384, "vocab": 0, "sequence": 256}
-MODEL = f"""
---num-layers {LLM["layers"]} --hidden-size {LLM["hidden"]} --ffn-hidden-size {LLM["ffn"]}
---num-attention-heads 5 --seq-length 256 --max-position-embeddings 256 --swiglu
---normalization RMSNorm --disable-bias-linear --position-embedding-type rope
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama's size; a DWM has no output layer to count (vocab 0)."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    vocab: int = 0
+
+    def forward_flops(self, sequence: int) -> float:
+        """Returns the multiply-adds, times 2, of one token's forward pass."""
+        hidden = self.hidden
+        layer = 2 * (4 * hidden**2 + 3 * hidden * self.ffn) + 4 * sequence * hidden
+        return self.layers * layer + 2 * hidden * self.vocab
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is trained: the LLM, the DWM, a micro-batch of sequences, and flags beside them."""
+
+    llm: Shape
+    dwm: Shape
+    sequence: int
+    micro_batch: int
+    flags: str = ""
+
+    def share(self) -> float:
+        """Returns the DWM's forward pass over the LLM's."""
+        return self.dwm.forward_flops(self.sequence) / self.llm.forward_flops(self.sequence)
+
+    def arguments(self, ranks: int) -> list[str]:
+        """Returns the trainer's flags."""
+        llm, dwm, batch = self.llm, self.dwm, MICRO_BATCHES * self.micro_batch * ranks
+        return f"""
+            --num-layers {llm.layers} --hidden-size {llm.hidden} --ffn-hidden-size {llm.ffn}
+            --num-attention-heads {llm.heads} --vocab-size {llm.vocab - 1}
+            --seq-length {self.sequence} --max-position-embeddings {self.sequence}
+            --micro-batch-size {self.micro_batch} --global-batch-size {batch}
+            --dwm-meta-batch-size {batch} --dwm-num-layers {dwm.layers}
+            --dwm-hidden-size {dwm.hidden} --dwm-ffn-hidden-size {dwm.ffn}
+            --dwm-num-attention-heads {dwm.heads} {COMMON} {self.flags}
+        """.split()
+
+
+COMMON = """
+--swiglu --normalization RMSNorm --disable-bias-linear --position-embedding-type rope
 --untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0 --mock-data
---tokenizer-type NullTokenizer --vocab-size 4095 --micro-batch-size 4 --lr 1e-4
---lr-decay-style constant --eval-iters 0 --eval-interval 1000000 --log-interval 1000000
---num-workers 0 --split 98,1,1 --no-create-attention-mask-in-dataloader --dwm
---dwm-schedule joint --dwm-estimator ghost --dwm-num-layers {DWM["layers"]}
---dwm-hidden-size {DWM["hidden"]} --dwm-ffn-hidden-size {DWM["ffn"]} --dwm-num-attention-heads 4
-""".split()
-
-
-def forward_flops(shape: dict[str, int]) -> float:
-    """Returns the multiply-adds, times 2, of one token's forward pass through a model."""
-    hidden, sequence = shape["hidden"], shape["sequence"]
-    layer = 2 * (4 * hidden**2 + 3 * hidden * shape["ffn"]) + 4 * sequence * hidden
-    return shape["layers"] * layer + 2 * hidden * shape["vocab"]
+--tokenizer-type NullTokenizer --lr 1e-4 --lr-decay-style constant --eval-iters 0
+--eval-interval 1000000 --log-interval 1000000 --num-workers 0 --split 98,1,1
+--no-create-attention-mask-in-dataloader --dwm --dwm-schedule joint --dwm-estimator ghost
+"""
+# For a GPU: bf16, and Megatron's own layers, as Transformer Engine need not be there.
+GPU = """
+--bf16 --transformer-impl local --no-gradient-accumulation-fusion --no-masked-softmax-fusion
+--no-persist-layer-norm --no-rope-fusion
+"""
+MODELS = {
+    "10m": Model(Shape(6, 320, 896, 5, 4096), Shape(2, 128, 384, 4), 256, 4),
+    "134m": Model(Shape(12, 768, 2048, 12, 32000), Shape(4, 256, 704, 4), 1024, 16, GPU),
+    "374m": Model(Shape(24, 1024, 2816, 16, 32000), Shape(4, 256, 704, 4), 1024, 8, GPU),
+}
 
 
 def kinds() -> dict[str, tuple[str, str, int]]:
@@ -75,12 +120,12 @@ def kinds() -> dict[str, tuple[str, str, int]]:
     return found
 
 
-def floor_of(name: str) -> float:
+def floor_of(name: str, model: Model) -> float:
     """Returns the FLOP floor of a kind of step over a stock step."""
     if name in ("stock", "uniform"):
         return 1.0
     if name == "frozen DWM":
-        return 1.0 + forward_flops(DWM) / forward_flops(LLM) / 3
+        return 1.0 + model.share() / 3
     estimator, lookahead, share = kinds()[name]
     extra = 2 if estimator == "finite_difference" else 1 if lookahead == "current" else 3
     return (3 + 3 / share + extra) / 3
@@ -126,9 +171,8 @@ def worker() -> None:
 
     Session.train_step = train_step  # type: ignore[method-assign]
     script = os.path.join(ROOT, "examples", "pretrain_dwm.py")
-    batch = 32 * int(os.environ["WORLD_SIZE"])
-    sizes = ["--global-batch-size", str(batch), "--dwm-meta-batch-size", str(batch)]
-    flags = [*host.default_flags(), *MODEL, *sizes, "--train-iters", str(len(plan))]
+    model = MODELS[os.environ["COST_MODEL"]].arguments(int(os.environ["WORLD_SIZE"]))
+    flags = [*host.default_flags(), *model, "--train-iters", str(len(plan))]
     sys.argv = [script, *flags, *sys.argv[1:]]
     runpy.run_path(script, run_name="__main__")
     if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
@@ -246,6 +290,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument(
+        "--model", choices=MODELS, default="10m", help="10m for a CPU, the others for a GPU"
+    )
     parser.add_argument("--ranks", type=int, default=1, help="ranks, data parallel by default")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each kind")
     parser.add_argument("--limit", type=float, default=1.15, help="highest time over floor")
@@ -256,17 +303,17 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         out = os.path.join(folder, "cost.json")
         env = {"OMP_NUM_THREADS": "1", **os.environ}
-        env.update(COST_OUT=out, COST_ROUNDS=str(args.rounds))
+        env.update(COST_OUT=out, COST_ROUNDS=str(args.rounds), COST_MODEL=args.model)
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         if not os.path.exists(out):
             print(done.stderr[-3000:], file=sys.stderr)
             return 2
         with open(out) as file:
             measured = json.load(file)
-    return report(measured, args.limit)
+    return report(measured, MODELS[args.model], args.limit)
 
 
-def report(measured: dict[str, Any], limit: float) -> int:
+def report(measured: dict[str, Any], model: Model, limit: float) -> int:
     """Prints the table; returns 1 when a kind of step is above its limit, else 0."""
     stock = statistics.median(t for name, t in measured["times"] if name == "stock")
     memory, traffic = measured["memory"], measured["traffic"]
@@ -275,7 +322,7 @@ def report(measured: dict[str, Any], limit: float) -> int:
     print("|---|---|---|---|---|---|---|")
     failed = []
     for name, values in ratios(measured["times"]).items():
-        time_ratio, floor = statistics.median(values), floor_of(name)
+        time_ratio, floor = statistics.median(values), floor_of(name, model)
         low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
         print(
             f"| {name} | {time_ratio:.3f} | {low:.3f} to {high:.3f} | {floor:.3f} "
@@ -284,7 +331,7 @@ def report(measured: dict[str, Any], limit: float) -> int:
         )
         if time_ratio > floor * (1.05 if name in ("frozen DWM", "uniform") else limit):
             failed.append(name)
-    share = forward_flops(DWM) / forward_flops(LLM)
+    share = model.share()
     print(f"\nThe DWM's forward is {share:.3f} of the LLM's; scoring and its update are 4 of them.")
     detail = traffic["ghost, next, meta 1/4"]
     for name, sent in sorted(detail.items(), key=lambda item: -item[1]):

@@ -3,11 +3,12 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
-SPAWN_RANKS = {"distributed", "functional"}
+SPAWN_RANKS = ("tests/distributed/", "tests/functional/")
 
 # tools/ and examples/ are not installed with the package, yet tests import from them.
 if str(REPO_ROOT) not in sys.path:
@@ -20,15 +21,26 @@ def repo_root() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips the GPU tests where none was asked for, and groups all for `--dist loadgroup`.
-
-    Ranks of two runs on the same cores keep waiting for those of their own run that are not on a
-    core, so tests that spawn ranks go one after the other. Beside them the tests of one process
-    run, file by file, as the tests of a file share fixtures.
-    """
+    if os.environ.get("MEGATRON_DWM_TEST_GPU") == "1":
+        return
     skip = pytest.mark.skip(reason="needs a GPU: run `make test-gpu` on a machine that has one")
     for item in items:
-        if "gpu" in item.keywords and os.environ.get("MEGATRON_DWM_TEST_GPU") != "1":
+        if "gpu" in item.keywords:
             item.add_marker(skip)
-        group = "ranks" if item.path.parent.name in SPAWN_RANKS else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Deals the tests to the workers of pytest-xdist (`make test` has two).
+
+    Ranks of two runs on the same cores keep waiting for those of their own run that are not on a
+    core, so all tests that spawn ranks go to one worker. Beside it the tests of one process run,
+    file by file, as the tests of a file share fixtures.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class RanksOneAfterTheOther(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ranks" if nodeid.startswith(SPAWN_RANKS) else nodeid.split("::")[0]
+
+    return RanksOneAfterTheOther(config, log)

@@ -95,15 +95,17 @@ COMMON = """
 --eval-interval 1000000 --log-interval 1000000 --num-workers 0 --split 98,1,1
 --no-create-attention-mask-in-dataloader --dwm --dwm-schedule joint --dwm-estimator ghost
 """
-# For a GPU: bf16, and Megatron's own layers, as Transformer Engine need not be there.
+# For a GPU: bf16, Megatron's own layers, as Transformer Engine need not be there, and micro-batches
+# so large that it is busy: where the launches of kernels take longer than the kernels, forward
+# passes cost as much as backward passes.
 GPU = """
---bf16 --transformer-impl local --no-gradient-accumulation-fusion --no-masked-softmax-fusion
+--num-workers 2 --bf16 --transformer-impl local --no-gradient-accumulation-fusion --no-masked-softmax-fusion
 --no-persist-layer-norm --no-rope-fusion
 """
 MODELS = {
     "10m": Model(Shape(6, 320, 896, 5, 4096), Shape(2, 128, 384, 4), 256, 4),
-    "134m": Model(Shape(12, 768, 2048, 12, 32000), Shape(4, 256, 704, 4), 1024, 16, GPU),
-    "374m": Model(Shape(24, 1024, 2816, 16, 32000), Shape(4, 256, 704, 4), 1024, 8, GPU),
+    "134m": Model(Shape(12, 768, 2048, 12, 32000), Shape(4, 256, 704, 4), 1024, 24, GPU),
+    "374m": Model(Shape(24, 1024, 2816, 16, 32000), Shape(4, 256, 704, 4), 1024, 16, GPU),
 }
 
 

@@ -41,7 +41,7 @@ from megatron_dwm.weighting.model import (
     EmbeddingShape,
     dwm_transformer_config,
 )
-from megatron_dwm.weighting.scorer import Scorer
+from megatron_dwm.weighting.scorer import Scorer, micro_batches_at_once
 from megatron_dwm.weighting.warm_start import copy_from_llm, load_hf_folder
 
 _MOCK_META_SAMPLES = 4096
@@ -214,7 +214,8 @@ def _build_scorer(
         pre_process=groups.pp.rank() == 0,
         post_process=groups.pp.rank() == groups.pp.size() - 1,
     )
-    return Scorer(model, config, groups, args.micro_batch_size, args.seq_length, device)
+    together = micro_batches_at_once(llm_config, model.config)
+    return Scorer(model, config, groups, args.micro_batch_size, args.seq_length, device, together)
 
 
 def _build_meta_data(config: DWMConfig, args: Any) -> MetaData:

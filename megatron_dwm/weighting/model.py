@@ -23,6 +23,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_dwm.weighting.attention import CausalAttention
 from megatron_dwm.weighting.pooling import pool_tokens
 
 # Fields that say how the host computes, not what the model is: taken over from the LLM.
@@ -252,7 +253,7 @@ class DataWeightingModel(MegatronModule):
         if self.rotary_pos_emb is not None:
             rotary = self.rotary_pos_emb(position_ids.size(1))
         mask = None
-        if self.config.transformer_impl == "local":
+        if self.config.transformer_impl == "local" and not CausalAttention.fits(self.config):
             mask = _causal_mask(position_ids.size(1), position_ids.device)
         hidden = self.decoder(hidden, attention_mask=mask, rotary_pos_emb=rotary)
         if not self.post_process:
@@ -271,9 +272,12 @@ class DataWeightingModel(MegatronModule):
 def _layer_spec(config: TransformerConfig) -> Any:
     if config.transformer_impl == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    return get_gpt_layer_local_spec(
+    spec = get_gpt_layer_local_spec(
         qk_layernorm=config.qk_layernorm, normalization=config.normalization
     )
+    if CausalAttention.fits(config):
+        spec.submodules.self_attention.submodules.core_attention = CausalAttention
+    return spec
 
 
 def _causal_mask(length: int, device: torch.device) -> torch.Tensor:

@@ -38,6 +38,7 @@ class Scorer:
         micro_batch_size: b.
         seq_length: s.
         device: where token ids are sent.
+        together: micro-batches that are scored as one batch at most, see `micro_batches_at_once`.
     """
 
     def __init__(
@@ -48,8 +49,9 @@ class Scorer:
         micro_batch_size: int,
         seq_length: int,
         device: torch.device,
+        together: int = 1,
     ) -> None:
-        self.groups = pg_collection
+        self.groups, self.together = pg_collection, together
         self.micro_batch_size, self.seq_length, self.device = micro_batch_size, seq_length, device
         for parameter in model.parameters():
             set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
@@ -124,8 +126,9 @@ class Scorer:
         Returns:
             Whether the step was taken, and the gradient norm before clipping.
         """
-        scale = num_microbatches * self.groups.dp_cp.size()
-        parts = iter((score_gradient * scale).view(num_microbatches, -1))
+        batches = num_microbatches // self._together(num_microbatches)
+        scale = batches * self.groups.dp_cp.size()
+        parts = iter((score_gradient * scale).view(batches, -1))
 
         def loss_func(output: torch.Tensor) -> tuple[torch.Tensor, dict]:
             return (output * next(parts)).sum(), {}
@@ -143,15 +146,17 @@ class Scorer:
         loss_func: Any,
         forward_only: bool,
     ) -> None:
-        position = iter(range(num_microbatches))
+        together = self._together(num_microbatches)
+        batch_size = together * self.micro_batch_size
+        starts = iter(range(0, num_microbatches, together))
 
         def forward_step(data_iterator: Any, model: Any) -> tuple[torch.Tensor, Any]:
-            k = next(position)
+            k = next(starts)
             ids = None
             if self.module.pre_process:
                 ids = broadcast_from_first_tensor_rank(
-                    None if tokens is None else tokens[k],
-                    (self.micro_batch_size, self.seq_length),
+                    None if tokens is None else torch.cat(tokens[k : k + together]),
+                    (batch_size, self.seq_length),
                     self.groups.tp,
                     self.device,
                 )
@@ -161,11 +166,37 @@ class Scorer:
             forward_step_func=forward_step,
             data_iterator=None,
             model=[self.ddp],
-            num_microbatches=num_microbatches,
+            num_microbatches=num_microbatches // together,
             seq_length=self.seq_length,
-            micro_batch_size=self.micro_batch_size,
+            micro_batch_size=batch_size,
             forward_only=forward_only,
         )
+
+    def _together(self, num_microbatches: int) -> int:
+        """Returns the largest divisor of the micro-batches that `together` allows."""
+        return next(k for k in range(self.together, 0, -1) if num_microbatches % k == 0)
+
+
+def micro_batches_at_once(llm: Any, dwm: Any) -> int:
+    """Returns how many micro-batches the DWM takes at once without more memory than the LLM.
+
+    A small model on a small batch is all kernel launches. Activations of a layer grow with the
+    hidden size, those of unfused attention with the heads. One where the LLM recomputes its
+    activations, so that they say nothing, and under pipeline parallelism, where micro-batches
+    keep the stages busy.
+
+    Args:
+        llm: the LLM's `TransformerConfig`.
+        dwm: the DWM's.
+    """
+    if llm.pipeline_model_parallel_size > 1 or llm.recompute_granularity is not None:
+        return 1
+    sizes = ("hidden_size", "num_attention_heads")
+    ratios = (
+        llm.num_layers * getattr(llm, name) // (dwm.num_layers * getattr(dwm, name))
+        for name in sizes
+    )
+    return max(1, min(ratios))
 
 
 def build_optimizer(ddp: Any, config: DWMConfig, transformer: Any) -> Any:

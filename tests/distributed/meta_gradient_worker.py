@@ -151,7 +151,7 @@ def update(probed, scores, iteration):
     left_alone = all(
         torch.equal(t, m) for (t, _), m in zip(state.tensors, moved, strict=True) if t.dim() > 0
     )
-    flag = torch.tensor(float(left_alone))
+    flag = torch.tensor(float(left_alone), device=host.device())
     torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
     after, _ = step.score(probed.batches, iteration)
     change = None if scores is None else (after - scores).tolist()

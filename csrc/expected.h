@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <string>
 #include <vector>
@@ -17,9 +18,17 @@ namespace megatron_dwm {
 
 using Weights = ArrayView<float>;
 
+// By the bits: neither NaN nor infinite nor negative (-0 is 0). In loops over many weights a
+// comparison of integers leaves no branch.
+inline bool is_bad_weight(float weight) {
+  uint32_t bits;
+  std::memcpy(&bits, &weight, sizeof(bits));
+  constexpr uint32_t kLargest = 0x7F7FFFFF, kMinusZero = 0x80000000;
+  return (bits > kLargest) & (bits != kMinusZero);
+}
+
 inline void check_weight(float weight, int64_t document) {
-  // False for NaN too.
-  if (!(weight >= 0.0F && weight <= std::numeric_limits<float>::max())) {
+  if (is_bad_weight(weight)) {
     fail(entry("weights", document) + ": " + number(weight) +
          " is not a finite number >= 0");
   }

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstring>
+#include <limits>
 #include <optional>
 #include <string>
 #include <utility>
@@ -30,9 +32,10 @@ constexpr int64_t kBlocksPerTask = 16;
 constexpr int kFractionBits = 52;
 constexpr uint64_t kOne = uint64_t{1} << kFractionBits;
 
-struct Expected {
-  int32_t whole;
-  uint64_t fraction;  // [0, kOne]: kOne where rounding carries
+// The expected counts of a block of documents.
+struct ExpectedBlock {
+  std::array<int32_t, kBlock> whole;
+  std::array<uint64_t, kBlock> fraction;  // [0, kOne]: kOne where rounding carries
 };
 
 class ExpectedCounts {
@@ -47,31 +50,68 @@ class ExpectedCounts {
 
   int64_t size() const { return weights_.size(); }
 
-  Expected operator[](int64_t document) const {
-    const float weight = weights_[document];
-    check_weight(weight, document);
-    double count = std::min(scale_ * weight, cap_);
+  // Computes those of documents [begin, begin + length), at most kBlock. The loops have neither
+  // branches nor conversions that do not vectorise; what is bad is looked for after them.
+  void get(int64_t begin, int64_t length, ExpectedBlock& block) const {
+    std::array<double, kBlock> counts;
+    uint32_t suspicious = 0;
+    for (int64_t i = 0; i < length; ++i) {
+      const float weight = weights_[begin + i];
+      suspicious |= static_cast<uint32_t>(is_bad_weight(weight));
+      const double count = scale_ * weight;
+      counts[i] = count < cap_ ? count : cap_;
+    }
     if (consumed_) {
-      const int32_t consumed = (*consumed_)[document];
-      if (consumed < 0) {
-        fail(entry("consumed", document) + ": " + std::to_string(consumed) + " is negative");
+      for (int64_t i = 0; i < length; ++i) {
+        const int32_t consumed = (*consumed_)[begin + i];
+        suspicious |= static_cast<uint32_t>(consumed < 0);
+        counts[i] = std::max(counts[i] - consumed, 0.0);
       }
-      count -= consumed;
     }
-    if (!(count > 0.0)) {
-      return {0, 0};
+    constexpr double kMost = INT32_MAX;
+    constexpr double kOneAsDouble = static_cast<double>(kOne);
+    const uint64_t bits_of_one = bits_of(kOneAsDouble);
+    for (int64_t i = 0; i < length; ++i) {
+      // Not std::min: this is kMost for NaN too.
+      const double count = counts[i] < kMost ? counts[i] : kMost;
+      const int32_t whole = static_cast<int32_t>(count);
+      suspicious |= static_cast<uint32_t>(whole == INT32_MAX);
+      block.whole[i] = whole;
+      // From kOne to 2 kOne a double's unit in the last place is 1: what is added to kOne is
+      // rounded to an integer, and the difference of the bits is that integer.
+      const double fraction = (count - whole) * kOneAsDouble;
+      block.fraction[i] = bits_of(fraction + kOneAsDouble) - bits_of_one;
     }
-    if (count > INT32_MAX) {
-      fail(entry("weights", document) + ": the document would be drawn " + number(count) +
-           " times, which does not fit in 32 bits; limit max_repeats or the weights");
+    if (suspicious != 0) {
+      check(begin, length);
     }
-    const int32_t whole = static_cast<int32_t>(count);
-    // Truncation of x + 0.5 instead of a rounding function: no rounding mode to depend on.
-    const double fraction = (count - whole) * static_cast<double>(kOne) + 0.5;
-    return {whole, static_cast<uint64_t>(fraction)};
   }
 
  private:
+  static uint64_t bits_of(double value) {
+    uint64_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    return bits;
+  }
+
+  void check(int64_t begin, int64_t length) const {
+    for (int64_t d = begin; d < begin + length; ++d) {
+      check_weight(weights_[d], d);
+      double count = std::min(scale_ * weights_[d], cap_);
+      if (consumed_) {
+        const int32_t consumed = (*consumed_)[d];
+        if (consumed < 0) {
+          fail(entry("consumed", d) + ": " + std::to_string(consumed) + " is negative");
+        }
+        count -= consumed;
+      }
+      if (count > INT32_MAX) {
+        fail(entry("weights", d) + ": the document would be drawn " + number(count) +
+             " times, which does not fit in 32 bits; limit max_repeats or the weights");
+      }
+    }
+  }
+
   Weights weights_;
   double scale_;
   double cap_;
@@ -119,16 +159,21 @@ inline void systematic_counts(const ExpectedCounts& expected, uint64_t seed, uin
   std::vector<uint128> starts(static_cast<size_t>(num_blocks));
 
   parallel_chunks(num_blocks, kBlocksPerTask, threads, [&](int64_t, int64_t first, int64_t last) {
+    ExpectedBlock counts_of;
     for (int64_t block = first; block < last; ++block) {
-      const int64_t end = std::min((block + 1) * kBlock, size);
-      uint128 fractions = 0;
+      const int64_t begin = block * kBlock;
+      const int64_t length = std::min(kBlock, size - begin);
+      expected.get(begin, length, counts_of);
+      // The halves of the fractions one by one, whose sums fit in 64 bits.
+      uint64_t low = 0, high = 0;
       int64_t whole = 0;
-      for (int64_t d = block * kBlock; d < end; ++d) {
-        const Expected count = expected[d];
-        fractions += count.fraction;
-        whole += count.whole;
+      for (int64_t i = 0; i < length; ++i) {
+        low += counts_of.fraction[i] & UINT32_MAX;
+        high += counts_of.fraction[i] >> 32;
+        whole += counts_of.whole[i];
       }
-      starts[block] = (static_cast<uint128>(whole) << kFractionBits) + fractions;
+      starts[block] = (static_cast<uint128>(whole) << kFractionBits) +
+                      (static_cast<uint128>(high) << 32) + low;
     }
   });
 
@@ -149,23 +194,20 @@ inline void systematic_counts(const ExpectedCounts& expected, uint64_t seed, uin
   const uint64_t within = derive_key(seed, epoch, kSystematicWithin);
   parallel_chunks(num_blocks, kBlocksPerTask, threads, [&](int64_t, int64_t first, int64_t last) {
     std::array<uint16_t, kBlock> order;
-    std::array<uint64_t, kBlock> fractions;
+    ExpectedBlock counts_of;
     for (int64_t block = first; block < last; ++block) {
       const int64_t begin = block * kBlock;
       const int64_t length = std::min(kBlock, size - begin);
-      for (int64_t i = 0; i < length; ++i) {
-        const Expected count = expected[begin + i];
-        counts[begin + i] = count.whole;
-        fractions[i] = count.fraction;
-      }
+      expected.get(begin, length, counts_of);
       order_of_block(within, static_cast<uint64_t>(block), length, order);
       uint64_t line = static_cast<uint64_t>(starts[block]);
       for (int64_t k = 0; k < length; ++k) {
         const uint16_t i = order[k];
-        line += fractions[i];
-        counts[begin + i] += static_cast<int32_t>(line >> kFractionBits);
+        line += counts_of.fraction[i];
+        counts_of.whole[i] += static_cast<int32_t>(line >> kFractionBits);
         line &= kOne - 1;
       }
+      std::copy_n(counts_of.whole.begin(), length, counts + begin);
     }
   });
 }

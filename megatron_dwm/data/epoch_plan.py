@@ -30,7 +30,7 @@ from megatron_dwm.data.index import DatasetError
 
 # Of everything that a plan is a function of: this file and the kernels. A run that has followed a
 # plan of one version cannot go on by another.
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 # Epochs of different segments never share a key: their numbers are this far apart.
 _STAGE_STRIDE = 2**40
 

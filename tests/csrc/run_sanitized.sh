@@ -19,7 +19,7 @@ esac
 
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
-"${CXX:-g++}" -std=c++17 -O1 -g -Wall -Wextra -Werror -ffp-contract=off -pthread \
+"${CXX:-g++}" -std=c++17 -O1 -g -Wall -Wextra -Werror -ffp-contract=off -fno-trapping-math -pthread \
     -fsanitize="$checks" -fno-sanitize-recover=all -fno-omit-frame-pointer \
     -I csrc tests/csrc/kernels.cpp -o "$build/kernels"
 "$build/kernels"

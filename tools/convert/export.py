@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -35,6 +36,53 @@ _LAYERS = "decoder.layers."
 _FC1 = "mlp.linear_fc1.weight"
 # With `singleton_local_shards`, Megatron stores gate and up under names of their own.
 _FC1_HALVES = {f"{_FC1}_w": 0, f"{_FC1}_v": 1}
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Registers `export` and its flags."""
+    command = commands.add_parser(
+        "export",
+        help="Megatron -> Hugging Face",
+        description="Writes the language model of a Megatron run (torch_dist format, any parallel "
+        "layout) as a folder for AutoModelForCausalLM and AutoTokenizer.",
+    )
+    command.set_defaults(run=export)
+    add = command.add_argument
+    add(
+        "--megatron-path",
+        required=True,
+        metavar="RUN",
+        help="run folder (its latest checkpoint is taken) or one iter_ folder",
+    )
+    add("--hf-path", required=True, metavar="OUT", help="folder to write")
+    add("--iteration", type=int, metavar="N", help="iteration to take from a run folder")
+    add("--dtype", choices=sorted(DTYPES), help="dtype to write (default: the checkpoint's)")
+    add(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="true vocabulary size; padded rows behind it are cut (default: the tokenizer's)",
+    )
+    add(
+        "--max-shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="largest weights file, such as 500MB or 5GB (default: 5GB)",
+    )
+    add(
+        "--tokenizer-model",
+        metavar="FILE",
+        help="SentencePiece model or Hugging Face tokenizer folder (default: the one that the "
+        "checkpoint names); 'none' exports without a tokenizer",
+    )
+    add(
+        "--rope-scaling-factor",
+        type=float,
+        metavar="F",
+        help="factor that a model with --use-rope-scaling was built with (default: the "
+        "checkpoint's, which must be 8, as Megatron's own builders ignore the flag)",
+    )
+    add("--force", action="store_true", help="replace a model that OUT holds already")
 
 
 def export(

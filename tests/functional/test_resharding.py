@@ -1,0 +1,82 @@
+"""A run on TP2 x PP2 that goes on at other layouts, language model, DWM and both optimizers with it.
+
+The same run at its own layout is what the others are compared with: losses, gradient norms, meta
+losses and weights of the steps after the checkpoint.
+
+Not exercised here: GPUs; more than four ranks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_dwm.analysis.log_file import FILE_NAME, read_log
+from tests.functional.corpus import write_dataset
+from tests.functional.harness import DWM, TINY, Run, run_all
+
+COMMON = [
+    *TINY,
+    *"--train-iters 6 --save-interval 3 --ckpt-format torch_dist --ckpt-fully-parallel-save".split(),
+    *"--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable".split(),
+    *"--dwm-log-samples --dwm-head-lr 3e-2 --dwm-backbone-lr 3e-3".split(),
+]
+START = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2".split()
+# Ranks of each layout that the run goes on at.
+LAYOUTS = {"tp1-pp1": 1, "tp1-pp1-dp2": 2}
+# What differs between layouts is the order of sums: single precision, over three steps.
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """Returns iterations 4 to 6 of each run's step log, by name."""
+    folder: Path = tmp_path_factory.mktemp("resharding")
+    data = [
+        *("--data-path", write_dataset(folder / "train", 1, documents=200)),
+        *("--dwm-meta-data-path", write_dataset(folder / "meta", 2)),
+        *("--data-cache-path", str(folder / "cache")),
+    ]
+    common = [*COMMON, *data, *DWM]
+    save = str(folder / "start")
+    found = {}
+    runs = [Run("start", [*common, *START, "--save", save])]
+    run_all(4, runs, folder).succeeded("start")
+    found["start"] = read_log(folder / "start" / FILE_NAME)[3:]
+    for layout, ranks in LAYOUTS.items():
+        load = ["--load", save, "--ckpt-step", "3", "--no-load-rng"]
+        runs = [Run(layout, [*common, *load, "--save", str(folder / layout)])]
+        if ranks == 1:
+            name = "without-optimizers"
+            words = [*common, *load, "--no-load-optim", "--save", str(folder / name)]
+            runs.append(Run(name, words))
+        results = run_all(ranks, runs, folder)
+        for run in runs:
+            results.succeeded(run.name)
+            found[run.name] = read_log(folder / run.name / FILE_NAME)
+    return found
+
+
+def difference(one: list[dict[str, Any]], other: list[dict[str, Any]], name: str) -> float:
+    """Returns the largest relative difference of a field of the log, or of a list of samples."""
+    values = [np.array([line[name] for line in lines], dtype=float) for lines in (one, other)]
+    if values[0].ndim == 2:  # samples come in the order of the data-parallel ranks
+        values = [np.sort(v, axis=1) for v in values]
+    return float(np.max(np.abs(values[0] - values[1]) / np.abs(values[0])))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["lm_loss", "meta_loss", "dwm_grad_norm", "weights"])
+def test_run_goes_on_at_another_layout(logs: dict, layout: str, name: str) -> None:
+    assert [line["iteration"] for line in logs[layout]] == [4, 5, 6]
+    assert all(line["dwm_updated"] for line in logs[layout])
+    assert difference(logs["start"], logs[layout], name) <= TOLERANCE
+
+
+def test_optimizers_came_along(logs: dict) -> None:
+    """Without their states the run goes elsewhere: both models' steps are others."""
+    for name in ("lm_loss", "weights"):
+        assert difference(logs["start"], logs["without-optimizers"], name) > 10 * TOLERANCE

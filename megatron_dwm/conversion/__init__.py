@@ -1,8 +1,9 @@
-"""Conversion between Megatron checkpoints and Hugging Face folders of dense Llama models.
+"""Conversion between Megatron checkpoints and Hugging Face folders.
 
-`llama` holds the names and the tensor layouts, `checkpoint` reads Megatron's `torch_dist`
-checkpoints without a process group, `hf_folder` reads Hugging Face safetensors folders. None of
-them imports `megatron` or `transformers`.
+`families` states each model family once, as rules that export and import both follow;
+`checkpoint` and `legacy_checkpoint` read Megatron's checkpoints without a process group,
+`torch_dist_writer` writes one, `hf_folder` and `hf_model` read Hugging Face safetensors folders.
+None of them imports `megatron` or `transformers`.
 """
 
 from megatron_dwm.conversion.checkpoint import TorchDistCheckpoint, find_checkpoint
@@ -21,10 +22,12 @@ from megatron_dwm.conversion.llama import (
     split_qkv,
 )
 from megatron_dwm.conversion.llama_shape import LlamaShape
+from megatron_dwm.conversion.shape import ModelShape
 
 __all__ = [
     "ConversionError",
     "LlamaShape",
+    "ModelShape",
     "TorchDistCheckpoint",
     "find_checkpoint",
     "hf_layer_to_megatron",

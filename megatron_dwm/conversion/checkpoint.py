@@ -43,16 +43,19 @@ class TensorInfo:
     dtype: torch.dtype
 
 
-def find_checkpoint(path: str | os.PathLike, iteration: int | None = None) -> Path:
+def find_checkpoint(
+    path: str | os.PathLike, iteration: int | None = None, *, legacy: bool = False
+) -> Path:
     """Finds the folder of one checkpoint.
 
     Args:
         path: A run folder (with `latest_checkpointed_iteration.txt`) or the folder of one
             iteration (`iter_0000100`).
         iteration: The iteration to take from a run folder; None takes the latest.
+        legacy: Accept `mp_rank_*` folders too (`--ckpt-format torch`).
 
     Returns:
-        The folder that holds `.metadata`.
+        The folder that holds `.metadata`, or the `mp_rank_*` folders.
 
     Raises:
         ConversionError: There is no such checkpoint, or it is not in `torch_dist` format.
@@ -75,6 +78,8 @@ def find_checkpoint(path: str | os.PathLike, iteration: int | None = None) -> Pa
         present = sorted(p.name for p in root.glob("iter_*") if p.is_dir())
         listing = f"it has {', '.join(present[-5:])}" if present else "it has no iter_ folder"
         raise ConversionError(f"{root} has no checkpoint {folder.name}; {listing}.")
+    if legacy and any(folder.glob("mp_rank_*")):
+        return folder
     if not (folder / ".metadata").is_file():
         raise ConversionError(
             f"{folder} has no .metadata file, so it is not a finished torch_dist checkpoint. "
@@ -136,23 +141,25 @@ class TorchDistCheckpoint:
             and "._extra_state" not in name
         }
 
-    def load(self, name: str, index: int | None = None) -> torch.Tensor:
-        """Loads one tensor, or one entry along its first dimension.
+    def load(self, name: str, index: int | tuple[int, ...] | None = None) -> torch.Tensor:
+        """Loads one tensor, or one entry along its first dimension or dimensions.
 
         Args:
             name: A key of `tensors`.
-            index: Entry of a stack `[layers, ...]` to load; None loads the whole tensor.
+            index: Entry of a stack `[layers, ...]` or `[layers, experts, ...]` to load; None
+                loads the whole tensor.
 
         Returns:
-            The tensor, `[...]` without the first dimension when `index` is given.
+            The tensor, `[...]` without the dimensions that `index` counts in.
 
         Raises:
             ConversionError: Chunks are missing or damaged.
         """
         entry = self._metadata.state_dict_metadata[name]
         offsets, sizes = [0] * len(entry.size), list(entry.size)
-        if index is not None:
-            offsets[0], sizes[0] = index, 1
+        entry_of = (index,) if isinstance(index, int) else index or ()
+        for dim, number in enumerate(entry_of):
+            offsets[dim], sizes[dim] = number, 1
         out = torch.empty(sizes, dtype=entry.properties.dtype)
         part = dcp.ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         items = create_read_items_for_chunk_list(name, entry, [part])
@@ -163,7 +170,7 @@ class TorchDistCheckpoint:
             self._reader.read_data(planner.LoadPlan(items), _IntoTensor(out))
         except Exception as error:
             raise ConversionError(f"{self.folder}: reading {name} failed: {error}") from error
-        return out if index is None else out[0]
+        return out[(0,) * len(entry_of)]
 
     def _common_state(self) -> dict[str, Any]:
         """Reads what Megatron stores once: in `common.pt`, or inside the checkpoint (>= 0.18)."""
@@ -226,11 +233,11 @@ def _inert(name: str) -> type:
     return type(name, (_Inert,), {})
 
 
-def load_restricted(data: bytes, source: str | os.PathLike) -> Any:
+def load_restricted(data: bytes | Path, source: str | os.PathLike) -> Any:
     """Unpickles what `torch.save` wrote, without importing or calling anything that it names.
 
     Args:
-        data: The bytes of the file.
+        data: The bytes of the file, or a path, whose tensors are then mapped and not read.
         source: The file's name, for messages.
 
     Returns:
@@ -239,12 +246,17 @@ def load_restricted(data: bytes, source: str | os.PathLike) -> Any:
     Raises:
         ConversionError: The data is damaged or asks for something that no checkpoint needs.
     """
+    mapped = isinstance(data, Path)
+
+    def opened() -> Any:
+        return data if isinstance(data, Path) else io.BytesIO(data)
+
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(opened())
         allowed: list[Any] = [argparse.Namespace]
         allowed += [(_inert(name), name) for name in names if name != "argparse.Namespace"]
         with torch.serialization.safe_globals(allowed):
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            return torch.load(opened(), map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConversionError(f"{source} cannot be read as a checkpoint: {reason}") from error

@@ -143,7 +143,7 @@ def test_layer_errors_name_the_tensor():
     with pytest.raises(ConversionError, match=r"mlp.up_proj.weight is missing"):
         hf_layer_to_megatron(missing, SHAPE)
     narrow = {**layer, "self_attn.o_proj.weight": torch.zeros(12, 5)}
-    with pytest.raises(ConversionError, match=r"linear_proj.weight is \(12, 5\), needs \(12, 12\)"):
+    with pytest.raises(ConversionError, match=r"o_proj.weight is \(12, 5\), needs \(12, 12\)"):
         hf_layer_to_megatron(narrow, SHAPE)
 
 

@@ -1,0 +1,214 @@
+"""What a model family is: its arguments, its config.json, its tensors.
+
+A family is stated once. Export reads arguments and writes a config, import does the reverse, and
+both move tensors by the same rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_dwm.conversion.errors import ConversionError
+from megatron_dwm.conversion.rules import Rule
+from megatron_dwm.conversion.shape import ModelShape
+
+# Flags that are not spelled as their argument.
+FLAG_NAMES = {
+    "add_bias_linear": "--add-bias-linear (see --disable-bias-linear)",
+    "layernorm_epsilon": "--norm-epsilon",
+    "untie_embeddings_and_output_weights": "--untie-embeddings-and-output-weights",
+}
+
+# Values that an argument must have, an absent argument of an older checkpoint counts as fitting.
+NO_MODEL_HAS: dict[str, tuple[Any, ...]] = {
+    "qk_l2_norm": (False,),
+    "multi_latent_attention": (False,),
+    "rotary_interleaved": (False,),
+    "no_rope_freq": (None,),
+    "apply_residual_connection_post_layernorm": (False,),
+    "attention_output_gate": (False,),
+    "softmax_type": ("vanilla",),
+    "window_size": (None,),
+    "experimental_attention_variant": (None,),
+    "linear_attention_freq": (None,),
+    "glu_linear_offset": (0.0,),
+    "activation_func_clamp_value": (None,),
+    "squared_relu": (False,),
+    "quick_geglu": (False,),
+    "use_mup": (False,),
+    "mtp_num_layers": (None, 0),
+    "is_hybrid_model": (False,),
+    "heterogeneous_layers_config_path": (None,),
+    "heterogeneous_layers_config_encoded_json": (None, ""),
+    "spec": (None,),
+}
+
+
+def flag_of(argument: str) -> str:
+    """Returns the flag of an argument, as messages name it."""
+    return FLAG_NAMES.get(argument, "--" + argument.replace("_", "-"))
+
+
+class Family:
+    """One model family; subclasses fill in the tables and the tensors.
+
+    Attributes:
+        name: Hugging Face's `model_type`.
+        label: What messages call it.
+        base_prefix: Prefix of all tensors but the output layer in Hugging Face's causal model.
+        required: Megatron argument -> values, of which the first is the one that import writes.
+            A checkpoint must carry the argument.
+        unused: Megatron argument -> values; absent counts as fitting.
+        config_fits: config.json key -> values that fit; absent counts as fitting.
+        config_needs: config.json keys that must be there.
+        ignored: Endings of Hugging Face names that hold no weights.
+    """
+
+    name: str
+    label: str
+    base_prefix: str
+    required: Mapping[str, tuple[Any, ...]] = {}
+    unused: Mapping[str, tuple[Any, ...]] = {}
+    config_fits: Mapping[str, tuple[Any, ...]] = {}
+    config_needs: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+
+    # ------------------------------------------------------------- Megatron's arguments
+
+    def values_from_args(self, args: Any, rope_scaling_factor: float | None) -> dict[str, Any]:
+        """Returns a shape's values from a checkpoint's arguments.
+
+        Raises:
+            ConversionError: The model is none of the family; names every argument that says so.
+        """
+        issues = [
+            f"{flag_of(name)} is {getattr(args, name, None)!r}, needs {fits[0]!r}"
+            for name, fits in self.required.items()
+            if getattr(args, name, None) not in fits
+        ]
+        issues += [
+            f"{flag_of(name)} is {getattr(args, name)!r}, needs {fits[0]!r}"
+            for name, fits in {**NO_MODEL_HAS, **self.unused}.items()
+            if getattr(args, name, fits[0]) not in fits
+        ]
+        heads = args.num_attention_heads
+        if args.hidden_size % heads:
+            issues.append(
+                f"--hidden-size {args.hidden_size} is no multiple of --num-attention-heads {heads}"
+            )
+        gqa = getattr(args, "group_query_attention", False)
+        values = {
+            "family": self.name,
+            "num_layers": args.num_layers,
+            "hidden_size": args.hidden_size,
+            "ffn_hidden_size": args.ffn_hidden_size,
+            "num_attention_heads": heads,
+            "num_query_groups": args.num_query_groups if gqa else heads,
+            "kv_channels": args.kv_channels or args.hidden_size // heads,
+            "vocab_size": args.padded_vocab_size,
+            "max_position_embeddings": args.max_position_embeddings,
+            "layernorm_epsilon": getattr(args, "layernorm_epsilon", 1e-5),
+            "tied": not args.untie_embeddings_and_output_weights,
+        }
+        own, more = self.own_values_from_args(args, rope_scaling_factor)
+        issues += more
+        if issues:
+            raise ConversionError(
+                f"The checkpoint cannot be written as a {self.label}: {'; '.join(issues)}."
+            )
+        return {**values, **own}
+
+    def own_values_from_args(
+        self, args: Any, rope_scaling_factor: float | None
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Returns the values that only this family has, and what speaks against them."""
+        raise NotImplementedError
+
+    def to_args(self, shape: ModelShape) -> dict[str, Any]:
+        """Returns Megatron's arguments of a model, without those of its tokenizer.
+
+        Raises:
+            ConversionError: Megatron cannot compute the model; names every reason.
+        """
+        own, issues = self.own_args(shape)
+        if issues:
+            raise ConversionError(f"Megatron cannot compute this {self.label}: {'; '.join(issues)}")
+        return {
+            "num_layers": shape.num_layers,
+            "hidden_size": shape.hidden_size,
+            "ffn_hidden_size": shape.ffn_hidden_size,
+            "num_attention_heads": shape.num_attention_heads,
+            "group_query_attention": shape.num_query_groups != shape.num_attention_heads,
+            "num_query_groups": shape.num_query_groups,
+            "kv_channels": shape.kv_channels,
+            "max_position_embeddings": shape.max_position_embeddings,
+            "layernorm_epsilon": shape.layernorm_epsilon,
+            "untie_embeddings_and_output_weights": not shape.tied,
+            "attention_dropout": shape.attention_dropout,
+            "hidden_dropout": shape.hidden_dropout,
+            **{name: fits[0] for name, fits in {**self.unused, **self.required}.items()},
+            **own,
+        }
+
+    def own_args(self, shape: ModelShape) -> tuple[dict[str, Any], list[str]]:
+        """Returns the arguments that only this family has, and what Megatron cannot compute."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------- config.json
+
+    def values_from_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns a shape's values from a parsed `config.json`.
+
+        Raises:
+            ConversionError: The model is none of the family, or a number is missing.
+        """
+        fits = {"model_type": (self.name,), "quantization_config": (None,), **self.config_fits}
+        issues = [
+            f"{name} is {config.get(name)!r}, needs {values[0]!r}"
+            for name, values in fits.items()
+            if config.get(name, None if name == "model_type" else values[0]) not in values
+        ]
+        issues += [f"{name} is missing" for name in self.config_needs if name not in config]
+        if "sliding_attention" in (config.get("layer_types") or ()):
+            issues.append("layer_types has sliding_attention, needs full_attention")
+        if issues:
+            raise ConversionError(f"config.json is no {self.label}: {'; '.join(issues)}.")
+        return {"family": self.name, **self.own_values_from_config(config)}
+
+    def own_values_from_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns all values of the shape but the family."""
+        raise NotImplementedError
+
+    def to_config(self, shape: ModelShape) -> dict[str, Any]:
+        """Returns the contents of `config.json` but dtype and the tokenizer's ids."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------- tensors
+
+    def layer_prefix(self, number: int) -> str:
+        """Returns Hugging Face's prefix of a layer."""
+        raise NotImplementedError
+
+    def layer_rules(self, shape: ModelShape) -> list[Rule]:
+        """Returns the rules of a layer, under names relative to it."""
+        raise NotImplementedError
+
+    def first_rules(self, shape: ModelShape) -> list[Rule]:
+        """Returns the rules before the layers."""
+        raise NotImplementedError
+
+    def last_rules(self, shape: ModelShape) -> list[Rule]:
+        """Returns the rules behind the layers, with the output layer unless tied."""
+        raise NotImplementedError
+
+    def rules(self, shape: ModelShape, num_layers: int | None = None) -> list[Rule]:
+        """Returns the rules of a whole model, or of its first layers, in the model's order."""
+        layer = self.layer_rules(shape)
+        numbers = range(shape.num_layers if num_layers is None else num_layers)
+        layers = [
+            rule.inside(f"decoder.layers.{number}.", self.layer_prefix(number))
+            for number in numbers
+            for rule in layer
+        ]
+        return [*self.first_rules(shape), *layers, *self.last_rules(shape)]

@@ -1,0 +1,152 @@
+"""Reads the language model of a Hugging Face folder as its family's rules describe it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_dwm.conversion.errors import ConversionError
+from megatron_dwm.conversion.families import FAMILIES
+from megatron_dwm.conversion.hf_folder import _read, _read_json, _tensor_files
+from megatron_dwm.conversion.rules import Rule, compare
+from megatron_dwm.conversion.shape import ModelShape
+
+# The dtypes of safetensors that a model may have.
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_OUTPUT = "lm_head.weight"
+
+
+class HfModel:
+    """One folder with `config.json` and safetensors.
+
+    Attributes:
+        folder: The folder.
+        config: The parsed `config.json`.
+        shape: What it says of the model.
+        dtypes: Dtypes of the tensors that the model has.
+    """
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        """Opens a folder and compares every name and shape with what its config.json describes.
+
+        Raises:
+            ConversionError: A file is missing or damaged, the model is of no known family, or a
+                tensor is unknown, missing, of the wrong shape or no floating point number.
+        """
+        self.folder = Path(folder)
+        self.config = _read_json(self.folder / "config.json")
+        self.shape = ModelShape.from_hf_config(self.config)
+        self.family = FAMILIES[self.shape.family]
+        self.rules = self.family.rules(self.shape)
+        self._files = _tensor_files(self.folder)
+        self._names = {self._full_name(name): name for name in self._files}
+        self.dtypes = self._check()
+
+    def _full_name(self, name: str) -> str:
+        """Returns a tensor's name in the causal model; a bare base model has no prefix."""
+        if name.startswith(self.family.base_prefix) or name == _OUTPUT:
+            return name
+        return self.family.base_prefix + name
+
+    def _check(self) -> set[torch.dtype]:
+        needed: dict[str, tuple[int, ...]] = {}
+        for rule in self.rules:
+            needed |= rule.hf_shapes()
+        found: dict[str, tuple[int, ...]] = {}
+        kinds: dict[str, str] = {}
+        for full, name in self._names.items():
+            if not full.endswith(self.family.ignored or ("\0",)):
+                found[full], kinds[full] = self._header(name)
+        if self.shape.tied and _OUTPUT in found:
+            self._check_tied_output(needed, found)
+        issues = compare(found, needed)
+        odd = [name for name in needed if kinds.get(name, "F32") not in _DTYPES]
+        if not issues and odd:
+            issues = f"{odd[0]} is stored as {kinds[odd[0]]}, needs one of {', '.join(_DTYPES)}"
+        if issues:
+            raise ConversionError(
+                f"{self.folder} does not hold the {self.family.label} that its config.json "
+                f"describes: {issues}."
+            )
+        return {_DTYPES[kinds[name]] for name in needed}
+
+    def _check_tied_output(
+        self, needed: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]
+    ) -> None:
+        """Some files carry a tied output layer: it must be the embedding."""
+        embedding = self.rules[0].hf[0]
+        if embedding in found and found[_OUTPUT] == found[embedding] == needed[embedding]:
+            if torch.equal(self._load(_OUTPUT), self._load(embedding)):
+                del found[_OUTPUT]
+                return
+        raise ConversionError(
+            f"{self.folder} has {_OUTPUT} of its own though config.json ties it to {embedding}; "
+            "set tie_word_embeddings to false if the two shall differ."
+        )
+
+    def _header(self, name: str) -> tuple[tuple[int, ...], str]:
+        path = self._files[name]
+        try:
+            with safe_open(path, framework="pt") as file:
+                part = file.get_slice(name)
+                return tuple(part.get_shape()), part.get_dtype()
+        except (SafetensorError, OSError) as error:
+            raise ConversionError(f"{path} cannot be read: {error}") from error
+
+    def _load(self, full: str) -> torch.Tensor:
+        name = self._names[full]
+        return next(iter(_read(self._files[name], [name])))[1]
+
+    def load(self, rule: Rule, dtype: torch.dtype, rows: int | None = None) -> torch.Tensor:
+        """Loads the tensor of a rule, in Megatron's layout.
+
+        Args:
+            rule: A rule of `rules`.
+            dtype: The dtype to return.
+            rows: Rows of a padded vocabulary; those behind the true one are zero.
+
+        Returns:
+            A contiguous tensor with a storage of its own.
+
+        Raises:
+            ConversionError: A file cannot be read, or fp16 cannot hold the values.
+        """
+        parts = tuple(self._load(name) for name in rule.hf)
+        tensor = rule.to_megatron(parts)
+        converted = tensor.to(dtype).contiguous()
+        if dtype == torch.float16 and not converted.isfinite().all():
+            raise ConversionError(
+                f"--dtype fp16 cannot hold the values of {rule.hf[0]}; use bf16 or fp32."
+            )
+        if rows is not None and rule.kind == "vocab" and rows != converted.shape[0]:
+            padded = converted.new_zeros(rows, *converted.shape[1:])
+            padded[: converted.shape[0]] = converted
+            return padded
+        # What the file lent must not be kept alive, nor saved beside a part of it.
+        return converted.clone() if any(_shares(converted, part) for part in parts) else converted
+
+
+def _shares(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    return tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+def padded_vocabulary(size: int, divisible_by: int, tensor_parallel: int) -> int:
+    """Returns the rows that Megatron gives an embedding: a multiple of both, and of their product.
+
+    Args:
+        size: True vocabulary size.
+        divisible_by: `--make-vocab-size-divisible-by`.
+        tensor_parallel: `--tensor-model-parallel-size` of the run.
+    """
+    step = divisible_by * tensor_parallel
+    return math.ceil(size / step) * step
+
+
+def total_bytes(rules: Iterable[Rule], dtype: torch.dtype) -> int:
+    """Returns the bytes of all tensors."""
+    return sum(math.prod(rule.shape) for rule in rules) * dtype.itemsize

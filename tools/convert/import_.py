@@ -1,0 +1,233 @@
+"""Hugging Face -> Megatron: writes a checkpoint that the stock trainer loads with `--load`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from megatron_dwm.conversion import ConversionError
+from megatron_dwm.conversion.checkpoint import TRACKER
+from megatron_dwm.conversion.families.rope import BUILT_IN_ROPE_FACTOR
+from megatron_dwm.conversion.hf_model import HfModel, padded_vocabulary
+from megatron_dwm.conversion.rules import Rule
+from megatron_dwm.conversion.torch_dist_writer import chunks, write_checkpoint
+from megatron_dwm.conversion.trainer_flags import trainer_flags
+from tools.convert.export import DTYPES
+from tools.convert.output import check_output, complete_or_nothing
+from tools.convert.tokenizer import TOKENIZER_FILES
+
+RELEASE = "release"
+TOKENIZER = "tokenizer"
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Registers `import` and its flags."""
+    command = commands.add_parser(
+        "import",
+        help="Hugging Face -> Megatron",
+        description="Writes a Hugging Face model as a torch_dist checkpoint without an optimizer, "
+        "for --load at any tensor-, pipeline- and expert-parallel size, and prints the trainer's "
+        "flags that build the model.",
+    )
+    command.set_defaults(run=import_model)
+    add = command.add_argument
+    add("--hf-path", required=True, metavar="DIR", help="folder with config.json and safetensors")
+    add("--megatron-path", required=True, metavar="OUT", help="folder to write, for --load OUT")
+    add("--dtype", choices=sorted(DTYPES), help="dtype to write (default: the folder's)")
+    add(
+        "--make-vocab-size-divisible-by",
+        type=int,
+        default=128,
+        metavar="N",
+        help="as in the run that will load it (default: 128, as Megatron's)",
+    )
+    add(
+        "--tensor-model-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="size whose vocabulary padding is written; every other size loads it too (default: 1)",
+    )
+    add(
+        "--rope-scaling-factor",
+        type=float,
+        metavar="F",
+        help="allow a model with Llama 3's RoPE scaling of this factor, which your own model "
+        f"builder must set: the stock one takes {BUILT_IN_ROPE_FACTOR:g} whatever its flag says",
+    )
+    add("--force", action="store_true", help="replace an import that OUT holds already")
+
+
+def import_model(
+    hf_path: str,
+    megatron_path: str,
+    dtype: str | None = None,
+    make_vocab_size_divisible_by: int = 128,
+    tensor_model_parallel_size: int = 1,
+    rope_scaling_factor: float | None = None,
+    force: bool = False,
+) -> None:
+    """Imports a model; the arguments are the command line's.
+
+    Everything is checked before the first weight is read, and OUT appears only when complete.
+
+    Args:
+        hf_path: Folder with `config.json` and safetensors.
+        megatron_path: Folder to write: `release/`, the tracker file and the tokenizer.
+        dtype: A key of `DTYPES`; None keeps the folder's.
+        make_vocab_size_divisible_by: Padding of the vocabulary, with the next.
+        tensor_model_parallel_size: The padded vocabulary is a multiple of the product.
+        rope_scaling_factor: The factor of a model with Llama 3's RoPE scaling, where the stock
+            trainer's is another.
+        force: Replace an import that the folder holds already.
+
+    Raises:
+        ConversionError: Something cannot be converted; the message names it.
+    """
+    out = Path(megatron_path).absolute()
+    check_output(out, "--megatron-path", force, _foreign)
+    for flag, value in (
+        ("--make-vocab-size-divisible-by", make_vocab_size_divisible_by),
+        ("--tensor-model-parallel-size", tensor_model_parallel_size),
+    ):
+        if value < 1:
+            raise ConversionError(f"{flag} is {value}; give a positive number.")
+    if not Path(hf_path).is_dir():
+        raise ConversionError(f"--hf-path {hf_path} is no folder; give one with config.json.")
+    model = HfModel(hf_path)
+    shape = model.shape
+    _check_rope(model, rope_scaling_factor)
+    target = DTYPES[dtype] if dtype else _only_dtype(model)
+    padded = padded_vocabulary(
+        shape.vocab_size, make_vocab_size_divisible_by, tensor_model_parallel_size
+    )
+    kind, files = _tokenizer(Path(hf_path))
+    place = out / TOKENIZER
+    values = {
+        **model.family.to_args(shape),
+        "make_vocab_size_divisible_by": make_vocab_size_divisible_by,
+        "padded_vocab_size": padded,
+        "vocab_size": shape.vocab_size,
+        "hf_vocab_size": shape.vocab_size,
+        "tokenizer_type": kind,
+        "tokenizer_model": _tokenizer_path(place, kind),
+    }
+
+    with complete_or_nothing(out) as folder:
+        _write(folder / RELEASE, model, padded, target, argparse.Namespace(**values, **_FIXED))
+        for file in files:
+            (folder / TOKENIZER).mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / TOKENIZER / file.name)
+        (folder / TRACKER).write_text(RELEASE, encoding="utf-8")
+    if not files:
+        print(f"{hf_path} holds no tokenizer, so none is carried.", file=sys.stderr)
+    print(
+        f"Wrote {out}: {model.family.label}, {shape.num_layers} layers, vocabulary "
+        f"{shape.vocab_size} in {padded} rows, {str(target).removeprefix('torch.')}. The trainer "
+        "needs:\n"
+    )
+    print(flags_block(out, values))
+    if shape.activation == "gelu_new":
+        print(
+            "\nThis model's GELU is the tanh approximation, which Megatron computes only where it "
+            "fuses it with the bias: do not give --no-bias-gelu-fusion.",
+            file=sys.stderr,
+        )
+
+
+# What an import's arguments say beside the model: how it is stored, and that nothing was trained.
+_FIXED = {
+    "add_position_embedding": True,
+    "ckpt_format": "torch_dist",
+    "consumed_train_samples": 0,
+    "consumed_valid_samples": 0,
+    "skipped_train_samples": 0,
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "no_save_optim": True,
+    "no_save_rng": True,
+}
+
+
+def flags_block(out: Path, values: dict) -> str:
+    """Returns the trainer's flags as lines of a shell command, with `--load`."""
+    flags = [*trainer_flags(values), ["--load", str(out)]]
+    lines = [" ".join(shlex.quote(word) for word in flag) for flag in flags]
+    return " \\\n".join(f"    {line}" for line in lines)
+
+
+def _write(
+    folder: Path,
+    model: HfModel,
+    padded: int,
+    dtype: torch.dtype,
+    args: argparse.Namespace,
+) -> None:
+    shape = dataclasses.replace(model.shape, vocab_size=padded)
+    rules = model.family.rules(shape)
+    total = sum(1 for rule in rules for _ in chunks(rule, shape))
+    with tqdm(total=total, unit="tensor", desc="import") as progress:
+
+        def load(rule: Rule) -> torch.Tensor:
+            progress.update()
+            return model.load(rule, dtype, padded)
+
+        write_checkpoint(folder, shape, rules, args, dtype, load)
+
+
+def _only_dtype(model: HfModel) -> torch.dtype:
+    if len(model.dtypes) > 1:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in model.dtypes))
+        raise ConversionError(f"{model.folder} mixes {names}; give --dtype with the one to write.")
+    return next(iter(model.dtypes))
+
+
+def _check_rope(model: HfModel, given: float | None) -> None:
+    """Refuses RoPE scaling that the stock trainer would not apply, unless the user vouches."""
+    scaling = model.shape.rope_scaling or {}
+    factor = float(scaling["factor"]) if scaling.get("rope_type") == "llama3" else None
+    if given is not None and given != factor:
+        raise ConversionError(
+            f"--rope-scaling-factor is {given:g}, and {model.folder} has "
+            f"{'no Llama 3 scaling of RoPE' if factor is None else f'{factor:g}'}."
+        )
+    if factor not in (None, BUILT_IN_ROPE_FACTOR, given):
+        raise ConversionError(
+            f"{model.folder} scales RoPE by {factor:g}, and Megatron's own builders use "
+            f"{BUILT_IN_ROPE_FACTOR:g} whatever --rope-scaling-factor says, so the stock trainer "
+            f"would compute another model. Give --rope-scaling-factor {factor:g} if your model "
+            "builder sets it."
+        )
+
+
+def _tokenizer(folder: Path) -> tuple[str, list[Path]]:
+    """Returns Megatron's tokenizer type for a folder, and the files to carry."""
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    names = {path.name for path in files}
+    if names & {"tokenizer.json", "vocab.json", "vocab.txt", "tokenizer_config.json"}:
+        # transformers tells some tokenizers by the model's configuration.
+        return "HuggingFaceTokenizer", [*files, folder / "config.json"]
+    if "tokenizer.model" in names:
+        return "SentencePieceTokenizer", [folder / "tokenizer.model"]
+    return "NullTokenizer", []
+
+
+def _tokenizer_path(place: Path, kind: str) -> str | None:
+    if kind == "NullTokenizer":
+        return None
+    return str(place / "tokenizer.model" if kind == "SentencePieceTokenizer" else place)
+
+
+def _foreign(out: Path) -> str | None:
+    """Returns why a folder is no import, or None; a run that went on from one is none."""
+    if not (out / TRACKER).is_file() or not (out / RELEASE).is_dir():
+        return f"holds no {RELEASE}/ beside a tracker file, so it is no import"
+    runs = sorted(path.name for path in out.glob("iter_*"))
+    return f"holds {runs[-1]}, which a run has saved there" if runs else None

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_dwm.conversion.dwm_classifier import stock_config
 from megatron_dwm.conversion.errors import ConversionError
 from megatron_dwm.conversion.llama import LAYER_NAMES, MODEL_NAMES, hf_layer_to_megatron
 from megatron_dwm.conversion.llama_shape import LlamaShape
@@ -30,7 +31,7 @@ def read_hf_config(folder: str | os.PathLike) -> LlamaShape:
         ConversionError: The file is missing or damaged, or the model is no dense Llama.
     """
     path = Path(folder) / "config.json"
-    return LlamaShape.from_hf_config(_read_json(path))
+    return LlamaShape.from_hf_config(stock_config(_read_json(path)))
 
 
 def iter_hf_tensors(

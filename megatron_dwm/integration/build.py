@@ -25,6 +25,7 @@ from megatron.training.utils import is_first_or_last_pipeline_stage
 
 from megatron_dwm import host
 from megatron_dwm.config import DWMConfig, raise_all
+from megatron_dwm.conversion.dwm_classifier import read_classifier
 from megatron_dwm.conversion.hf_folder import read_hf_config
 from megatron_dwm.data.meta_dataset import MetaData
 from megatron_dwm.errors import DWMError
@@ -76,6 +77,10 @@ def resolve_shapes(config: DWMConfig, args: Any) -> DWMConfig:
             "num_attention_heads": shape.num_attention_heads,
             "num_query_groups": shape.num_query_groups,
         }
+        source = read_classifier(config.init[3:])
+        if source.labels == 1:
+            # Its score head is taken, which belongs to its pooling.
+            changes["pooling"] = source.pooling
     if config.meta_batch_size is None:
         changes["meta_batch_size"] = default_meta_batch_size(args)
     config = dataclasses.replace(config, **changes)
@@ -103,7 +108,7 @@ def build_train_step(
         with _random_states_kept(config.seed + 100 * groups.pp.rank()):
             scorer = _build_scorer(config, args, llm_config, groups, device)
             if config.init.startswith("hf:"):
-                load_hf_folder(scorer.module, config.init[3:], groups)
+                print_rank_0(load_hf_folder(scorer.module, config.init[3:], groups))
                 scorer.weights_changed()
         if config.init.startswith("llm:"):
             chunks = [unwrap_model(chunk) for chunk in model]
@@ -167,6 +172,7 @@ def _description(config: DWMConfig, scorer: Scorer) -> dict[str, Any]:
         "rotary_base": float(embedding.rotary_base),
         "rotary_percent": float(embedding.rotary_percent),
         "rope_scaling": embedding.rope_scaling,
+        "rope_scaling_factor": float(embedding.rope_scaling_factor),
         # Not the padded size, which depends on the tensor-parallel size.
         "vocab_size": int(tokenizer.vocab_size),
     }

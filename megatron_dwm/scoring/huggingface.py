@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from megatron_dwm.conversion.dwm_classifier import LENGTH, TEMPERATURE, read_classifier
+from megatron_dwm.conversion.errors import ConversionError
 from megatron_dwm.errors import DWMError, in_short
 from megatron_dwm.scoring.identity import digest_of
 from megatron_dwm.weighting.pooling import pool_tokens
@@ -15,8 +17,9 @@ from megatron_dwm.weighting.pooling import pool_tokens
 class HuggingFaceScorer:
     """An `AutoModelForSequenceClassification` with one label; see `WindowScorer`.
 
-    The score is that of the last real token, found by its position: the id that pads may be a
-    document's own token.
+    The score is that of the last real token, found by its position (the id that pads may be a
+    document's own token), or of the mean over the real tokens where the export of a weighting model
+    says so in its config.json. No code that lies in the folder is run.
 
     Args:
         folder: what `save_pretrained` wrote.
@@ -29,7 +32,7 @@ class HuggingFaceScorer:
 
     def __init__(self, folder: str, device: torch.device) -> None:
         try:
-            from transformers import AutoModelForSequenceClassification
+            from transformers import AutoConfig, AutoModelForSequenceClassification
         except ImportError as error:
             raise DWMError(
                 f"--hf needs transformers, which cannot be imported ({error}); install the extra: "
@@ -38,8 +41,19 @@ class HuggingFaceScorer:
         if not os.path.isfile(os.path.join(folder, "config.json")):
             raise DWMError(f"--hf {folder} has no config.json; give a folder of save_pretrained")
         try:
+            source = read_classifier(folder)
+        except ConversionError as error:
+            raise DWMError(f"--hf {error}") from error
+        try:
+            settings = dict(source.config)
+            config = AutoConfig.for_model(settings.pop("model_type"), **settings)
             model, report = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype="auto", output_loading_info=True, local_files_only=True
+                folder,
+                config=config,
+                dtype="auto",
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=False,
             )
         except Exception as error:
             raise DWMError(
@@ -59,10 +73,13 @@ class HuggingFaceScorer:
             )
         self.where = folder
         self.notes: list[str] = []
-        self.vocab_size = int(model.config.vocab_size)
+        self.pooling = source.pooling
+        self.vocab_size = int(source.vocab_size or model.config.vocab_size)
         longest = getattr(model.config, "max_position_embeddings", None)
-        self.max_length = self.default_length = longest
-        self.temperature: float | None = None
+        self.max_length = longest
+        # An export says how its run weighed.
+        self.default_length = source.config.get(LENGTH, longest)
+        self.temperature: float | None = source.config.get(TEMPERATURE)
         self._model: Any = model.to(device).eval()
         self._device = device
 
@@ -75,7 +92,7 @@ class HuggingFaceScorer:
             attention_mask=(positions < lengths.unsqueeze(1)).long(),
             use_cache=False,
         ).last_hidden_state
-        pooled = pool_tokens(hidden.transpose(0, 1), lengths, "last")
+        pooled = pool_tokens(hidden.transpose(0, 1), lengths, self.pooling)
         head = self._model.score
         bias = None if head.bias is None else head.bias.float()
         return torch.nn.functional.linear(pooled, head.weight.float(), bias).squeeze(-1)
@@ -86,4 +103,5 @@ class HuggingFaceScorer:
         # Not about the model: where it was loaded from, and by which version.
         for name in ("_name_or_path", "transformers_version"):
             config.pop(name, None)
-        return digest_of(self._model, {**config, "device": self._device.type})
+        described = {**config, "pooling": self.pooling, "device": self._device.type}
+        return digest_of(self._model, described)

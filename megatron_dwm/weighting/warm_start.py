@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_dwm.conversion.hf_folder import iter_megatron_tensors
+from megatron_dwm.conversion.dwm_classifier import read_classifier
+from megatron_dwm.conversion.hf_folder import iter_hf_tensors, iter_megatron_tensors
 from megatron_dwm.errors import DWMError
 from megatron_dwm.weighting.model import DataWeightingModel
 
@@ -71,40 +72,68 @@ def _copy(target: torch.nn.Module, source: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def load_hf_folder(model: DataWeightingModel, folder: str, groups: Any) -> None:
+def load_hf_folder(model: DataWeightingModel, folder: str, groups: Any) -> str:
     """Loads a Hugging Face Llama into the weighting model, sharded over tensor parallelism.
+
+    The score head of a sequence classifier with one label, such as an export of a weighting model,
+    is taken too; with any other model the head keeps its own start.
 
     Args:
         model: this stage of the weighting model.
         folder: folder with `config.json` and safetensors.
         groups: process groups.
 
+    Returns:
+        A line for the log: whether the head was taken.
+
     Raises:
         DWMError: the folder's vocabulary is larger than the LLM's padded one, or a tensor does
             not fit.
     """
+    source = read_classifier(folder)
     wanted = dict(model.named_parameters())
     offset = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
     fused = model.config.transformer_impl == "transformer_engine"
     loaded = set()
     for name, tensor in iter_megatron_tensors(folder, fused_layernorm=fused):
         local = _local_name(name, offset)
-        if local not in wanted:
-            continue
-        parameter = wanted[local]
-        if local == "embedding.word_embeddings.weight":
-            tensor = _padded_vocabulary(tensor, parameter.size(0) * groups.tp.size(), folder)
-        shard = _tensor_parallel_shard(local, tensor, parameter, groups.tp)
-        if shard.shape != parameter.shape:
-            raise DWMError(
-                f"--dwm-init hf:{folder}: {name} gives shape {list(shard.shape)} where "
-                f"{list(parameter.shape)} is needed"
-            )
-        parameter.data.copy_(shard)
-        loaded.add(local)
+        if local in wanted:
+            parameter = wanted[local]
+            if local == "embedding.word_embeddings.weight":
+                # An export may have a row for padding behind the vocabulary.
+                tensor = tensor[: source.vocab_size]
+                tensor = _padded_vocabulary(tensor, parameter.size(0) * groups.tp.size(), folder)
+            shard = _tensor_parallel_shard(local, tensor, parameter, groups.tp)
+            if shard.shape != parameter.shape:
+                raise DWMError(
+                    f"--dwm-init hf:{folder}: {name} gives shape {list(shard.shape)} where "
+                    f"{list(parameter.shape)} is needed"
+                )
+            parameter.data.copy_(shard)
+            loaded.add(local)
+        if name == "decoder.final_layernorm.weight":
+            break  # An output layer may follow, which a classifier does not have.
     missing = sorted(set(wanted) - loaded - {"score.weight"})
     if missing:
         raise DWMError(f"--dwm-init hf:{folder} has nothing for {', '.join(missing)}")
+    if source.labels != 1:
+        what = f"a classifier with {source.labels} labels" if source.labels else "no classifier"
+        return f"DWM: {folder} is {what}: the score head starts at zero"
+    _load_head(model, folder)
+    return f"DWM: the score head of {folder} is taken, with its {source.pooling} pooling"
+
+
+def _load_head(model: DataWeightingModel, folder: str) -> None:
+    found = dict(iter_hf_tensors(folder, lambda name: name.startswith("score.")))
+    shapes = {name: list(tensor.shape) for name, tensor in found.items()}
+    needed = {"score.weight": [1, model.config.hidden_size]}
+    if shapes != needed:
+        raise DWMError(
+            f"--dwm-init hf:{folder} is a classifier with one label, whose head has "
+            f"{shapes or 'no tensors named score.*'}; {needed} is needed"
+        )
+    if model.post_process:
+        model.score.weight.data.copy_(found["score.weight"])
 
 
 def _local_name(name: str, offset: int) -> str:

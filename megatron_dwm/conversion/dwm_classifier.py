@@ -1,0 +1,213 @@
+"""A weighting model (DWM) as a Hugging Face sequence classifier with one label.
+
+With `last` pooling that is transformers' own class. With `mean` pooling there is none, and a small
+module lies beside the weights. Its configuration has a model type of its own: were it `llama`,
+transformers would load the folder without the module and, silently, score by the last token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from megatron_dwm.conversion.errors import ConversionError
+from megatron_dwm.conversion.shape import ModelShape
+
+MODULE = "modeling_dwm.py"
+# Keys of config.json that are this project's.
+POOLING = "dwm_pooling"
+# Rows of the embedding that the weighting model has; one for padding may follow.
+VOCABULARY = "dwm_vocab_size"
+# Of the run, where they are known: tau of the weights, tokens of a sample.
+TEMPERATURE = "dwm_temperature"
+LENGTH = "dwm_seq_length"
+
+_MEAN_TYPE = "dwm_mean_"
+# model_type -> the stem of transformers' class names.
+_STEMS = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+_LABEL = "weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """What the config.json of a folder says about a score head.
+
+    Attributes:
+        config: The contents, with transformers' own model type.
+        labels: Number of labels; 0 for a model that is no sequence classifier.
+        pooling: `last` or `mean`.
+        vocab_size: Rows of the embedding that count.
+    """
+
+    config: dict[str, Any]
+    labels: int
+    pooling: str
+    vocab_size: int | None
+
+
+def classifier_config(
+    shape: ModelShape, pooling: str, dtype: str, vocab_size: int, pad_token_id: int | None
+) -> dict[str, Any]:
+    """Returns the contents of config.json.
+
+    Args:
+        shape: The model's shape, with the row for padding where there is one.
+        pooling: `last` or `mean`.
+        dtype: Name of the weights' dtype.
+        vocab_size: Rows of the embedding without that for padding.
+        pad_token_id: Id of padding; None: batches of one only.
+
+    Raises:
+        ConversionError: A pooling that is not known.
+    """
+    config = shape.to_hf_config(dtype)
+    stem = _STEMS[config["model_type"]]
+    config |= {
+        "architectures": [f"{stem}ForSequenceClassification"],
+        "tie_word_embeddings": False,
+        "use_cache": False,
+        "problem_type": "regression",
+        # Both spellings of "one label".
+        "num_labels": 1,
+        "id2label": {"0": _LABEL},
+        "label2id": {_LABEL: 0},
+        "pad_token_id": pad_token_id,
+        POOLING: pooling,
+        VOCABULARY: vocab_size,
+    }
+    if pooling == "mean":
+        module = MODULE.removesuffix(".py")
+        config |= {
+            "architectures": [f"MeanPooled{stem}ForSequenceClassification"],
+            "model_type": _MEAN_TYPE + config["model_type"],
+            "auto_map": {
+                "AutoConfig": f"{module}.MeanPooled{stem}Config",
+                "AutoModelForSequenceClassification": (
+                    f"{module}.MeanPooled{stem}ForSequenceClassification"
+                ),
+            },
+        }
+    elif pooling != "last":
+        raise ConversionError(f"the pooling is {pooling!r}; last and mean are known.")
+    return config
+
+
+def module_source(shape: ModelShape) -> str:
+    """Returns the text of the module that a mean-pooling model needs."""
+    model_type = shape.to_hf_config("float32")["model_type"]
+    return _MODULE.substitute(stem=_STEMS[model_type], model_type=_MEAN_TYPE + model_type)
+
+
+def read_classifier(folder: str | os.PathLike) -> Classifier:
+    """Reads what a folder says about a score head, without running any code that lies in it.
+
+    Args:
+        folder: A Hugging Face folder, of a language model or a classifier.
+
+    Raises:
+        ConversionError: config.json is missing or damaged, or its pooling is not known.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ConversionError(f"{path} is missing; give a folder that save_pretrained wrote.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("no JSON object")
+    except ValueError as error:
+        raise ConversionError(f"{path} is damaged: {error}") from error
+    config = stock_config(config)
+    architectures = config.get("architectures") or [""]
+    labels = 0
+    if str(architectures[0]).endswith("ForSequenceClassification"):
+        # transformers leaves out what is its default, two labels.
+        labels = len(config.get("id2label") or ()) or int(config.get("num_labels") or 2)
+    pooling = config.get(POOLING, "last")
+    if pooling not in ("last", "mean"):
+        raise ConversionError(f"{path}: {POOLING} is {pooling!r}; last and mean are known.")
+    return Classifier(config, labels, pooling, config.get(VOCABULARY))
+
+
+def stock_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the contents of a config.json with transformers' own model type and no module."""
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or not kind.startswith(_MEAN_TYPE):
+        return config
+    stock = {name: value for name, value in config.items() if name != "auto_map"}
+    return {**stock, "model_type": kind.removeprefix(_MEAN_TYPE)}
+
+
+_MODULE = Template(
+    '''"""Scores text with a data weighting model: the mean of its tokens' states, times a head.
+
+Needed because transformers' own classifier takes the state of the last token. Load with
+
+    pipeline("text-classification", model=FOLDER, trust_remote_code=True, function_to_apply="none")
+"""
+
+import torch
+from transformers import AutoModel, ${stem}Config, ${stem}ForSequenceClassification, ${stem}Model
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+
+
+class MeanPooled${stem}Config(${stem}Config):
+    """${stem}Config under a name of its own, so that it is not mistaken for last-token pooling."""
+
+    model_type = "${model_type}"
+
+
+class MeanPooled${stem}Model(${stem}Model):
+    """The backbone, as AutoModel finds it by the configuration."""
+
+    config_class = MeanPooled${stem}Config
+
+
+AutoModel.register(MeanPooled${stem}Config, MeanPooled${stem}Model, exist_ok=True)
+
+
+class MeanPooled${stem}ForSequenceClassification(${stem}ForSequenceClassification):
+    """One score for each text, from the mean over its tokens without padding."""
+
+    config_class = MeanPooled${stem}Config
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        labels=None,
+        return_dict=None,
+        **kwargs,
+    ):
+        """Returns `logits` `[b, 1]`; `labels` `[b]` or `[b, 1]` add the mean squared error.
+
+        Tokens whose `attention_mask` `[b, s]` is 0, or without it those with the id of padding, do
+        not count.
+        """
+        hidden = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **kwargs,
+        ).last_hidden_state.float()
+        if attention_mask is not None:
+            counts = attention_mask.bool()
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            counts = input_ids != self.config.pad_token_id
+        else:
+            counts = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        counts = counts.to(hidden.device).unsqueeze(-1)
+        pooled = hidden.masked_fill(~counts, 0).sum(dim=1) / counts.sum(dim=1).clamp(min=1)
+        logits = torch.nn.functional.linear(pooled, self.score.weight.float())
+        loss = None
+        if labels is not None:
+            loss = torch.nn.functional.mse_loss(logits.squeeze(-1), labels.float().reshape(-1))
+        output = SequenceClassifierOutputWithPast(loss=loss, logits=logits)
+        return output.to_tuple() if return_dict is False else output
+'''
+)

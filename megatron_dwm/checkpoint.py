@@ -1,10 +1,10 @@
 """The weighting model's state inside Megatron's own `torch_dist` checkpoint, and its snapshots.
 
 Everything lies under the key `dwm` of the trainer's state dict: tensors (`dwm.*`), the DWM's
-optimizer, the position in the meta data, the count of meta steps and the account of the overhead
-budget. The schedule is a function of the iteration, so its state is the iteration; what it was is
-kept to notice a change. The stock trainer can load such a checkpoint: it does not ask for the
-extra keys.
+optimizer, the position in the meta data, the counts of meta steps and of bad steps, and the account
+of the overhead budget. The schedule is a function of the iteration, so its state is the iteration;
+what it was is kept to notice a change. The stock trainer can load such a checkpoint: it does not
+ask for the extra keys.
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ def _sharded_state(
         "has_optimizer": with_optimizer,
         "meta_data": None if step.meta_data is None else step.meta_data.state_dict(),
         "overhead_budget": None if step.budget is None else step.budget.state_dict(),
+        "bad_steps": step.bad_steps.state_dict(),
     }
     if step.scorer is not None:
         metadata = {"dp_cp_group": step.groups.dp_cp, **(metadata or {})}
@@ -137,6 +138,9 @@ def load(step: DWMTrainStep, folder: str, with_optimizer: bool = True) -> str:
     account = found.get("overhead_budget")
     if step.budget is not None and account is not None:
         step.budget.load_state_dict(account)
+    # Missing in a checkpoint of an older version.
+    if found.get("bad_steps") is not None:
+        step.bad_steps.load_state_dict(found["bad_steps"])
     line = f"DWM: loaded from {folder} after {step.meta_steps_taken} meta steps"
     planned, plans = found.get("stages"), step.schedule.description()
     if planned is not None and planned != plans:
@@ -222,12 +226,21 @@ def find_snapshot(folder: str, stage: int | None = None) -> str:
     """Returns the snapshot of a stage below a folder, or the last one, or the folder itself."""
     if not os.path.isdir(folder):
         raise DWMError(f"--dwm-load {folder}: no such folder")
-    names = sorted(n for n in os.listdir(folder) if re.fullmatch(r"dwm_stage_\d+", n))
+    names = sorted(
+        n
+        for n in os.listdir(folder)
+        # Written last: one without it was being saved when its run was killed.
+        if re.fullmatch(r"dwm_stage_\d+", n) and _is_whole(os.path.join(folder, n))
+    )
     if names:
         wanted = snapshot_name(stage) if stage is not None else names[-1]
         return os.path.join(folder, wanted if wanted in names else names[-1])
-    if os.path.exists(os.path.join(folder, "metadata.json")):
+    if _is_whole(folder):
         return folder
     raise DWMError(
         f"--dwm-load {folder} holds neither dwm_stage_* snapshots nor a snapshot's metadata.json"
     )
+
+
+def _is_whole(folder: str) -> bool:
+    return os.path.exists(os.path.join(folder, "metadata.json"))

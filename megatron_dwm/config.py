@@ -128,6 +128,25 @@ class DWMConfig:
     adam_beta2: float = _option(0.99, "Adam beta2 of the DWM")
     clip_grad: float = _option(1.0, "clip the DWM's gradient to this global norm; 0: off")
     temperature: float = _option(1.0, "tau in w = N softmax(s / tau)")
+    min_effective_samples: float | None = _option(
+        None,
+        "floor on (sum w)^2 / (N sum w^2) of w = N softmax(s / tau), in (0, 1): in a batch below "
+        "it tau is raised until it holds; default: no floor",
+    )
+    uniform_mix: float = _option(
+        0.0, "share A of uniform weights, in [0, 1): w becomes (1 - A) w + A, never below A"
+    )
+    max_weight: float | None = _option(
+        None,
+        "cap on a sample's weight, above 1; what is cut off goes to the other samples in "
+        "proportion to their weights; default: no cap",
+    )
+    max_bad_steps: int = _option(
+        10,
+        "end the run after this many steps in a row in which a loss, a score, the meta-gradient "
+        "or the DWM was NaN or infinite; such a step leaves the DWM as it was, and with such "
+        "scores its weights are 1",
+    )
     sampling: str = _option(
         "stock",
         "stock: every document once an epoch, in Megatron's order; weights: documents are drawn by "
@@ -181,7 +200,7 @@ class DWMConfig:
         if not _INIT.fullmatch(self.init):
             found.append(f"{flag('init')} is '{self.init}'; allowed are random, llm:K and hf:DIR")
         positive = ("stages", "meta_interval", "num_layers", "hidden_size", "num_attention_heads")
-        for name in (*positive, "temperature", "head_lr"):
+        for name in (*positive, "temperature", "head_lr", "max_bad_steps"):
             if getattr(self, name) <= 0:
                 found.append(f"{flag(name)} is {getattr(self, name)}; it must be above 0")
         for name in ("warmup_steps", "backbone_lr", "weight_decay", "clip_grad", "seed"):
@@ -219,6 +238,7 @@ class DWMConfig:
                 "influence off the training pass, which finite_difference cannot do"
             )
         found += self._sampling_problems()
+        found += self._guard_problems()
         if self.schedule == "frozen" and self.policy != "uniform" and not self.load:
             found.append("--dwm-schedule frozen needs --dwm-load DIR, the weights to be used")
         return found
@@ -231,6 +251,25 @@ class DWMConfig:
                 found.append(
                     f"{flag(name)} is about drawn documents; add --dwm-sampling weights, or leave "
                     "it out"
+                )
+        return found
+
+    def _guard_problems(self) -> list[str]:
+        found = []
+        if not 0 <= self.uniform_mix < 1:
+            found.append(f"{flag('uniform_mix')} is {self.uniform_mix}; use [0, 1)")
+        if self.max_weight is not None and not self.max_weight > 1:
+            found.append(
+                f"{flag('max_weight')} is {self.max_weight}; it must be above 1, the mean weight"
+            )
+        floor = self.min_effective_samples
+        if floor is not None and not 0 < floor < 1:
+            found.append(f"{flag('min_effective_samples')} is {floor}; use (0, 1)")
+        for name in ("min_effective_samples", "uniform_mix", "max_weight"):
+            if getattr(self, name) != getattr(DWMConfig, name) and not self.scores:
+                found.append(
+                    f"{flag(name)} is about the DWM's weights, but --dwm-policy {self.policy} has "
+                    "none; leave it out"
                 )
         return found
 

@@ -13,6 +13,7 @@ Shapes: m micro-batches of b samples on this rank (n = m b), N samples in the gl
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
+from megatron_dwm.bad_steps import BadSteps, agreed
 from megatron_dwm.batches import StepBatches, tokens_of
 from megatron_dwm.budget import NoMeter, Overhead, OverheadBudget, StepMeter
 from megatron_dwm.config import DWMConfig
@@ -29,11 +31,14 @@ from megatron_dwm.influence import Influence, MetaGradient, StockStep
 from megatron_dwm.meta import collectives
 from megatron_dwm.passes import Passes, Trainee
 from megatron_dwm.schedule import Schedule, StepPlan
+from megatron_dwm.weighting.guarding import Guards
 from megatron_dwm.weighting.scorer import Scorer
 from megatron_dwm.weighting.weights import (
+    BatchWeights,
+    batch_weights,
     score_gradient,
     shuffled,
-    weights_from_scores,
+    uniform_where,
 )
 
 
@@ -44,7 +49,7 @@ class MetaResult:
     Attributes:
         loss: the meta loss per token.
         influence: `[N]`, in units of the LLM's learning rate.
-        grad_norm: of the DWM, before clipping.
+        grad_norm: of the DWM, before clipping; NaN where it was not stepped.
         updated: whether the DWM was stepped.
         seconds: what the step took beyond scoring: passes B to E.
         quality: what the estimator said of itself.
@@ -70,6 +75,9 @@ class StepRecord:
         meta: the meta step's results, if one was taken.
         lm_loss: what the trainer reports.
         overhead: the DWM's share of the time, where it has a budget.
+        batch: what the guards of the weights did, on last-stage ranks, where samples were scored.
+        causes: what was NaN or infinite, see `bad_steps`; the same on every rank.
+        bad_steps: the run's bad steps by cause, this one among them.
     """
 
     iteration: int
@@ -79,6 +87,9 @@ class StepRecord:
     meta: MetaResult | None
     lm_loss: float | None
     overhead: Overhead | None = None
+    batch: BatchWeights | None = None
+    causes: list[str] = field(default_factory=list)
+    bad_steps: dict[str, int] = field(default_factory=dict)
 
 
 class DWMTrainStep:
@@ -110,6 +121,7 @@ class DWMTrainStep:
         self.description = description or config.shape()
         self.meta_gradient = MetaGradient(config, passes)
         self.budget = OverheadBudget.from_config(config)
+        self.guards, self.bad_steps = Guards.from_config(config), BadSteps(config.max_bad_steps)
         self.meta_steps_taken = 0
         self.warm_started = warm_start is None
 
@@ -141,67 +153,103 @@ class DWMTrainStep:
         stock_step = meter.own(stock_step)
 
         # A: scores [N] and weights [N] of the global batch
-        scores = weights = None
-        if plan.weighted:
-            scores, weights = self.score(batches, iteration)
-        elif self.sees_losses:
+        batch = self.weigh(batches, iteration) if plan.weighted else None
+        weights = None if batch is None else batch.weights
+        if not plan.weighted and self.sees_losses:
             weights = self._ones(num_microbatches)
 
         # B: the trainer's own step, weighted; on meta steps C and D: each sample's influence
-        meta = None
+        meta: MetaResult | None = None
+        influence: Influence | None = None
+        causes: list[str] = []
+        start = time.perf_counter()
         if plan.meta_step:
-            start = time.perf_counter()
             result, influence = self.meta_gradient.step(stock_step, trainee, batches, weights)
-            # E: one step of the DWM
-            if influence is not None:
-                meta = self._update(batches, influence, scores)
-                meta.seconds = time.perf_counter() - start
         else:
             result, _ = self.meta_gradient.weighted_step(stock_step, batches, weights)
+        loss = _first_loss(result[0])
+
+        # E: one step of the DWM, unless something is NaN or infinite
+        if influence is not None:
+            meta, causes = self._update(batches, influence, batch, loss)
+            meta.seconds = time.perf_counter() - start
+        elif plan.weighted:
+            causes = agreed({"scores": batch is not None and batch.bad}, self.shape.device)
+        if "scores" in causes:
+            causes += agreed({"parameters": self.scorer.bad_parameters()}, self.shape.device)
+        tried = meta is not None and (meta.updated or bool(causes))
+        self.bad_steps.note(causes, plan.weighted, tried)
 
         domains = self._domains(batches) if self.sees_losses else None
-        loss, overhead = _first_loss(result[0]), meter.finish(meta is not None)
+        overhead = meter.finish(meta is not None)
         record = StepRecord(iteration + 1, plan, weights, domains, meta, loss, overhead)
+        record.batch, record.causes = batch, causes
+        record.bad_steps = self.bad_steps.summary()
         return result, record
 
     def score(
         self, batches: StepBatches, iteration: int
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Pass A: scores and weights `[N]` of the global batch, None on ranks without losses."""
+        batch = self.weigh(batches, iteration)
+        return (None, None) if batch is None else (batch.scores, batch.weights)
+
+    def weigh(self, batches: StepBatches, iteration: int) -> BatchWeights | None:
+        """Pass A: the weights of the global batch, None on ranks that see no losses.
+
+        Bad scores give weights of 1, on every last-stage rank alike.
+        """
         assert self.scorer is not None
         local = self.scorer.scores(tokens_of(batches.first()), get_num_microbatches())
         if not self.sees_losses:
-            return None, None
+            return None
         scores = collectives.gather_samples(local, self.groups.dp)
-        weights = weights_from_scores(scores, self.config.temperature)
+        batch = batch_weights(scores, self.config.temperature, self.guards)
+        if self.groups.tp.size() > 1:
+            # Data-parallel peers have seen all scores; a tensor-parallel peer has its own.
+            batch.bad = collectives.largest(batch.bad.int(), self.groups.tp).bool()
+            batch.weights = uniform_where(batch.bad, batch.weights)
         if self.config.policy == "shuffled":
-            weights = shuffled(weights, self.config.seed, iteration)
-        return scores, weights
+            batch.weights = shuffled(batch.weights, self.config.seed, iteration)
+        return batch
 
     def _update(
-        self, batches: StepBatches, influence: Influence, scores: torch.Tensor | None
-    ) -> MetaResult:
-        """Pass E: the DWM's own step."""
+        self,
+        batches: StepBatches,
+        influence: Influence,
+        batch: BatchWeights | None,
+        loss: float | None,
+    ) -> tuple[MetaResult, list[str]]:
+        """Pass E: the DWM's own step, and what was NaN or infinite and kept it from being taken."""
         assert self.scorer is not None
         self.meta_steps_taken += 1
+        lr = torch.tensor(influence.lr, dtype=torch.float64, device=self.shape.device)
+        # A rank may hold none of the optimizer's groups.
+        lr = collectives.largest(lr, torch.distributed.group.WORLD).item()
         # In units of the learning rate, so that the DWM's gradient does not follow its decay.
-        values = influence.values / max(influence.lr, 1e-30)
-        result = MetaResult(influence.meta_loss, values, 0.0, False, 0.0, influence.quality)
-        # Whether the DWM may step on this influence, on every rank alike.
-        # (At a learning rate of 0, as at the start of a warm-up, there is no influence.)
-        finite = (torch.isfinite(values).all() & (influence.lr > 0.0)).float().view(1)
-        if not collectives.broadcast_from_last_stage(finite, self.groups.pp).item():
-            return result
+        values = influence.values / max(lr, 1e-30)
+        result = MetaResult(influence.meta_loss, values, math.nan, False, 0.0, influence.quality)
+        finite = torch.isfinite(influence.values).all()
+        causes = agreed(
+            {
+                "loss": loss is not None and not math.isfinite(loss),
+                "scores": batch is not None and batch.bad,
+                "meta_gradient": ~finite | (not math.isfinite(influence.meta_loss)),
+            },
+            self.shape.device,
+        )
+        # At a learning rate of 0, as at the start of a warm-up, there is no influence.
+        if causes or lr <= 0.0:
+            return result, causes
         num_microbatches = get_num_microbatches()
         local = torch.zeros(num_microbatches * self.shape.micro_batch_size)
         local = local.to(self.shape.device)
-        if scores is not None:
-            gradient = score_gradient(scores, values, self.config.temperature)
+        if batch is not None:
+            gradient = score_gradient(batch.scores, values, self.config.temperature, self.guards)
             local = self.passes.local_part(gradient)
-        result.updated, result.grad_norm = self.scorer.update(
-            tokens_of(batches.first()), num_microbatches, local
-        )
-        return result
+        update = self.scorer.update(tokens_of(batches.first()), num_microbatches, local)
+        result.updated, result.grad_norm = update.updated, update.grad_norm
+        return result, update.causes
 
     def _uniform_step(
         self,

@@ -46,6 +46,7 @@ class WeightLog:
     ) -> None:
         self.domains, self.writer, self.log_interval = domains, writer, log_interval
         self.samples, self.printer, self.writes = samples, printer, writes
+        self.notices = Notices()
         self.file = None
         if folder is not None and writes:
             os.makedirs(folder, exist_ok=True)
@@ -74,6 +75,8 @@ class WeightLog:
         warning = finite_difference.warning(record.meta.quality) if record.meta else None
         if warning is not None:
             self.printer(warning)
+        for notice in self.notices.of(line):
+            self.printer(notice)
         if record.overhead is not None and record.overhead.notice is not None:
             self.printer(record.overhead.notice)
         if self.writer is not None:
@@ -82,6 +85,57 @@ class WeightLog:
                     self.writer.add_scalar(f"dwm/{name}", value, record.iteration)
             for name, value in line["domain_weight"].items():
                 self.writer.add_scalar(f"dwm/domain_weight/{name}", value, record.iteration)
+
+
+class Notices:
+    """Says when a guard acted or a step was bad: at first, then each time the count has ten-folded.
+
+    Counts of guards are those of this process; those of bad steps are the run's.
+    """
+
+    def __init__(self) -> None:
+        self.floor = self.cap = 0
+
+    def of(self, line: dict[str, Any]) -> list[str]:
+        """Returns what is to be printed after a step.
+
+        Args:
+            line: the step's line of the log.
+        """
+        found = []
+        at = f"DWM: iteration {line['iteration']}: "
+        if "guard_temperature" in line:
+            self.floor += 1
+            if _is_power_of_ten(self.floor):
+                found.append(
+                    f"{at}--dwm-min-effective-samples raised the temperature to "
+                    f"{line['guard_temperature']:.4g}; {_times(self.floor)} so far"
+                )
+        if "guard_capped" in line:
+            self.cap += 1
+            if _is_power_of_ten(self.cap):
+                found.append(
+                    f"{at}--dwm-max-weight cut the weights of {line['guard_capped']} samples; "
+                    f"{_times(self.cap)} so far"
+                )
+        causes = line.get("bad_step", [])
+        worth = [cause for cause in causes if _is_power_of_ten(line["bad_steps"][cause])]
+        if worth:
+            weights = ", and every weight was 1" if "scores" in causes else ""
+            counts = ", ".join(f"{cause} {n}" for cause, n in line["bad_steps"].items())
+            found.append(
+                f"{at}NaN or infinite: {', '.join(causes)}; the weighting model stays as it was"
+                f"{weights} (bad steps so far: {counts})"
+            )
+        return found
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
+def _is_power_of_ten(count: int) -> bool:
+    return str(count).strip("0") == "1"
 
 
 def describe(record: StepRecord, domains: list[str], samples: bool = False) -> dict[str, Any]:
@@ -122,6 +176,11 @@ def describe(record: StepRecord, domains: list[str], samples: bool = False) -> d
             meta_seconds=round(record.meta.seconds, 4),
         )
         line.update({name: _finite(value) for name, value in record.meta.quality.items()})
+    line.update(_guards(record))
+    if record.causes:
+        line["bad_step"] = record.causes
+    if record.bad_steps:
+        line["bad_steps"] = record.bad_steps
     if record.overhead is not None:
         line["dwm_time_share"] = round(record.overhead.time_share, 6)
         line["overhead_budget"] = record.overhead.budget
@@ -134,6 +193,18 @@ def describe(record: StepRecord, domains: list[str], samples: bool = False) -> d
         if record.meta is not None:
             line["influence"] = [_finite(c) for c in record.meta.influence.tolist()]
     return line
+
+
+def _guards(record: StepRecord) -> dict[str, Any]:
+    """Returns what the guards of the weights did, where they acted."""
+    batch, found = record.batch, {}
+    if batch is None or "scores" in record.causes:
+        return {}
+    if batch.raised is not None and batch.raised.item() > batch.temperature:
+        found["guard_temperature"] = _finite(batch.raised.item())
+    if batch.capped is not None and batch.capped.item():
+        found["guard_capped"] = int(batch.capped.item())
+    return found
 
 
 def console_line(line: dict[str, Any]) -> str:
@@ -150,6 +221,12 @@ def console_line(line: dict[str, Any]) -> str:
         parts.insert(3, f"meta-gradient norm: {_number(line['meta_gradient_norm'], '.3E')}")
         if not line["dwm_updated"]:
             parts.insert(4, "DWM update skipped")
+    if "guard_temperature" in line:
+        parts.append(f"temperature raised to: {line['guard_temperature']:.4g}")
+    if "guard_capped" in line:
+        parts.append(f"weights capped: {line['guard_capped']}")
+    if "bad_steps" in line:
+        parts.append("bad steps: " + ", ".join(f"{k} {n}" for k, n in line["bad_steps"].items()))
     if "dwm_time_share" in line:
         parts.append(f"DWM time: {line['dwm_time_share']:.2%} of {line['overhead_budget']:.2%}")
     if "meta_put_off" in line:

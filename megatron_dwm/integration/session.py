@@ -20,8 +20,10 @@ from megatron_dwm.config import DWMConfig, flag
 from megatron_dwm.errors import DWMError
 from megatron_dwm.integration.build import build_train_step, resolve_shapes
 from megatron_dwm.integration.checks import check_arguments, check_data, training_prefixes
+from megatron_dwm.integration.load_check import check_checkpoint
 from megatron_dwm.integration.sampling import Sampling
 from megatron_dwm.integration.verification import Verifier, log_fields
+from megatron_dwm.integration.whole_checkpoints import forget_unfinished, mend_tracker
 from megatron_dwm.passes import Trainee
 from megatron_dwm.train_step import DWMTrainStep, StepRecord
 
@@ -52,6 +54,8 @@ class Session:
         check_arguments(config, run)
         if not run.mock_data:
             _on_first_rank(partial(check_data, config, run))
+        _on_first_rank(partial(check_checkpoint, run))
+        _on_first_rank(partial(_mend, run))
         config = resolve_shapes(config, run)
         model, optimizer, scheduler = stock(*args, **kwargs)
         if optimizer is None:
@@ -107,6 +111,9 @@ class Session:
         trainee, found = self.verifier(stock_step, trainee, opt_param_scheduler, done)
         result, record = self.step(stock_step, trainee, done)
         self.log.write(record, log_fields(found))
+        problem = self.step.bad_steps.problem(record.iteration)
+        if problem is not None:
+            raise DWMError(problem)
         self._snapshot(record)
         return result
 
@@ -123,6 +130,8 @@ class Session:
         run = get_args()
         if self.step is not None and not loading and run.ckpt_format == "torch_dist":
             metadata = (kwargs.get("model_sd_kwargs") or {}).get("metadata")
+            if run.rank == 0:
+                forget_unfinished(run, kwargs.get("iteration"))
             pending = self.verifier is not None and self.verifier.pending
             state[checkpoint.KEY] = checkpoint.state_for_saving(
                 self.step,
@@ -248,6 +257,12 @@ def _check_no_flags(config: DWMConfig) -> None:
     ]
     if given:
         raise DWMError(f"{', '.join(given)} given without --dwm; add --dwm, or remove them")
+
+
+def _mend(run: Any) -> None:
+    done = mend_tracker(run)
+    if done is not None:
+        print_rank_0(done)
 
 
 def _on_first_rank(check: Callable[[], None]) -> None:

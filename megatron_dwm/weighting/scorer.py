@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +19,9 @@ from megatron.core.optimizer import (
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
+from torch.nn.utils import get_total_norm
 
+from megatron_dwm.bad_steps import agreed
 from megatron_dwm.config import DWMConfig
 from megatron_dwm.meta.collectives import broadcast_from_first_tensor_rank
 from megatron_dwm.weighting.model import DataWeightingModel
@@ -26,6 +30,21 @@ from megatron_dwm.weighting.model import DataWeightingModel
 # These constants tell head and backbone apart whatever the learning rates are, so that those can be
 # changed on resume.
 _HEAD_MARK, _BACKBONE_MARK = 2.0, 1.0
+
+
+@dataclass
+class Update:
+    """What came of a step of the DWM's optimizer.
+
+    Attributes:
+        updated: whether it was taken.
+        grad_norm: before clipping; NaN where it was not taken.
+        causes: what was NaN or infinite: `gradient`, `parameters`.
+    """
+
+    updated: bool
+    grad_norm: float
+    causes: list[str] = field(default_factory=list)
 
 
 class Scorer:
@@ -111,12 +130,15 @@ class Scorer:
         tokens: list[torch.Tensor] | None,
         num_microbatches: int,
         score_gradient: torch.Tensor,
-    ) -> tuple[bool, float]:
+    ) -> Update:
         """Takes one step of the DWM's optimizer along `-dL_meta/ds`.
 
         The surrogate loss `sum_i dL/ds_i * s_i` has the wanted gradient. The schedule divides it
         by the micro-batches and DDP by the data-parallel size, which is undone here, as every
         sample's term counts once in the meta loss.
+
+        A gradient or a parameter that is NaN or infinite on any rank leaves the DWM, the
+        optimizer's moments among it, as it was, on every rank alike.
 
         Args:
             tokens: as for `scores`.
@@ -124,7 +146,7 @@ class Scorer:
             score_gradient: `[m * b]` of this rank's samples, on last-stage ranks.
 
         Returns:
-            Whether the step was taken, and the gradient norm before clipping.
+            What came of it, the same on every rank.
         """
         batches = num_microbatches // self._together(num_microbatches)
         scale = batches * self.groups.dp_cp.size()
@@ -136,8 +158,26 @@ class Scorer:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         self._run(tokens, num_microbatches, loss_func, forward_only=False)
+        found = {"gradient": self._bad_gradient(), "parameters": self.bad_parameters()}
+        causes = agreed(found, self.device)
+        if causes:
+            self.ddp.zero_grad_buffer()
+            return Update(False, math.nan, causes)
         successful, grad_norm, _ = self.optimizer.step()
-        return bool(successful), float(grad_norm or 0.0)
+        return Update(bool(successful), float(grad_norm or 0.0))
+
+    def bad_parameters(self) -> torch.Tensor:
+        """Returns, as a scalar bool tensor, whether a parameter of this rank is not finite."""
+        largest = get_total_norm(list(self.module.parameters()), norm_type=math.inf)
+        return ~torch.isfinite(largest)
+
+    def _bad_gradient(self) -> torch.Tensor:
+        """Returns whether this rank's gradient, or the sum of its squares, is not finite.
+
+        The sum, as Adam's second moment would never recover from it.
+        """
+        buffers = [b.grad_data for b in [*self.ddp.buffers, *self.ddp.expert_parallel_buffers]]
+        return ~torch.isfinite(get_total_norm(buffers))
 
     def _run(
         self,

@@ -50,6 +50,13 @@ BAD_VALUES = [
     ("verify_correlation", 1.0),
     ("verify_correlation", -0.1),
     ("sampling", "random"),
+    ("min_effective_samples", 0.0),
+    ("min_effective_samples", 1.0),
+    ("uniform_mix", -0.1),
+    ("uniform_mix", 1.0),
+    ("max_weight", 1.0),
+    ("max_weight", -2.0),
+    ("max_bad_steps", 0),
 ]
 
 # Another legal value for every field, so that a round trip shows each one.
@@ -86,6 +93,10 @@ OTHER_VALUES = {
     "adam_beta2": 0.875,
     "clip_grad": 0.0,
     "temperature": 2.5,
+    "min_effective_samples": 0.25,
+    "uniform_mix": 0.125,
+    "max_weight": 4.0,
+    "max_bad_steps": 3,
     "sampling": "weights",
     "sampling_draws": "independent",
     "sampling_max_repeats": 3,

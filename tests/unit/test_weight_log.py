@@ -20,6 +20,7 @@ from megatron_dwm.analysis.weight_log import (  # noqa: E402
 from megatron_dwm.budget import Overhead  # noqa: E402
 from megatron_dwm.schedule import StepPlan  # noqa: E402
 from megatron_dwm.train_step import MetaResult, StepRecord  # noqa: E402
+from megatron_dwm.weighting.weights import BatchWeights  # noqa: E402
 
 WEIGHTS = torch.tensor([2.0, 0.5, 1.0, 0.5])
 DOMAINS = torch.tensor([0, 1, 0, -1])
@@ -273,3 +274,53 @@ class TestResume:
     def test_resuming_without_an_old_log_is_fine(self, tmp_path):
         """`--load` may name another folder than `--save`."""
         assert Log(tmp_path, first_iteration=100).write(101).iterations() == [101]
+
+
+class TestGuardsAndBadSteps:
+    @staticmethod
+    def guarded(iteration=7, raised=2.5, capped=3.0, causes=(), counts=None, **kw):
+        found = record(iteration, **kw)
+        found.batch = BatchWeights(
+            WEIGHTS, WEIGHTS, torch.tensor(False), 1.0, torch.tensor(raised), torch.tensor(capped)
+        )
+        found.causes, found.bad_steps = list(causes), counts or {}
+        return found
+
+    def test_fields_are_there_only_when_a_guard_acted(self):
+        line = describe(self.guarded(), NAMES)
+        assert line["guard_temperature"] == 2.5 and line["guard_capped"] == 3
+        line = describe(self.guarded(raised=1.0, capped=0.0), NAMES)
+        assert not [name for name in line if "guard" in name or "bad" in name]
+
+    def test_bad_scores_say_nothing_of_guards(self):
+        bad = self.guarded(raised=NAN, causes=["scores"], counts={"scores": 1})
+        line = describe(bad, NAMES)
+        assert line["bad_step"] == ["scores"] and line["bad_steps"] == {"scores": 1}
+        assert not [name for name in line if "guard" in name]
+        assert "bad steps: scores 1" in console_line(line)
+
+    def test_console_line_has_them(self):
+        text = console_line(describe(self.guarded(), NAMES))
+        assert "temperature raised to: 2.5" in text and "weights capped: 3" in text
+
+    def test_a_guard_is_announced_at_first_and_then_rarely_with_its_count(self, tmp_path):
+        log = Log(tmp_path, log_interval=1000)
+        for iteration in range(1, 121):
+            log.log.write(self.guarded(iteration, raised=2.5 if iteration > 5 else 1.0))
+        floor = [line for line in log.printed if "--dwm-min-effective-samples" in line]
+        assert [line.split(";")[1] for line in floor] == [
+            " once so far", " 10 times so far", " 100 times so far"
+        ]  # fmt: skip
+        assert floor[0].startswith("DWM: iteration 6: ")
+        cap = [line for line in log.printed if "--dwm-max-weight" in line]
+        assert [int(line.split()[2][:-1]) for line in cap] == [1, 10, 100]
+
+    def test_a_bad_step_is_announced_by_cause(self, tmp_path):
+        log = Log(tmp_path, log_interval=1000)
+        for n in range(1, 12):
+            counts = {"scores": n} if n < 11 else {"scores": n, "gradient": 1}
+            log.log.write(self.guarded(n, causes=list(counts)[-1:], counts=counts))
+        bad = [line for line in log.printed if "NaN or infinite" in line]
+        assert [int(line.split()[2][:-1]) for line in bad] == [1, 10, 11]
+        assert "and every weight was 1" in bad[0] and "every weight" not in bad[2]
+        assert bad[2].endswith("(bad steps so far: scores 11, gradient 1)")

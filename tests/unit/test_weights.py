@@ -5,13 +5,16 @@ import math
 import pytest
 import torch
 
-from megatron_dwm.errors import DWMError
+from megatron_dwm.weighting.guarding import Guards
 from megatron_dwm.weighting.weights import (
+    batch_weights,
     score_gradient,
     shuffled,
     weight_statistics,
     weights_from_scores,
 )
+
+ALL_GUARDS = Guards(min_effective_samples=0.6, uniform_mix=0.1, max_weight=2.0)
 
 
 def random_scores(count: int, seed: int = 0) -> torch.Tensor:
@@ -45,13 +48,30 @@ class TestWeightsFromScores:
     def test_bfloat16_scores_give_float32_weights(self):
         assert weights_from_scores(random_scores(8).bfloat16(), 1.0).dtype == torch.float32
 
+
+class TestBatchWeights:
+    @pytest.mark.parametrize("guards", [Guards(), ALL_GUARDS])
     @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-    def test_a_score_that_is_not_finite_is_refused_on_the_rank_that_sees_it(self, bad):
+    def test_bad_scores_give_uniform_weights_and_are_marked(self, bad, guards):
+        """-inf too, of which softmax alone would make a weight of 0 and never say so."""
         scores = random_scores(8)
+        assert not batch_weights(scores, 1.0, guards).bad
         scores[5] = bad
-        with pytest.raises(DWMError, match="--dwm-backbone-lr") as caught:
-            weights_from_scores(scores, 1.0)
-        assert caught.value.this_rank_only
+        found = batch_weights(scores, 1.0, guards)
+        assert found.bad and torch.equal(found.weights, torch.ones(8))
+
+    def test_finite_scores_whose_weights_are_not_are_bad(self):
+        """A score over a small temperature leaves the range of float32."""
+        scores = torch.tensor([3e38, -3e38])
+        assert not torch.isfinite(weights_from_scores(scores, 0.1)).all()
+        found = batch_weights(scores, 0.1)
+        assert found.bad and torch.equal(found.weights, torch.ones(2))
+
+    def test_good_scores_give_the_weights_bit_for_bit(self):
+        scores = random_scores(64)
+        found = batch_weights(scores, 0.7)
+        assert torch.equal(found.weights, weights_from_scores(scores, 0.7)) and not found.bad
+        assert torch.equal(found.scores, scores)
 
 
 class TestScoreGradient:

@@ -13,12 +13,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_dwm.conversion import ConversionError  # noqa: E402
-from tools.convert import export, export_dwm, import_, inspect_  # noqa: E402
+from tools.convert import export, export_dwm, import_, inspect_, verify  # noqa: E402
 
 # Each has `add_parser(commands)`: it registers its sub-parser, with `set_defaults(run=function)`.
 # The function takes the sub-parser's options as keyword arguments and returns the exit status
 # (None stands for 0).
-SUBCOMMANDS = (export, import_, export_dwm, inspect_)
+SUBCOMMANDS = (export, import_, verify, inspect_, export_dwm)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,0 +1,162 @@
+"""Builds the language model of a checkpoint in this one process, from the checkpoint's own args."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, mpu
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.arguments import parse_args
+from megatron.training.models.gpt import GPTModelBuilder
+
+from megatron_dwm import host
+from megatron_dwm.conversion.checkpoint import TorchDistCheckpoint
+from megatron_dwm.conversion.errors import ConversionError
+from megatron_dwm.errors import in_short
+from megatron_dwm.scoring.run import start_ranks
+
+# One process, and the arithmetic of float32 whatever the run had.
+_HERE: dict[str, Any] = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "pipeline_model_parallel_layout": None,
+    "decoder_first_pipeline_num_layers": None,
+    "decoder_last_pipeline_num_layers": None,
+    "account_for_embedding_in_pipeline_split": False,
+    "account_for_loss_in_pipeline_split": False,
+    "context_parallel_size": 1,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": 1,
+    "sequence_parallel": False,
+    "tp_comm_overlap": False,
+    "overlap_p2p_comm": False,
+    "overlap_moe_expert_parallel_comm": False,
+    "bf16": False,
+    "fp16": False,
+    "fp8": None,
+    "fp4": None,
+    "fp8_param_gather": False,
+    "fp4_param_gather": False,
+    "params_dtype": torch.float32,
+    "recompute_granularity": None,
+    "recompute_method": None,
+    "recompute_num_layers": None,
+    "recompute_modules": None,
+    "cpu_offloading": False,
+    "cpu_offloading_num_layers": 0,
+    "cuda_graph_impl": "none",
+    "fp16_lm_cross_entropy": False,
+    "perform_initialization": False,
+    "spec": None,
+}
+# How this machine computes: its own defaults, not the run's.
+_MACHINE = (
+    "transformer_impl",
+    "attention_backend",
+    "gradient_accumulation_fusion",
+    "masked_softmax_fusion",
+    "bias_gelu_fusion",
+    "bias_swiglu_fusion",
+    "bias_dropout_fusion",
+    "no_persist_layer_norm",
+    "apply_rope_fusion",
+    "cross_entropy_loss_fusion",
+    "use_cpu_initialization",
+    "distributed_backend",
+    "yaml_cfg",
+    "config_logger_dir",
+    "te_precision_config_file",
+    "rank",
+    "world_size",
+)
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def load_language_model(folder: str | os.PathLike) -> tuple[Any, argparse.Namespace]:
+    """Loads a `torch_dist` checkpoint's language model, in float32, on this process's device.
+
+    Call `host.install()` before importing this module. Joins a process group of one.
+
+    Args:
+        folder: The checkpoint, `.../iter_0000100` or `release`.
+
+    Returns:
+        The `GPTModel` in evaluation mode, and the checkpoint's arguments.
+
+    Raises:
+        ConversionError: The checkpoint is damaged, or Megatron cannot build or load its model.
+    """
+    saved = TorchDistCheckpoint(folder).args
+    args = _here(saved)
+    if not torch.distributed.is_initialized():
+        start_ranks()
+    if mpu.model_parallel_is_initialized():
+        mpu.destroy_model_parallel()
+    mpu.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    try:
+        config = gpt_config_from_args(args)
+        model = GPTModelBuilder(config).build_model(groups, pre_process=True, post_process=True)
+        model = model.to(device=host.device(), dtype=torch.float32).eval()
+    except Exception as error:  # whatever Megatron makes of arguments that it cannot build
+        raise ConversionError(
+            f"{folder}: Megatron cannot build the model that its arguments describe in one process "
+            f"({in_short(error)})"
+        ) from error
+    try:
+        metadata = dist_checkpointing.load_content_metadata(str(folder)) or {}
+        wanted = model.sharded_state_dict(metadata={**metadata, "dp_cp_group": groups.dp_cp})
+        model.load_state_dict(dist_checkpointing.load({"model": wanted}, str(folder))["model"])
+    except Exception as error:  # whatever a damaged or foreign checkpoint makes of it
+        raise ConversionError(
+            f"{folder}: its language model cannot be loaded ({in_short(error)}); "
+            "`python tools/convert inspect --deep` says whether the checkpoint is whole"
+        ) from error
+    return model, saved
+
+
+def _here(saved: argparse.Namespace) -> argparse.Namespace:
+    """Returns the checkpoint's arguments for one process on this machine."""
+    given, sys.argv = sys.argv, ["verify", *host.default_flags()]
+    try:
+        args = parse_args()
+    finally:
+        sys.argv = given
+    for name, value in vars(saved).items():
+        if name not in _MACHINE and _is_plain(value):
+            setattr(args, name, value)
+    for name, value in _HERE.items():
+        setattr(args, name, value)
+    if host.is_cpu():
+        args.moe_grouped_gemm = False
+    return args
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(item) for item in value)
+    return isinstance(value, _PLAIN)
+
+
+@torch.no_grad()
+def logits_of(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Runs the model on whole sequences.
+
+    Args:
+        model: What `load_language_model` returned.
+        tokens: `[b, s]` int64.
+
+    Returns:
+        `[b, s, V]` float32 on the CPU, V padded.
+    """
+    tokens = tokens.to(host.device())
+    positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+    return model(tokens, positions, None).float().cpu()

@@ -7,7 +7,7 @@ PYTEST_SHARE ?= -n 2 --dist loadscope
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-gpu lint clean
+.PHONY: help setup demo test test-unit test-gpu test-faults lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
@@ -34,6 +34,12 @@ test-gpu: setup ## run the GPU tests; without a GPU say so and succeed
 	else \
 		echo 'test-gpu: skipped, no GPU was found'; \
 	fi
+
+# Another seed: make test-faults FAULTS=500 FAULT_SEED=7
+FAULTS ?= 200
+FAULT_SEED ?= 20250711
+test-faults: setup ## kill a real run at 200 random instants and compare (FAULTS=n, FAULT_SEED=n)
+	FAULTS=$(FAULTS) FAULT_SEED=$(FAULT_SEED) $(PYTEST) -s $(PYTEST_ARGS) tests/functional/test_faults.py
 
 lint: setup ## check style, spelling and types
 	$(PYTHON_VENV) -m ruff check .

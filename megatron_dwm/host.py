@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_dwm.host_data import keep_generator_from_data_loaders
 from megatron_dwm.host_optimizer import mend_distributed_optimizer
 
 # Flags that the local (no Transformer Engine) layer spec needs on the CPU.
@@ -107,6 +108,7 @@ def install() -> bool:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     _replace_cuda_module()
     _replace_rng()
+    keep_generator_from_data_loaders()
     _replace_distributed()
     _ON_IMPORT.patch_on_import(
         "megatron.core.optimizer.distrib_optimizer", mend_distributed_optimizer

@@ -20,10 +20,10 @@ from megatron_dwm.config import DWMConfig, flag
 from megatron_dwm.errors import DWMError
 from megatron_dwm.integration.build import build_train_step, resolve_shapes
 from megatron_dwm.integration.checks import check_arguments, check_data, training_prefixes
+from megatron_dwm.integration.cut_short import forget_unfinished, mend_tracker
 from megatron_dwm.integration.load_check import check_checkpoint
 from megatron_dwm.integration.sampling import Sampling
 from megatron_dwm.integration.verification import Verifier, log_fields
-from megatron_dwm.integration.whole_checkpoints import forget_unfinished, mend_tracker
 from megatron_dwm.passes import Trainee
 from megatron_dwm.train_step import DWMTrainStep, StepRecord
 
@@ -54,8 +54,8 @@ class Session:
         check_arguments(config, run)
         if not run.mock_data:
             _on_first_rank(partial(check_data, config, run))
+        _on_first_rank(partial(mend_tracker, run, print_rank_0))
         _on_first_rank(partial(check_checkpoint, run))
-        _on_first_rank(partial(_mend, run))
         config = resolve_shapes(config, run)
         model, optimizer, scheduler = stock(*args, **kwargs)
         if optimizer is None:
@@ -257,12 +257,6 @@ def _check_no_flags(config: DWMConfig) -> None:
     ]
     if given:
         raise DWMError(f"{', '.join(given)} given without --dwm; add --dwm, or remove them")
-
-
-def _mend(run: Any) -> None:
-    done = mend_tracker(run)
-    if done is not None:
-        print_rank_0(done)
 
 
 def _on_first_rank(check: Callable[[], None]) -> None:

@@ -57,6 +57,8 @@ _MARKER_VALUES = {
 # A tensor is stored as a zip file of its own: records, their directory, alignment.
 _LARGEST_ENVELOPE = 8192
 _SHOWN = 4
+# The attribute of a folder in a zip file (of MS-DOS).
+_FOLDER = 0x10
 # Objects that the index becomes take more than its bytes.
 _BYTES_OF_INDEX = 64
 
@@ -373,9 +375,17 @@ def _broken_record(data: bytes) -> str | None:
     """Returns what is wrong with what `torch.save` wrote, a zip file; None: every CRC-32 fits."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as file:
-            bad = file.testzip()
+            return _bad_record(file)
     except Exception as error:  # whatever a damaged file makes of its reader
         return _short(error)
+
+
+def _bad_record(file: zipfile.ZipFile) -> str | None:
+    for info in file.infolist():
+        # Torch takes such a record for a folder, and what lies in memory for its contents.
+        if info.is_dir() or info.external_attr & _FOLDER:
+            return f"its record {info.filename} is marked as a folder"
+    bad = file.testzip()
     return None if bad is None else f"CRC-32 of its record {bad} is wrong"
 
 
@@ -383,12 +393,12 @@ def _zip_problems(path: Path, deep: bool) -> list[str]:
     name = f"{path.parent.name}/{path.name}"
     try:
         with zipfile.ZipFile(path) as file:
-            bad = file.testzip() if deep else None
+            bad = _bad_record(file) if deep else None
     except OSError:
         raise
     except Exception as error:  # whatever a damaged file makes of its reader
         return [f"{name} is damaged ({_short(error)})"]
-    return [] if bad is None else [f"{name} is damaged: CRC-32 of its record {bad} is wrong"]
+    return [] if bad is None else [f"{name} is damaged ({bad})"]
 
 
 def _few(lines: Iterator[str]) -> Iterator[str]:

@@ -94,6 +94,7 @@ def load_language_model(folder: str | os.PathLike) -> tuple[Any, argparse.Namesp
         ConversionError: The checkpoint is damaged, or Megatron cannot build or load its model.
     """
     saved = TorchDistCheckpoint(folder).args
+    assert saved is not None, "the checkpoint was opened, so it has arguments"
     args = _here(saved)
     if not torch.distributed.is_initialized():
         start_ranks()

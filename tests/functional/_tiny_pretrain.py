@@ -1,12 +1,14 @@
 """Trains a tiny GPT with Megatron's stock trainer and keeps the logits of a fixed batch.
 
     torchrun ... _tiny_pretrain.py OUT.pt <Megatron's flags>
+    LOGITS=OUT.pt torchrun ... _tiny_pretrain.py <Megatron's flags>
 
 After the last iteration the model reads `probe_tokens`, and tokens `[b, s]` and logits
 `[b, s, V]`, gathered over tensor-parallel ranks, go to OUT.pt. It needs nothing of Megatron's
 repository but the wheel.
 """
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -113,7 +115,7 @@ def save_logits(path):
 
 
 def main():
-    logits_path = sys.argv.pop(1)
+    logits_path = os.environ.get("LOGITS") or sys.argv.pop(1)
     args = parse_and_validate_args()
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     pretrain(config, datasets, ModelType.encoder_or_decoder, forward_step)

@@ -27,6 +27,7 @@ from megatron_dwm import host
 from megatron_dwm.config import DWMConfig, raise_all
 from megatron_dwm.conversion.dwm_classifier import read_classifier
 from megatron_dwm.conversion.hf_folder import read_hf_config
+from megatron_dwm.conversion.llama_shape import LLAMA3_ROPE
 from megatron_dwm.data.meta_dataset import MetaData
 from megatron_dwm.errors import DWMError
 from megatron_dwm.integration.checks import blend_of, default_meta_batch_size
@@ -206,6 +207,7 @@ def _build_scorer(
         shape["layernorm_epsilon"] = source.layernorm_epsilon
         shape["kv_channels"] = source.kv_channels
         scaling = source.rope_scaling
+        _check_scaling(config.init, scaling)
         embedding = dataclasses.replace(
             embedding,
             rotary_base=source.rotary_base,
@@ -222,6 +224,20 @@ def _build_scorer(
     )
     together = micro_batches_at_once(llm_config, model.config)
     return Scorer(model, config, groups, args.micro_batch_size, args.seq_length, device, together)
+
+
+def _check_scaling(init: str, scaling: Any) -> None:
+    """Refuses scaled RoPE that Megatron's rotary embedding does not compute."""
+    if scaling is None:
+        return
+    fits = {"rope_type": "llama3", **LLAMA3_ROPE}
+    different = [
+        f"{name} is {scaling.get(name)!r}, needs {value!r}"
+        for name, value in fits.items()
+        if scaling.get(name) != value
+    ]
+    if different:
+        raise DWMError(f"--dwm-init {init}: scaled RoPE of another kind: {'; '.join(different)}")
 
 
 def _build_meta_data(config: DWMConfig, args: Any) -> MetaData:

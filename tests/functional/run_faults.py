@@ -68,6 +68,7 @@ def observed(args, path, saves, limit):
     from megatron.training import training
 
     from megatron_dwm.batches import StepBatches
+    from megatron_dwm.integration.session import Session
     from megatron_dwm.train_step import DWMTrainStep
 
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -76,6 +77,7 @@ def observed(args, path, saves, limit):
     filesystem_async._results_queue = queue.Queue()
     kept = {"save": 0}
     step, read, save = DWMTrainStep.__call__, StepBatches.__init__, training.save_checkpoint
+    setup = Session.setup_model_and_optimizer
 
     def noted_read(self, *a):
         read(self, *a)
@@ -85,7 +87,6 @@ def observed(args, path, saves, limit):
 
     def noted_step(self, stock_step, trainee, iteration):
         result, record = step(self, stock_step, trainee, iteration)
-        kept.update(step=self, trainee=trainee)
         line = {
             "iteration": record.iteration,
             "losses": digest(list(result[0].values())),
@@ -98,6 +99,11 @@ def observed(args, path, saves, limit):
         os.write(file, json.dumps(line).encode() + b"\n")
         return result, record
 
+    def noted_setup(self, *a, **k):
+        model, optimizer, scheduler = setup(self, *a, **k)
+        kept["end"] = lambda: state_of(self.step, model, optimizer)
+        return model, optimizer, scheduler
+
     def noted_save(*a, **k):
         kept["save"] += 1
         if limit is not None and kept["save"] == limit[0]:
@@ -109,14 +115,14 @@ def observed(args, path, saves, limit):
         return save(*a, **k)
 
     DWMTrainStep.__call__, StepBatches.__init__ = noted_step, noted_read
-    training.save_checkpoint = noted_save
+    training.save_checkpoint, Session.setup_model_and_optimizer = noted_save, noted_setup
     sys.argv = [SCRIPT, *args]
     try:
         runpy.run_path(SCRIPT, run_name="__main__")
     except SystemExit as exit:
         if exit.code not in (None, 0):
             return exit.code if isinstance(exit.code, int) else 1
-    os.write(file, json.dumps({"end": state_of(kept["step"], kept["trainee"])}).encode() + b"\n")
+    os.write(file, json.dumps({"end": kept["end"]()}).encode() + b"\n")
     with open(f"{path}.modules", "w") as names:
         json.dump([name for name in sys.modules if "__main__" not in name], names)
     return 0
@@ -136,8 +142,11 @@ def digest(tensors):
     return found.hexdigest()[:24]
 
 
-def state_of(step, trainee):
-    """Returns hashes of all that a rank holds at the end."""
+def state_of(step, model, optimizer):
+    """Returns hashes of all that a rank holds at the end.
+
+    A process that resumes after the last step has loaded it all.
+    """
     from megatron.core.tensor_parallel.random import _get_all_rng_states
 
     from megatron_dwm.meta.optimizer_view import leaf_optimizers
@@ -154,8 +163,8 @@ def state_of(step, trainee):
 
     cpu, _, tracker = _get_all_rng_states()
     return {
-        "llm": digest([p for chunk in trainee.model for p in chunk.parameters()]),
-        "llm_optimizer": of_optimizer(trainee.optimizer),
+        "llm": digest([p for chunk in model for p in chunk.parameters()]),
+        "llm_optimizer": of_optimizer(optimizer),
         "dwm": digest(list(step.scorer.module.parameters())),
         "dwm_optimizer": of_optimizer(step.scorer.optimizer),
         "random": digest([cpu, *tracker.values()]),
@@ -277,7 +286,7 @@ class Zygote:
             reap(pids, codes)
             time.sleep(0.005)
         end_all(pids, codes)
-        return True
+        return any(codes[rank] == -signal.SIGKILL for rank in fault.whom)
 
 
 def reap(pids, codes):
@@ -395,16 +404,18 @@ class Campaign:
         """Runs everything, and returns what came out."""
         started = time.monotonic()
         base = self.chain()
-        self.length = self.zygote.live(base)
-        assert self.length is not None, base.differences
+        assert self.zygote.live(base) is not None, base.differences
         import_all(f"{base.folder}/steps.0.0.modules")
         self.whole = [steps_of(base.folder, 0, rank) for rank in range(RANKS)]
         self.log = step_log(base)
         self.saves = begun(f"{base.folder}/{SAVES}.0")
-        out = {"length": self.length, "saves": self.saves, "log": self.log}
+        out = {"saves": self.saves, "log": self.log}
         again = self.chain()
-        self.finish(again)
-        out["repeated"] = asdict(again)
+        # Without imports, as all runs from here on.
+        self.length = self.zygote.live(again)
+        assert self.length is not None, again.differences
+        compare(again, self.whole, self.log)
+        out.update(repeated=asdict(again), length=self.length)
         out["killed"] = [asdict(chain) for chain in self.killed(self.plan["faults"])]
         out["full"] = [asdict(self.full_disk()) for _ in range(self.plan["full"])]
         out["empty_tracker"] = asdict(self.empty_tracker())

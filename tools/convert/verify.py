@@ -127,8 +127,14 @@ def compare(folder: Path, hf_path: Path, data: str | None, tokens: int) -> Compa
 
     ours, args = load_language_model(folder)
     size = int(theirs.config.vocab_size)
-    longest = getattr(theirs.config, "max_position_embeddings", None) or args.seq_length
-    length = min(args.seq_length, args.max_position_embeddings, longest, tokens)
+    # An imported model was trained with no sequence length of its own.
+    limits = [
+        getattr(args, "seq_length", None),
+        args.max_position_embeddings,
+        getattr(theirs.config, "max_position_embeddings", None),
+        tokens,
+    ]
+    length = min(limit for limit in limits if limit)
     samples = _samples(data, size, length, max(1, tokens // length))
     absolute, relative = torch.zeros(length), torch.zeros(length)
     sums = torch.zeros(3, dtype=torch.float64)

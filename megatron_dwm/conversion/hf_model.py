@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -145,8 +144,3 @@ def padded_vocabulary(size: int, divisible_by: int, tensor_parallel: int) -> int
     """
     step = divisible_by * tensor_parallel
     return math.ceil(size / step) * step
-
-
-def total_bytes(rules: Iterable[Rule], dtype: torch.dtype) -> int:
-    """Returns the bytes of all tensors."""
-    return sum(math.prod(rule.shape) for rule in rules) * dtype.itemsize

@@ -199,6 +199,7 @@ def test_rope_factor_is_never_guessed():
         ({"rotary_percent": 0.5}, "--rotary-percent is 0.5"),
         ({"multi_latent_attention": True}, "--multi-latent-attention"),
         ({"hidden_size": 13}, "--hidden-size 13"),
+        ({"num_layers": None}, "num_layers is None"),
     ],
 )
 def test_other_models_are_refused_by_name(change, named):

@@ -45,9 +45,24 @@ NO_MODEL_HAS: dict[str, tuple[Any, ...]] = {
 }
 
 
+# What every checkpoint's arguments must say.
+_NUMBERS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "padded_vocab_size",
+    "max_position_embeddings",
+)
+
+
 def flag_of(argument: str) -> str:
     """Returns the flag of an argument, as messages name it."""
     return FLAG_NAMES.get(argument, "--" + argument.replace("_", "-"))
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 class Family:
@@ -59,6 +74,7 @@ class Family:
         base_prefix: Prefix of all tensors but the output layer in Hugging Face's causal model.
         required: Megatron argument -> values, of which the first is the one that import writes.
             A checkpoint must carry the argument.
+        own_numbers: Megatron arguments of this family that must be positive numbers.
         unused: Megatron argument -> values; absent counts as fitting.
         config_fits: config.json key -> values that fit; absent counts as fitting.
         config_needs: config.json keys that must be there.
@@ -69,6 +85,7 @@ class Family:
     label: str
     base_prefix: str
     required: Mapping[str, tuple[Any, ...]] = {}
+    own_numbers: tuple[str, ...] = ()
     unused: Mapping[str, tuple[Any, ...]] = {}
     config_fits: Mapping[str, tuple[Any, ...]] = {}
     config_needs: tuple[str, ...] = ()
@@ -82,6 +99,14 @@ class Family:
         Raises:
             ConversionError: The model is none of the family; names every argument that says so.
         """
+        numbers = (*_NUMBERS, *self.own_numbers)
+        lost = [name for name in numbers if not _counts(getattr(args, name, None))]
+        if lost:
+            raise ConversionError(
+                "The checkpoint's arguments do not say what the model is: "
+                + "; ".join(f"{name} is {getattr(args, name, None)!r}" for name in lost)
+                + ". They must be positive numbers, as the trainer saves them."
+            )
         issues = [
             f"{flag_of(name)} is {getattr(args, name, None)!r}, needs {fits[0]!r}"
             for name, fits in self.required.items()
@@ -105,11 +130,11 @@ class Family:
             "ffn_hidden_size": args.ffn_hidden_size,
             "num_attention_heads": heads,
             "num_query_groups": args.num_query_groups if gqa else heads,
-            "kv_channels": args.kv_channels or args.hidden_size // heads,
+            "kv_channels": getattr(args, "kv_channels", None) or args.hidden_size // heads,
             "vocab_size": args.padded_vocab_size,
             "max_position_embeddings": args.max_position_embeddings,
             "layernorm_epsilon": getattr(args, "layernorm_epsilon", 1e-5),
-            "tied": not args.untie_embeddings_and_output_weights,
+            "tied": not getattr(args, "untie_embeddings_and_output_weights", False),
         }
         own, more = self.own_values_from_args(args, rope_scaling_factor)
         issues += more
@@ -132,8 +157,15 @@ class Family:
             ConversionError: Megatron cannot compute the model; names every reason.
         """
         own, issues = self.own_args(shape)
+        if shape.hidden_size % shape.num_attention_heads:
+            issues.append(
+                f"the hidden size {shape.hidden_size} is no multiple of the "
+                f"{shape.num_attention_heads} heads"
+            )
         if issues:
-            raise ConversionError(f"Megatron cannot compute this {self.label}: {'; '.join(issues)}")
+            raise ConversionError(
+                f"Megatron cannot compute this {self.label}: {'; '.join(issues)}."
+            )
         return {
             "num_layers": shape.num_layers,
             "hidden_size": shape.hidden_size,
@@ -170,6 +202,11 @@ class Family:
             if config.get(name, None if name == "model_type" else values[0]) not in values
         ]
         issues += [f"{name} is missing" for name in self.config_needs if name not in config]
+        issues += [
+            f"{name} is {config[name]!r}, needs a positive number"
+            for name in self.config_needs
+            if name in config and not _counts(config[name])
+        ]
         if "sliding_attention" in (config.get("layer_types") or ()):
             issues.append("layer_types has sliding_attention, needs full_attention")
         if issues:

@@ -226,6 +226,7 @@ class Mixtral(Llama):
     name = "mixtral"
     label = "Mixtral"
     architecture = "MixtralForCausalLM"
+    own_numbers = ("num_experts", "moe_router_topk")
     unused = {
         "add_qkv_bias": (False,),
         "qk_layernorm": (False,),

@@ -32,16 +32,13 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 sys.path.insert(0, ROOT)
 
 from megatron_dwm import host  # noqa: E402
+from tests.functional.run_many import clean  # noqa: E402  (installs the host before Megatron)
 
-host.install()
-
+# isort: split
 import psutil  # noqa: E402
 import torch  # noqa: E402
-from megatron.core import mpu  # noqa: E402
 from megatron.core.num_microbatches_calculator import get_num_microbatches  # noqa: E402
-from megatron.core.tensor_parallel import random as megatron_random  # noqa: E402
 from megatron.core.transformer.torch_norm import WrappedTorchNorm  # noqa: E402
-from megatron.training import training  # noqa: E402
 
 from megatron_dwm.batches import StepBatches  # noqa: E402
 from megatron_dwm.guards import gathered_parameters  # noqa: E402
@@ -251,16 +248,6 @@ def run(case):
     except BaseException:
         return {"error": traceback.format_exc()}
     return {"error": "the run ended before the step that was to be taken apart"}
-
-
-def clean():
-    """Brings Megatron's globals back to where a new run can start."""
-    with contextlib.suppress(AssertionError):
-        training.destroy_global_state()
-    if mpu.model_parallel_is_initialized():
-        mpu.destroy_model_parallel()
-    megatron_random.initialize_rng_tracker(force_reset=True)
-    gc.collect()
 
 
 def main():

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, mpu
+from megatron.core.extensions import transformer_engine
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.training.argument_utils import gpt_config_from_args
@@ -136,8 +137,12 @@ def _here(saved: argparse.Namespace) -> argparse.Namespace:
             setattr(args, name, value)
     for name, value in _HERE.items():
         setattr(args, name, value)
-    if host.is_cpu():
+    if not transformer_engine.HAVE_TE:
+        args.transformer_impl = "local"
+        args.no_persist_layer_norm = True
         args.moe_grouped_gemm = False
+    # There is no gradient to accumulate.
+    args.gradient_accumulation_fusion = False
     return args
 
 

@@ -28,11 +28,12 @@ from megatron_dwm.conversion.checkpoint_health import (
     problems_of,
     tracked,
 )
+from tools.convert.__main__ import main as convert
 
 MARKER = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 
 
-def write(folder, iteration=5):
+def write(folder, iteration=5, **more):
     """Writes one checkpoint into a run folder and returns its folder."""
     torch.manual_seed(3)
     shapes = {
@@ -46,6 +47,7 @@ def write(folder, iteration=5):
             state[prefix + name] = torch.rand(shape)
     state["dwm.score.weight"] = torch.rand(1, 6).bfloat16()
     common = {"args": argparse.Namespace(num_layers=2, hidden_size=6), "iteration": iteration}
+    common |= more
     state["common_state/shard_0_1"] = [common]
     checkpoint = folder / f"iter_{iteration:07d}"
     planner = dist_checkpoint.DefaultSavePlanner(flatten_state_dict=False)
@@ -209,6 +211,21 @@ def test_last_whole_iteration_is_found(tmp_path):
     assert last_whole(tmp_path) == 4
     assert last_whole(tmp_path, before=4) == 2
     assert last_whole(tmp_path, before=2) is None
+
+
+def test_inspect_names_weight_files_that_are_missing(tmp_path, capsys):
+    """A run that drew documents by weight resumes with the files that its checkpoint names."""
+    stages = {"data/web": [(0, "aa"), (40, "bb")]}
+    sampling = {"sampling": {"stages": stages, "rules": {}}, "shape": None}
+    write(tmp_path, dwm=sampling)
+    (tmp_path / "dwm_weights").mkdir()
+    (tmp_path / "dwm_weights" / "aa.weights").touch()
+    assert convert(["inspect", str(tmp_path)]) == 1
+    text = capsys.readouterr().out
+    assert "dwm_weights/bb.weights is missing" in text and "aa.weights" not in text
+    (tmp_path / "dwm_weights" / "bb.weights").touch()
+    assert convert(["inspect", str(tmp_path)]) == 0
+    assert "no DWM, 2 weight file(s)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["", "seven", "7\n8", "-1", "٧"])

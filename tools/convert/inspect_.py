@@ -152,7 +152,6 @@ def _checkpoint(folder: Path, deep: bool) -> dict[str, Any]:
 
 def _model(args: Any) -> dict[str, Any]:
     try:
-        # Where the factor of scaled RoPE is in doubt, the model is no less what it is.
         shape = ModelShape.from_megatron_args(args)
     except ConversionError as error:
         return {"family": None, "reason": str(error)}
@@ -210,10 +209,10 @@ def _about_dwm(entry: dict[str, Any]) -> str:
     if "dwm" not in entry:
         return ""
     dwm = entry["dwm"]
-    if dwm is None:
-        return "no DWM"
-    parts = [f"DWM after {dwm['meta_steps']} meta steps"]
-    parts.append("with its optimizer" if dwm["optimizer"] else "weights only")
+    parts = ["no DWM"]
+    if dwm is not None:
+        kept = "with its optimizer" if dwm["optimizer"] else "weights only"
+        parts = [f"DWM after {dwm['meta_steps']} meta steps", kept]
     if "weight_files" in entry:
         parts.append(f"{len(entry['weight_files'])} weight file(s)")
     return ", ".join(parts)

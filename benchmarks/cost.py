@@ -99,8 +99,8 @@ COMMON = """
 # so large that it is busy: where the launches of kernels take longer than the kernels, forward
 # passes cost as much as backward passes.
 GPU = """
---num-workers 2 --bf16 --transformer-impl local --no-gradient-accumulation-fusion --no-masked-softmax-fusion
---no-persist-layer-norm --no-rope-fusion
+--num-workers 2 --bf16 --transformer-impl local --no-gradient-accumulation-fusion
+--no-masked-softmax-fusion --no-persist-layer-norm --no-rope-fusion
 """
 MODELS = {
     "10m": Model(Shape(6, 320, 896, 5, 4096), Shape(2, 128, 384, 4), 256, 4),

@@ -44,6 +44,13 @@ class HfModel:
         self.rules = self.family.rules(self.shape)
         self._files = _tensor_files(self.folder)
         self._names = {self._full_name(name): name for name in self._files}
+        if len(self._names) != len(self._files):
+            files = self._files
+            double = next(n for n in files if n != self._full_name(n) in files)
+            raise ConversionError(
+                f"{self.folder} has {double} and {self._full_name(double)}, which are one tensor; "
+                "remove one of them."
+            )
         self.dtypes = self._check()
 
     def _full_name(self, name: str) -> str:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from megatron_dwm.conversion import (
     ConversionError,
     LlamaShape,
+    ModelShape,
     find_checkpoint,
     hf_layer_to_megatron,
     iter_hf_tensors,
@@ -206,6 +207,45 @@ def test_other_models_are_refused_by_name(change, named):
     with pytest.raises(ConversionError) as error:
         LlamaShape.from_megatron_args(megatron_args(**change))
     assert named in str(error.value) and "\n" not in str(error.value)
+
+
+LAYER_NORM = {"normalization": "LayerNorm", "swiglu": False, "add_bias_linear": True}
+GPT2 = {**LAYER_NORM, "position_embedding_type": "learned_absolute"}
+EXPERTS = {"num_experts": 4, "moe_router_topk": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "label", "named"),
+    [
+        ({"add_qkv_bias": True, "add_bias_linear": True}, "dense Qwen2", "--add-bias-linear"),
+        ({"qk_layernorm": True, "add_qkv_bias": True}, "dense Qwen3", "--add-qkv-bias is True"),
+        ({**EXPERTS, "qk_layernorm": True}, "Mixtral", "--qk-layernorm is True"),
+        ({**EXPERTS, "moe_router_pre_softmax": True}, "Mixtral", "--moe-router-pre-softmax"),
+        ({**EXPERTS, "moe_shared_expert_intermediate_size": 8}, "Mixtral", "--moe-shared-expert"),
+        ({**EXPERTS, "moe_layer_freq": [0, 1]}, "Mixtral", "--moe-layer-freq is [0, 1]"),
+        ({**GPT2, "group_query_attention": True}, "GPT-2", "--group-query-attention is True"),
+        ({**GPT2, "group_query_attention": False, "kv_channels": 4}, "GPT-2", "--kv-channels is 4"),
+        ({**GPT2, "swiglu": True}, "GPT-2", "--swiglu is True, needs False"),
+    ],
+)
+def test_each_family_names_what_does_not_fit(changes, label, named):
+    with pytest.raises(ConversionError) as error:
+        ModelShape.from_megatron_args(megatron_args(**changes))
+    assert f"cannot be written as a {label}: " in str(error.value) and named in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "family"),
+    [
+        ({}, "llama"),
+        ({"add_qkv_bias": True}, "qwen2"),
+        ({"qk_layernorm": True}, "qwen3"),
+        (EXPERTS, "mixtral"),
+        ({**GPT2, "group_query_attention": False}, "gpt2"),
+    ],
+)
+def test_the_family_follows_from_the_arguments(changes, family):
+    assert ModelShape.from_megatron_args(megatron_args(**changes)).family == family
 
 
 def test_every_reason_is_named_at_once():

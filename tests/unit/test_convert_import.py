@@ -339,7 +339,7 @@ def test_memory_is_that_of_a_layer_not_of_the_model(tmp_path):
     The same measure sees the whole model where all its tensors are held.
     """
     values = tiny_hf_models.MODELS["llama"][1]
-    large = {"num_hidden_layers": 32, "hidden_size": 320, "intermediate_size": 1024}
+    large = {"num_hidden_layers": 32, "hidden_size": 240, "intermediate_size": 640}
     shape = ModelShape.from_hf_config({"model_type": "llama", **values, **large})
     source = tmp_path / "source"
     source.mkdir()
@@ -367,7 +367,7 @@ def test_memory_is_that_of_a_layer_not_of_the_model(tmp_path):
     warm_up = [words("import", "small", "run0"), words("export", "back0", "run0")]
     measured = [
         words("import", "source", "run"),
-        words("export", "back", "run", "--max-shard-size", "10MB"),
+        words("export", "back", "run", "--max-shard-size", "4MB"),
     ]
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, json.dumps([warm_up, str(source), measured])],
@@ -382,7 +382,7 @@ def test_memory_is_that_of_a_layer_not_of_the_model(tmp_path):
         f"{total / 1e6:.0f} MB: import {importing / 1e6:.0f} MB, export {exporting / 1e6:.0f} MB, "
         f"all tensors held {holding / 1e6:.0f} MB"
     )
-    assert total > 100e6 and holding > 0.8 * total
+    assert total > 50e6 and holding > 0.8 * total
     assert importing < 0.3 * total and exporting < 0.3 * total
 
 
@@ -453,6 +453,7 @@ NORM = "model.norm.weight"
     [
         ({"drop": [NORM]}, f"{NORM} is missing"),
         ({"put": {"model.layers.4.x.weight": torch.ones(2)}}, "model.layers.4.x.weight is unknown"),
+        ({"put": {"norm.weight": torch.ones(32)}}, "has norm.weight and model.norm.weight"),
         ({"put": {NORM: torch.ones(31)}}, f"{NORM} is (31,), needs (32,)"),
         ({"put": {NORM: torch.ones(32, dtype=torch.int8)}}, f"{NORM} is stored as I8"),
         ({"put": {NORM: torch.ones(32, dtype=torch.float64)}}, f"{NORM} is stored as F64"),

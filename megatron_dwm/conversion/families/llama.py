@@ -12,6 +12,8 @@ from megatron_dwm.conversion.rules import Rule
 from megatron_dwm.conversion.shape import ModelShape
 
 _NO_EXPERTS = {"num_experts": (None, 0)}
+# Where each family has defaults of its own, config.json must say it.
+_NO_DEFAULTS = ("num_key_value_heads", "max_position_embeddings")
 
 
 class Llama(Family):
@@ -48,6 +50,7 @@ class Llama(Family):
     )
     ignored = ("rotary_emb.inv_freq",)
     default_theta = 10000.0
+    default_epsilon = 1e-6
     # Keys of config.json that only this family has.
     own_config: Mapping[str, Any] = {"attention_bias": False, "mlp_bias": False}
 
@@ -76,7 +79,7 @@ class Llama(Family):
             "kv_channels": config.get("head_dim") or config["hidden_size"] // heads,
             "vocab_size": config["vocab_size"],
             "max_position_embeddings": config.get("max_position_embeddings", 2048),
-            "layernorm_epsilon": config.get("rms_norm_eps", 1e-6),
+            "layernorm_epsilon": config.get("rms_norm_eps", self.default_epsilon),
             "rotary_base": base,
             "rope_scaling": scaling,
             "tied": config.get("tie_word_embeddings", False),
@@ -171,6 +174,7 @@ class Qwen2(Llama):
         "use_sliding_window": (False,),
         "partial_rotary_factor": (1.0, None),
     }
+    config_needs = (*Llama.config_needs, *_NO_DEFAULTS)
     own_config = {"use_sliding_window": False}
 
     @override
@@ -199,7 +203,7 @@ class Qwen3(Llama):
         "use_sliding_window": (False,),
         "partial_rotary_factor": (1.0, None),
     }
-    config_needs = (*Llama.config_needs, "head_dim")
+    config_needs = (*Llama.config_needs, *_NO_DEFAULTS, "head_dim")
     own_config = {"attention_bias": False, "use_sliding_window": False}
 
     @override
@@ -246,8 +250,14 @@ class Mixtral(Llama):
         "sliding_window": (None,),
         "partial_rotary_factor": (1.0, None),
     }
-    config_needs = (*Llama.config_needs, "num_local_experts", "num_experts_per_tok")
+    config_needs = (
+        *Llama.config_needs,
+        *_NO_DEFAULTS,
+        "num_local_experts",
+        "num_experts_per_tok",
+    )
     default_theta = 1000000.0
+    default_epsilon = 1e-5
     own_config: Mapping[str, Any] = {"sliding_window": None, "output_router_logits": False}
 
     @override

@@ -9,8 +9,9 @@ POISON is a JSON list of {"what", "rank", "steps"}: at those iterations (1-based
     gradient   an element of the DWM's reduced gradient is NaN
     loss       a token's loss of the LLM is NaN
 
-What comes out has, beside run_many's, for every step: the weights, the causes and counts, and
-hashes of the DWM's parameters and of its optimizer's state.
+OLD=1 saves as a version that did not count bad steps. What comes out has, beside run_many's, for
+every step: the weights, the causes and counts, and hashes of the DWM's parameters and of its
+optimizer's state.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ from tests.functional import run_many  # noqa: E402  (installs the host before M
 import psutil  # noqa: E402
 import torch  # noqa: E402
 
+from megatron_dwm import checkpoint  # noqa: E402
 from megatron_dwm.influence import MetaGradient  # noqa: E402
 from megatron_dwm.meta.optimizer_view import leaf_optimizers  # noqa: E402
 from megatron_dwm.train_step import DWMTrainStep  # noqa: E402
@@ -125,11 +127,19 @@ def poisoned(seen):
             output = output + torch.zeros_like(output).index_fill(0, torch.tensor([0]), NAN)
         return output, loss_func
 
+    def older(*args, **kwargs):
+        state = saving(*args, **kwargs)
+        if os.environ.get("OLD") == "1":
+            del state["bad_steps"]
+        return state
+
+    saving, checkpoint.state_for_saving = checkpoint.state_for_saving, older
     DWMTrainStep.__call__, Scorer.scores, Scorer._run = noted_step, poisoned_scores, poisoned_run
     MetaGradient._influence, WeightedForwardStep.__call__ = poisoned_influence, poisoned_forward
     try:
         yield
     finally:
+        checkpoint.state_for_saving = saving
         DWMTrainStep.__call__, Scorer.scores, Scorer._run = step, scores, run
         MetaGradient._influence, WeightedForwardStep.__call__ = influence, forward
 

@@ -82,6 +82,9 @@ def results(folder: Path) -> Results:
         frozen = ["--dwm-meta-interval", "100", "--dwm-max-bad-steps", "3"]
         add(f"{layout}-frozen", [*common, *frozen], poison(("scores", 1, [2, 3, 5, 6, 7])))
     common = [*small(4, *LAYOUTS["dp2"].split()), *dwm]
+    old = [*common, "--save", str(folder / "old"), "--exit-interval", "3"]
+    add("old", old, {**poison(("scores", 0, [2])), "OLD": "1"})
+    add("old-resumed", [*common, "--load", str(folder / "old")], poison(("scores", 0, [4])))
     unchecked = ["--no-check-for-nan-in-loss-and-grad"]
     bad_loss = poison(("loss", 1, [3, 4]))
     for name, policy in (("checked", "learned"), ("checked-uniform", "uniform")):
@@ -178,6 +181,15 @@ def test_run_ends_after_too_many_in_a_row(results: Results, layout: str) -> None
     for word in ("a parameter of the weighting model", "4 bad", "--dwm-max-bad-steps 4"):
         assert word in line
     assert "Traceback" not in found[0]["stderr"] + found[1]["stderr"]
+
+
+def test_a_checkpoint_of_an_older_version_loads(results: Results) -> None:
+    """It knows of no bad steps, so that the count begins anew."""
+    results.succeeded("old")
+    results.succeeded("old-resumed")
+    assert steps_of(results, "old")[0][-1]["bad_steps"] == {"scores": 1}
+    (last,) = steps_of(results, "old-resumed")[0]
+    assert last["iteration"] == 4 and last["bad_steps"] == {"scores": 1}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -60,14 +60,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--hf",
         metavar="FOLDER",
         help="a Hugging Face AutoModelForSequenceClassification with one label, such as an export "
-        "of a DWM with last-token pooling",
+        "of a DWM (`tools/convert export-dwm`, either pooling; no code in the folder is run)",
     )
     add(
         "--seq-length",
         type=_positive(int),
         metavar="N",
-        help="longest window in tokens (default: the run's --seq-length; with --hf the model's "
-        "max_position_embeddings)",
+        help="longest window in tokens (default: the run's --seq-length, which an export keeps; "
+        "with another --hf the model's max_position_embeddings)",
     )
     add(
         "--micro-batch-size",

@@ -133,6 +133,17 @@ def write_damaged(folder: Path) -> None:
 # ----------------------------------------------------------------------------- wrong exports
 
 
+def write_headless(folder: Path) -> None:
+    """Copies an export without its score head."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder / "hf_mean", folder / "hf_headless")
+    path = folder / "hf_headless" / "model.safetensors"
+    state = load_file(path)
+    del state["score.weight"]
+    save_file(state, path, metadata={"format": "pt"})
+
+
 def write_wrong(folder: Path) -> None:
     """Copies the exported language model and makes it wrong, as a bad converter would."""
     from safetensors.torch import load_file, save_file
@@ -251,6 +262,7 @@ def trained(common: tuple[Path, list[str]]) -> tuple[Path, Results]:
     assert convert(["export-dwm", *stages, "--all-stages"]) == 0
     lm = ["--megatron-path", str(folder / "mean"), "--hf-path", str(folder / "lm")]
     assert convert(["export", *lm]) == 0
+    write_headless(folder)
     write_wrong(folder)
     write_damaged(folder)
     return folder, results
@@ -267,11 +279,16 @@ def after(
     runs = [
         Run(
             f"back_{name}",
-            [*back, *more, "--dwm-init", f"hf:{folder / f'hf_{name}'}"]
+            [*back, *more, "--dwm-init", f"hf:{folder / source}"]
             + ["--save", str(folder / f"back_{name}")],
         )
         # The pooling is the export's own: last is not asked for.
-        for name, more in (("mean", []), ("last", pipeline))
+        for name, source, more in (
+            ("mean", "hf_mean", []),
+            ("last", "hf_last", pipeline),
+            ("lm", "lm", []),
+            ("headless", "hf_headless", []),
+        )
     ]
     runs += [
         Run(name, [*flags, "--load", str(folder / f"damaged-{name}")])
@@ -418,6 +435,21 @@ def test_an_export_comes_back_with_its_head(
     assert configs[0]["dwm_pooling"] == configs[1]["dwm_pooling"] == name
     log = [json.loads(row) for row in (folder / f"back_{name}/dwm_log.jsonl").open()]
     assert log[0]["effective_sample_size"] < 0.999, "weights are uniform from the first step"
+
+
+def test_without_a_head_it_starts_at_zero_and_a_missing_one_is_named(
+    folder: Path, after: tuple[dict[str, Any], Results]
+) -> None:
+    """A language model has none, and says so; a classifier that lacks its own is bad input."""
+    results = after[1].succeeded("back_lm")
+    assert (
+        f"{folder / 'lm'} is no classifier: the score head starts at zero" in results[0]["stdout"]
+    )
+    log = [json.loads(row) for row in (folder / "back_lm/dwm_log.jsonl").open()]
+    assert log[0]["effective_sample_size"] == pytest.approx(1)
+    ranks = after[1]["back_headless"]
+    assert [rank["code"] for rank in ranks] == [2, 2]
+    assert "no tensors named score.*" in ranks[0]["stderr"]
 
 
 @pytest.mark.parametrize("name", list(MODELS))

@@ -1,4 +1,4 @@
-"""A run on TP2 x PP2 that goes on at other layouts, language model, DWM and both optimizers with it.
+"""A run on TP2 x PP2 that goes on at other layouts, with the LLM, the DWM and both optimizers.
 
 The same run at its own layout is what the others are compared with: losses, gradient norms, meta
 losses and weights of the steps after the checkpoint.
@@ -20,8 +20,9 @@ from tests.functional.harness import DWM, TINY, Run, run_all
 
 COMMON = [
     *TINY,
-    *"--train-iters 6 --save-interval 3 --ckpt-format torch_dist --ckpt-fully-parallel-save".split(),
-    *"--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable".split(),
+    *"--train-iters 6 --save-interval 3 --ckpt-format torch_dist".split(),
+    *"--ckpt-fully-parallel-save --use-distributed-optimizer".split(),
+    *"--dist-ckpt-optim-fully-reshardable".split(),
     *"--dwm-log-samples --dwm-head-lr 3e-2 --dwm-backbone-lr 3e-3".split(),
 ]
 START = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2".split()

@@ -112,11 +112,15 @@ class DWMConfig:
     num_query_groups: int | None = _option(
         None, "query groups (GQA) of the DWM; default: as many as heads"
     )
-    pooling: str = _option("mean", "how token states become one sample vector: last or mean")
+    pooling: str = _option(
+        "mean",
+        "how token states become one sample vector: last or mean (hf:DIR of a classifier sets it)",
+    )
     init: str = _option(
         "random",
         "random; llm:K (the LLM's embedding and first K layers, copied at the first meta step); "
-        "hf:DIR (a Hugging Face Llama folder)",
+        "hf:DIR (a Hugging Face Llama folder; of a classifier with one label its head and pooling "
+        "too)",
     )
     load: str | None = _option(
         None, "folder with stage snapshots (or one snapshot) that the DWM starts from"

@@ -20,6 +20,7 @@ as torchrun does it a moment later; or to both at once.
 """
 
 import contextlib
+import faulthandler
 import importlib
 import json
 import os
@@ -49,6 +50,8 @@ def child(args, folder, life, rank, limit):
         os.dup2(out, 2)
         sys.stdout = os.fdopen(1, "w", buffering=1)
         sys.stderr = os.fdopen(2, "w", buffering=1)
+        # A rank that hangs says where, before it is ended.
+        faulthandler.dump_traceback_later(0.8 * PATIENCE, file=2)
         code = observed(args, f"{folder}/steps.{life}.{rank}", f"{folder}/{SAVES}.{life}", limit)
     except BaseException:
         import traceback

@@ -234,6 +234,11 @@ def find_snapshot(folder: str, stage: int | None = None) -> str:
     )
     if names:
         wanted = snapshot_name(stage) if stage is not None else names[-1]
+        if wanted not in names and os.path.isdir(os.path.join(folder, wanted)):
+            raise DWMError(
+                f"--dwm-load {folder}: {wanted} has no metadata.json, as its save was cut short; "
+                "restore it, or remove it to go on with the last snapshot"
+            )
         return os.path.join(folder, wanted if wanted in names else names[-1])
     if _is_whole(folder):
         return folder

@@ -63,12 +63,15 @@ _FOLDER = 0x10
 _BYTES_OF_INDEX = 64
 
 
-def problems_of(folder: str | os.PathLike, deep: bool = False) -> list[str]:
+def problems_of(
+    folder: str | os.PathLike, deep: bool = False, any_iteration: bool = False
+) -> list[str]:
     """Lists what is wrong with one checkpoint or stage snapshot.
 
     Args:
         folder: `iter_*`, `release` or `dwm_stage_*`.
         deep: Read every tensor and every file.
+        any_iteration: Take a folder whose state is of another iteration than its name says.
 
     Returns:
         One line for each problem, which names the file; empty for a whole checkpoint. A folder in
@@ -95,7 +98,12 @@ def problems_of(folder: str | os.PathLike, deep: bool = False) -> list[str]:
         except Exception as error:  # whatever a damaged index makes of its records
             return [*marker, *manifest, f"{INDEX} is damaged ({_short(error)})"]
         found = [*marker, *manifest, *index]
-        found = found or list(_common_problems(folder, metadata))
+        try:
+            found = found or list(_common_problems(folder, metadata, any_iteration))
+        except OSError:
+            raise
+        except Exception as error:  # whatever a damaged pickle makes of its objects
+            return [f"the common state is damaged ({_short(error)})"]
         if deep and not found:
             found = list(_content_problems(folder, metadata))
     except OSError as error:
@@ -184,8 +192,9 @@ def _marker_problems(path: Path) -> list[str]:
         for name in ("sharded_backend", "sharded_backend_version"):
             if name not in value:
                 raise ValueError(f"{name} is missing")
+        # What a later version says beside it does not matter here.
         for name, found in value.items():
-            if found not in _MARKER_VALUES.get(name, ()):
+            if found not in _MARKER_VALUES.get(name, (found,)):
                 raise ValueError(f"{name!r} is {found!r}")
     except ValueError as error:
         return [f"{path.name} is damaged, or not of a torch_dist checkpoint ({_short(error)})"]
@@ -215,14 +224,14 @@ def _manifest_problems(folder: Path, deep: bool) -> list[str]:
     return found
 
 
-def _common_problems(folder: Path, metadata: dcp.Metadata) -> Iterator[str]:
+def _common_problems(folder: Path, metadata: dcp.Metadata, any_iteration: bool) -> Iterator[str]:
     try:
         common = common_state(folder, metadata)
     except ConversionError as error:
         yield str(error)
         return
     numbered = ITERATION.fullmatch(folder.name)
-    if numbered and common.get("iteration") != int(numbered[1]):
+    if numbered and not any_iteration and common.get("iteration") != int(numbered[1]):
         yield f"the common state is of iteration {common.get('iteration')!r}, not {folder.name}"
 
 

@@ -86,8 +86,12 @@ def _unsupported_flags(config: DWMConfig, args: Any) -> list[str]:
         for name in _ONE
         if (getattr(args, name, 1) or 1) > 1
     ]
-    if args.non_persistent_ckpt_type == "local":
-        found.append("--non-persistent-ckpt-type local cannot hold the weighting model; use global")
+    if args.non_persistent_ckpt_type is not None:
+        # The LLM would resume from it, the weighting model from the last persistent checkpoint.
+        found.append(
+            f"--non-persistent-ckpt-type {args.non_persistent_ckpt_type} is not supported with "
+            "--dwm; use a shorter --save-interval, with --save-retain-interval to keep fewer"
+        )
     if getattr(args, "cuda_graph_impl", "none") not in (None, "none"):
         found.append(f"--cuda-graph-impl {args.cuda_graph_impl} is not supported with --dwm")
     return found

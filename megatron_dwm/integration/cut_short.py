@@ -20,7 +20,7 @@ from megatron_dwm.conversion.checkpoint_health import INDEX, MARKER, iterations_
 
 
 def mend_tracker(run: Any, printer: Callable[[str], None]) -> None:
-    """Makes an empty tracker in `--load` name the checkpoint that was finished last.
+    """Makes an empty tracker in `--load` or `--save` name the checkpoint that was finished last.
 
     To be called on one rank, before the trainer loads. Where none is whole, nothing is done.
 
@@ -28,13 +28,18 @@ def mend_tracker(run: Any, printer: Callable[[str], None]) -> None:
         run: Megatron's arguments.
         printer: prints a line.
     """
-    if not run.load or run.ckpt_format != "torch_dist":
+    if run.ckpt_format != "torch_dist":
         return
-    tracker = checkpointing.get_checkpoint_tracker_filename(run.load)
+    for folder in dict.fromkeys(f for f in (run.load, run.save) if f):
+        _mend_tracker_of(folder, printer)
+
+
+def _mend_tracker_of(folder: str, printer: Callable[[str], None]) -> None:
+    tracker = checkpointing.get_checkpoint_tracker_filename(folder)
     # A file system that has lost what was not on the disk yet leaves zeros.
     if not os.path.isfile(tracker) or _text(tracker):
         return
-    whole = _finished_last(run.load)
+    whole = _finished_last(folder)
     if whole is None:
         return
     # Beside, then in its place: a kill in between loses nothing.

@@ -23,9 +23,8 @@ def check_checkpoint(run: Any) -> None:
     Raises:
         DWMError: It is damaged; names the files and the latest earlier iteration that is whole.
     """
-    # Other formats and local checkpoints are the trainer's own affair.
-    if not run.load or run.ckpt_format != "torch_dist" or run.non_persistent_ckpt_type is not None:
-        return
+    if not run.load or run.ckpt_format != "torch_dist":
+        return  # Other formats are the trainer's own affair.
     if not os.path.isdir(run.load):
         return
     try:
@@ -34,7 +33,8 @@ def check_checkpoint(run: Any) -> None:
         raise DWMError(f"--load {run.load}: {error} {_way_out(run, None)}") from error
     if name is None:
         return  # Nothing was saved there: the trainer starts at iteration 0.
-    problems = problems_of(os.path.join(run.load, name))
+    # A start with --finetune does not look at the iteration that is written inside.
+    problems = problems_of(os.path.join(run.load, name), any_iteration=run.finetune)
     if not problems:
         return
     shown = "; ".join(problems[:_SHOWN])

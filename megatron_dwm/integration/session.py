@@ -130,8 +130,7 @@ class Session:
         run = get_args()
         if self.step is not None and not loading and run.ckpt_format == "torch_dist":
             metadata = (kwargs.get("model_sd_kwargs") or {}).get("metadata")
-            if run.rank == 0:
-                forget_unfinished(run, kwargs.get("iteration"))
+            _on_first_rank(partial(forget_unfinished, run, kwargs.get("iteration")))
             pending = self.verifier is not None and self.verifier.pending
             state[checkpoint.KEY] = checkpoint.state_for_saving(
                 self.step,
@@ -262,11 +261,14 @@ def _check_no_flags(config: DWMConfig) -> None:
 def _on_first_rank(check: Callable[[], None]) -> None:
     """Runs a check of files on rank 0 and raises its error on every rank, so that none waits."""
     message: list[str | None] = [None]
+    cause: Exception | None = None
     if torch.distributed.get_rank() == 0:
         try:
             check()
         except (DWMError, OSError) as error:
             message = [str(error)]
+        except Exception as error:  # the others must not wait for ever
+            message, cause = [f"{type(error).__name__}: {error}"], error
     torch.distributed.broadcast_object_list(message, src=0)
     if message[0] is not None:
-        raise DWMError(message[0])
+        raise DWMError(message[0]) from cause

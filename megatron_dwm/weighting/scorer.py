@@ -221,9 +221,10 @@ def micro_batches_at_once(llm: Any, dwm: Any) -> int:
     """Returns how many micro-batches the DWM takes at once without more memory than the LLM.
 
     A small model on a small batch is all kernel launches. Activations of a layer grow with the
-    hidden size, those of unfused attention with the heads. One where the LLM recomputes its
-    activations, so that they say nothing, and under pipeline parallelism, where micro-batches
-    keep the stages busy.
+    hidden size and the width of the MLP, those of unfused attention with the heads; under sequence
+    parallelism the LLM keeps a part of them on each rank, and the DWM all. One where the LLM
+    recomputes its activations, so that they say nothing, and under pipeline parallelism, where
+    micro-batches keep the stages busy.
 
     Args:
         llm: the LLM's `TransformerConfig`.
@@ -231,10 +232,10 @@ def micro_batches_at_once(llm: Any, dwm: Any) -> int:
     """
     if llm.pipeline_model_parallel_size > 1 or llm.recompute_granularity is not None:
         return 1
-    sizes = ("hidden_size", "num_attention_heads")
+    ranks = llm.tensor_model_parallel_size if llm.sequence_parallel else 1
     ratios = (
-        llm.num_layers * getattr(llm, name) // (dwm.num_layers * getattr(dwm, name))
-        for name in sizes
+        llm.num_layers * getattr(llm, name) // (ranks * dwm.num_layers * getattr(dwm, name))
+        for name in ("hidden_size", "ffn_hidden_size", "num_attention_heads")
     )
     return max(1, min(ratios))
 

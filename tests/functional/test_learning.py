@@ -39,6 +39,10 @@ BAD = {
     "init": (["--dwm-init", "llm:9"], ["--dwm-init llm:9", "--num-layers 4"]),
     "meta-batch": (["--dwm-meta-batch-size", "3"], ["--dwm-meta-batch-size 3", "multiple of"]),
     "load": (["--dwm-load", "nowhere"], ["--dwm-load nowhere", "no such folder"]),
+    "non-persistent": (
+        ["--non-persistent-ckpt-type", "global", "--non-persistent-save-interval", "2"],
+        ["--non-persistent-ckpt-type global", "--save-interval"],
+    ),
     "context-parallel": (["--context-parallel-size", "2"], ["--context-parallel-size 2"]),
     "two-at-once": (
         ["--dwm-policy", "clever", "--dwm-temperature", "0"],

@@ -163,6 +163,20 @@ def test_folder_of_another_iteration_is_noticed(checkpoint):
     assert problems_of(renamed) == ["the common state is of iteration 5, not iter_0000007"]
 
 
+def test_finetune_may_take_a_folder_of_another_iteration(checkpoint):
+    renamed = checkpoint.rename(checkpoint.with_name("iter_0000099"))
+    assert problems_of(renamed) and problems_of(renamed, any_iteration=True) == []
+
+
+def test_marker_of_a_later_version_may_say_more(checkpoint):
+    path = checkpoint / "metadata.json"
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps({**value, "written_by": "a later version"}))
+    assert problems_of(checkpoint) == []
+    path.write_text(json.dumps({**value, "written_by": "a later version", "common_backend": "x"}))
+    assert "metadata.json" in problems_of(checkpoint)[0]
+
+
 def test_an_index_that_asks_for_all_memory_is_damage(checkpoint):
     """LONG_BINPUT with a large number makes the unpickler reserve that many entries."""
     path = checkpoint / ".metadata"

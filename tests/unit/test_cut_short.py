@@ -56,6 +56,13 @@ class TestTracker:
         (tmp_path / TRACKER).write_text(left)
         assert mended(run) == (left, [])
 
+    def test_that_of_another_save_folder_is_mended_too(self, run, tmp_path):
+        run.load = None
+        (tmp_path / TRACKER).write_text("")
+        said: list[str] = []
+        cut_short.mend_tracker(run, said.append)
+        assert (tmp_path / TRACKER).read_text() == "4" and len(said) == 1
+
     def test_without_a_whole_iteration_it_stays_empty(self, run, tmp_path):
         (tmp_path / TRACKER).write_text("")
         for iteration in (2, 4, 100):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, override
 
+from megatron_dwm.conversion.errors import ConversionError
 from megatron_dwm.conversion.families.base import Family
 from megatron_dwm.conversion.layouts import TRANSPOSED, side_by_side_qkv_transform
 from megatron_dwm.conversion.rules import Rule
@@ -71,6 +72,12 @@ class GPT2(Family):
     @override
     def own_values_from_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         hidden, heads = config["n_embd"], config["n_head"]
+        embedding, residual = config.get("embd_pdrop", 0.1), config.get("resid_pdrop", 0.1)
+        if embedding != residual:
+            raise ConversionError(
+                f"config.json: embd_pdrop is {embedding} and resid_pdrop is {residual}, and "
+                "Megatron has one --hidden-dropout for both; make them equal."
+            )
         fused = _ACTIVATIONS[config.get("activation_function", "gelu_new")]
         return {
             "num_layers": config["n_layer"],
@@ -86,7 +93,7 @@ class GPT2(Family):
             "tied": config.get("tie_word_embeddings", True),
             "activation": "gelu_new" if fused else "gelu",
             "attention_dropout": float(config.get("attn_pdrop", 0.1)),
-            "hidden_dropout": float(config.get("resid_pdrop", 0.1)),
+            "hidden_dropout": float(residual),
         }
 
     @override

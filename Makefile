@@ -47,8 +47,8 @@ lint: setup ## check style, spelling and types
 	$(PYTHON_VENV) -m codespell_lib
 	$(PYTHON_VENV) -m mypy megatron_dwm
 
-clean: ## remove .venv, builds, caches and the demo's output
-	rm -rf .venv .venv.lock build dist demo_out *.egg-info
+clean: ## remove .venv, builds, caches and the examples' output
+	rm -rf .venv .venv.lock build dist demo_out smollm2_out *.egg-info
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	rm -f megatron_dwm/_data_engine.*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -38,13 +38,13 @@ from tests.functional.run_many import clean  # noqa: E402  (installs the host be
 import psutil  # noqa: E402
 import torch  # noqa: E402
 from megatron.core.num_microbatches_calculator import get_num_microbatches  # noqa: E402
-from megatron.core.transformer.torch_norm import WrappedTorchNorm  # noqa: E402
 
 from megatron_dwm.batches import StepBatches  # noqa: E402
 from megatron_dwm.guards import gathered_parameters  # noqa: E402
 from megatron_dwm.integration.session import Session  # noqa: E402
 from megatron_dwm.meta import collectives, ghost, jacobian, probe  # noqa: E402
 from megatron_dwm.passes import Trainee  # noqa: E402
+from tests.functional.torch_norms import torch_norms  # noqa: E402
 
 plain_train_step = Session.train_step
 SCRIPT = os.path.join(ROOT, "examples", "pretrain_dwm.py")
@@ -85,19 +85,10 @@ BREAKS = {
 }
 
 
-def norm_for_sequence_parallel(cls, config, hidden_size, eps=1e-5, **kwargs):
-    """Builds torch's norm where Megatron's wrapper refuses, marked as fused norms are."""
-    kinds = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
-    norm = kinds[config.normalization](hidden_size, eps=eps)
-    for parameter in norm.parameters():
-        parameter.sequence_parallel = True
-    return norm
-
-
 # What a case needs to run at all without Transformer Engine.
 ALLOWANCES = {
     None: contextlib.nullcontext,
-    "sequence-parallel": lambda: replaced(WrappedTorchNorm, "__new__", norm_for_sequence_parallel),
+    "sequence-parallel": torch_norms,
 }
 
 

@@ -8,6 +8,7 @@ After the last iteration the model reads `probe_tokens`, and tokens `[b, s]` and
 repository but the wheel.
 """
 
+import contextlib
 import os
 import sys
 from functools import partial
@@ -33,6 +34,8 @@ from megatron.training.argument_utils import (  # noqa: E402
     pretrain_cfg_container_from_args,
 )
 from megatron.training.arguments import parse_and_validate_args  # noqa: E402
+
+from tests.functional.torch_norms import torch_norms  # noqa: E402
 
 MODEL = []
 # Ids are drawn below this, so that every vocabulary of the tests holds them.
@@ -118,7 +121,8 @@ def main():
     logits_path = os.environ.get("LOGITS") or sys.argv.pop(1)
     args = parse_and_validate_args()
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
-    pretrain(config, datasets, ModelType.encoder_or_decoder, forward_step)
+    with torch_norms() if args.sequence_parallel else contextlib.nullcontext():
+        pretrain(config, datasets, ModelType.encoder_or_decoder, forward_step)
     save_logits(logits_path)
 
 

@@ -2,9 +2,10 @@
 
 Chain that is proved: transformers' tiny random models -> `python tools/convert import` -> the
 stock trainer loads with `--load` and the flags that the import printed, at TP2 x PP2 (mixture of
-experts: PP2 x EP2, as its CPU layers have no sequence parallelism), takes a step at learning rate
-zero and saves -> `python tools/convert export` -> the original's bits, in fp32 and bf16. In
-fp32, the logits that Megatron computed in the distributed run are those of transformers to 1e-4.
+experts with sequence parallelism, as Megatron demands, and at PP2 x EP2 too), takes a step at
+learning rate zero and saves -> `python tools/convert export` -> the original's bits, in fp32 and
+bf16. In fp32, the logits that Megatron computed in the distributed run are those of transformers
+to 1e-4.
 
 NOT exercised: Transformer Engine's layers, which need a GPU; grouped GEMM of experts.
 """
@@ -59,7 +60,7 @@ def run_of(folder, name, words, model, *flags, lr="0"):
     if model == "gpt2":
         # Its GELU is the tanh approximation, which Megatron computes in the fused kernel only.
         host = [flag for flag in host if flag != "--no-bias-gelu-fusion"]
-    layout = EXPERTS if model == "mixtral" else LAYOUT
+    layout = {"mixtral": f"{LAYOUT} --sequence-parallel", "experts": EXPERTS}.get(model, LAYOUT)
     args = [*host, *words, *TRAINING.split(), *layout.split(), *flags, "--lr", lr]
     saved = str(folder / f"{name}.saved")
     env = {"LOGITS": str(folder / f"{name}.logits.pt")}
@@ -77,6 +78,8 @@ def results(tmp_path_factory):
         name = f"{model}.{dtype}"
         words = imported(folder / model, folder / f"{name}.run", "--dtype", dtype)
         runs.append(run_of(folder, name, words, model, *(["--bf16"] if dtype == "bf16" else [])))
+    words = imported(folder / "mixtral", folder / "experts.run")
+    runs.append(run_of(folder, "experts", words, "experts"))
     # Controls: a step that is taken, and a model that --use-checkpoint-args builds.
     words = imported(folder / "llama", folder / "trained.run")
     runs.append(run_of(folder, "trained", words, "llama", lr="1e-3"))
@@ -127,6 +130,12 @@ def test_weights_come_back_bit_exact(results, model, dtype):
     for name, tensor in original.items():
         assert found[name].dtype == DTYPES[dtype]
         assert torch.equal(found[name], tensor.to(DTYPES[dtype])), name
+
+
+def test_experts_come_back_from_expert_parallel_ranks(results):
+    original, found = tensors(results / "mixtral"), tensors(results / "experts.back")
+    assert found.keys() == original.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in original.items())
 
 
 def test_the_comparison_would_see_a_step(results):

@@ -6,6 +6,7 @@ both move tensors by the same rules.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,7 +66,7 @@ def _counts(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-class Family:
+class Family(abc.ABC):
     """One model family; subclasses fill in the tables and the tensors.
 
     Attributes:
@@ -144,11 +145,11 @@ class Family:
             )
         return {**values, **own}
 
+    @abc.abstractmethod
     def own_values_from_args(
         self, args: Any, rope_scaling_factor: float | None
     ) -> tuple[dict[str, Any], list[str]]:
         """Returns the values that only this family has, and what speaks against them."""
-        raise NotImplementedError
 
     def to_args(self, shape: ModelShape) -> dict[str, Any]:
         """Returns Megatron's arguments of a model, without those of its tokenizer.
@@ -183,9 +184,9 @@ class Family:
             **own,
         }
 
+    @abc.abstractmethod
     def own_args(self, shape: ModelShape) -> tuple[dict[str, Any], list[str]]:
         """Returns the arguments that only this family has, and what Megatron cannot compute."""
-        raise NotImplementedError
 
     # ------------------------------------------------------------- config.json
 
@@ -213,31 +214,31 @@ class Family:
             raise ConversionError(f"config.json is no {self.label}: {'; '.join(issues)}.")
         return {"family": self.name, **self.own_values_from_config(config)}
 
+    @abc.abstractmethod
     def own_values_from_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Returns all values of the shape but the family."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def to_config(self, shape: ModelShape) -> dict[str, Any]:
         """Returns the contents of `config.json` but dtype and the tokenizer's ids."""
-        raise NotImplementedError
 
     # ------------------------------------------------------------- tensors
 
+    @abc.abstractmethod
     def layer_prefix(self, number: int) -> str:
         """Returns Hugging Face's prefix of a layer."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def layer_rules(self, shape: ModelShape) -> list[Rule]:
         """Returns the rules of a layer, under names relative to it."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def first_rules(self, shape: ModelShape) -> list[Rule]:
         """Returns the rules before the layers."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def last_rules(self, shape: ModelShape) -> list[Rule]:
         """Returns the rules behind the layers, with the output layer unless tied."""
-        raise NotImplementedError
 
     def rules(self, shape: ModelShape, num_layers: int | None = None) -> list[Rule]:
         """Returns the rules of a whole model, or of its first layers, in the model's order."""

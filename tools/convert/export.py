@@ -26,8 +26,7 @@ from megatron_dwm.conversion.hf_folder import INDEX_FILE
 from megatron_dwm.conversion.legacy_checkpoint import LegacyCheckpoint, is_legacy
 from megatron_dwm.conversion.rules import Rule
 from megatron_dwm.conversion.stored_model import StoredModel
-from tools.convert.output import check_output
-from tools.convert.output import complete_or_nothing as _complete_or_nothing
+from tools.convert.output import check_output, complete_or_nothing
 from tools.convert.tokenizer import Tokenizer, find_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -111,7 +110,7 @@ def export(
         ConversionError: Something cannot be converted; the message names it.
     """
     out = Path(hf_path).absolute()
-    _check_output(out, force)
+    check_output(out, "--hf-path", force, _is_model)
     _check_shard_size(max_shard_size)
     found = find_checkpoint(megatron_path, iteration, legacy=True)
     checkpoint = LegacyCheckpoint(found) if is_legacy(found) else TorchDistCheckpoint(found)
@@ -126,7 +125,7 @@ def export(
     zero_centered = getattr(args, "layernorm_zero_centered_gamma", False)
     notes = [tokenizer.note] if tokenizer.note else []
 
-    with _complete_or_nothing(out) as folder:
+    with complete_or_nothing(out) as folder:
         _write_weights(folder, source, shape, target, max_shard_size, zero_centered)
         _write_configs(folder, shape, target, tokenizer)
         warning = tokenizer.write(folder)
@@ -250,10 +249,6 @@ def _write_configs(
     _write_json(folder / "config.json", {**config, **ids})
     known = {key: value for key, value in ids.items() if value is not None}
     _write_json(folder / "generation_config.json", {"_from_model_config": True, **known})
-
-
-def _check_output(out: Path, force: bool) -> None:
-    check_output(out, "--hf-path", force, _is_model)
 
 
 def _is_model(out: Path) -> str | None:

@@ -1,7 +1,8 @@
 """The weighting model's state inside Megatron's own `torch_dist` checkpoint, and its snapshots.
 
-Everything lies under the key `dwm` of the trainer's state dict: tensors (`dwm.*`), the DWM's
-optimizer, the position in the meta data, the counts of meta steps and of bad steps, and the account
+Everything lies under the key `dwm` of the trainer's state dict: tensors of a separate weighting
+model (`dwm.*`), its optimizer, the policy's own state (`dwm_policy`, an object that the ranks of the
+last pipeline stage hold alike), the position in the meta data, the counts of meta steps and of bad steps, and the account
 of the overhead budget. The schedule is a function of the iteration, so its state is the iteration;
 what it was is kept to notice a change. The stock trainer can load such a checkpoint: it does not
 ask for the extra keys.
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megatron_dwm.config import flag
 from megatron_dwm.errors import DWMError
@@ -25,6 +27,7 @@ from megatron_dwm.weighting.scorer import set_hyperparameters
 
 KEY = "dwm"
 _PREFIX = "dwm."
+_POLICY = "dwm_policy"
 
 
 def state_for_saving(
@@ -86,7 +89,7 @@ def _sharded_state(
     step: DWMTrainStep, metadata: dict | None, with_optimizer: bool, loading: bool
 ) -> dict[str, Any]:
     state: dict[str, Any] = {
-        "shape": step.description if step.scorer is not None else None,
+        "shape": step.policy.description(),
         "stages": step.schedule.description(),
         "meta_steps_taken": step.meta_steps_taken,
         "warm_started": step.warm_started,
@@ -94,7 +97,9 @@ def _sharded_state(
         "meta_data": None if step.meta_data is None else step.meta_data.state_dict(),
         "overhead_budget": None if step.budget is None else step.budget.state_dict(),
         "bad_steps": step.bad_steps.state_dict(),
+        "ranks": torch.distributed.get_world_size(),
     }
+    state.update(_policy_state(step, loading))
     if step.scorer is not None:
         metadata = {"dp_cp_group": step.groups.dp_cp, **(metadata or {})}
         state["model"] = step.scorer.module.sharded_state_dict(prefix=_PREFIX, metadata=metadata)
@@ -103,6 +108,27 @@ def _sharded_state(
                 state, is_loading=loading, metadata=metadata
             )
     return state
+
+
+def _policy_state(step: DWMTrainStep, loading: bool) -> dict[str, Any]:
+    """Returns the policy's own state, and what this rank alone has of it, as sharded objects."""
+    if step.policy.description() is None:
+        return {}
+    found: dict[str, Any] = {}
+    groups, rank = step.groups, torch.distributed.get_rank()
+    # Waits for what the ranks are still summing, so on every rank that has any of it.
+    state = step.policy.state_dict() if step.sees_losses else {}
+    if step.sees_losses:
+        replica = (0, groups.tp.rank(), groups.dp_cp.rank())
+        found["policy"] = ShardedObject(
+            _POLICY, None if loading else state, (1,), (0,), replica_id=replica
+        )
+    local = step.policy.local_state_dict()
+    if local:
+        size = torch.distributed.get_world_size()
+        data = None if loading else local
+        found["policy_of_rank"] = ShardedObject(f"{_POLICY}_of_rank", data, (size,), (rank,))
+    return found
 
 
 def load(step: DWMTrainStep, folder: str, with_optimizer: bool = True) -> str:
@@ -120,14 +146,15 @@ def load(step: DWMTrainStep, folder: str, with_optimizer: bool = True) -> str:
         DWMError: the checkpoint's DWM has another shape.
     """
     found = dist_checkpointing.load_common_state_dict(folder).get(KEY)
-    if step.scorer is None:
-        return "DWM: policy uniform, nothing to load"
+    if step.policy.description() is None:
+        return f"DWM: policy {step.config.policy}, nothing to load"
     if found is None or found["shape"] is None:
         return f"DWM: {folder} holds no weighting model; a fresh one starts"
     _check_shape(step, found["shape"], folder)
     with_optimizer = with_optimizer and found["has_optimizer"]
-    state = _load_sharded(step, folder, with_optimizer)
-    if with_optimizer and leaf_optimizers(step.scorer.optimizer):
+    same_ranks = found.get("ranks") == torch.distributed.get_world_size()
+    state = _load_sharded(step, folder, with_optimizer, _has_policy(found), same_ranks)
+    if with_optimizer and step.scorer is not None and leaf_optimizers(step.scorer.optimizer):
         step.scorer.optimizer.load_state_dict(state["optimizer"])
         set_hyperparameters(step.scorer.optimizer, step.config)
     step.meta_steps_taken = int(found["meta_steps_taken"])
@@ -148,11 +175,30 @@ def load(step: DWMTrainStep, folder: str, with_optimizer: bool = True) -> str:
     return line
 
 
-def _load_sharded(step: DWMTrainStep, folder: str, with_optimizer: bool) -> dict[str, Any]:
-    assert step.scorer is not None
+def _has_policy(found: dict[str, Any]) -> bool:
+    """Returns whether a checkpoint holds a policy's own state; one of an older version does not."""
+    return "ranks" in found
+
+
+def _load_sharded(
+    step: DWMTrainStep,
+    folder: str,
+    with_optimizer: bool,
+    with_policy: bool,
+    with_ranks_own: bool,
+) -> dict[str, Any]:
     wanted = _sharded_state(step, None, with_optimizer, loading=True)
-    request = {KEY: {name: wanted[name] for name in ("model", "optimizer") if name in wanted}}
+    names = ["model", "optimizer"]
+    names += ["policy"] if with_policy else []
+    names += ["policy_of_rank"] if with_policy and with_ranks_own else []
+    request = {KEY: {name: wanted[name] for name in names if name in wanted}}
     state = dist_checkpointing.load(request, folder)[KEY]
+    if "policy" in state:
+        step.policy.load_state_dict(state["policy"])
+    if "policy_of_rank" in state:
+        step.policy.load_local_state_dict(state["policy_of_rank"])
+    if step.scorer is None:
+        return state
     # A pipeline stage that holds nothing of the DWM asked for nothing and got nothing.
     loaded = state.get("model", {})
     weights = {name.removeprefix(_PREFIX): value for name, value in loaded.items()}
@@ -164,7 +210,13 @@ def _load_sharded(step: DWMTrainStep, folder: str, with_optimizer: bool) -> dict
 
 
 def _check_shape(step: DWMTrainStep, found: dict[str, Any], folder: str) -> None:
-    wanted, flags = step.description, step.config.shape()
+    wanted, flags = step.policy.description() or {}, step.config.shape()
+    if found.get("form", "model") != wanted.get("form", "model"):
+        raise DWMError(
+            f"the weighting in {folder} is of the form {found.get('form', 'model')}, but this "
+            f"run's is {wanted.get('form', 'model')}; take --dwm-form as it was, or "
+            "start anew (another --save)"
+        )
     different = [
         f"{flag(name) if name in flags else name} is {value}, the checkpoint's is {found[name]}"
         for name, value in wanted.items()
@@ -189,7 +241,6 @@ def save_snapshot(step: DWMTrainStep, folder: str) -> None:
         step: holds the DWM.
         folder: the snapshot's folder; an older snapshot there is replaced.
     """
-    assert step.scorer is not None
     if torch.distributed.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
         os.makedirs(folder, exist_ok=True)
@@ -217,7 +268,7 @@ def load_snapshot(step: DWMTrainStep, folder: str, stage: int | None = None) -> 
     if found is None or found["shape"] is None:
         raise DWMError(f"--dwm-load {path} holds no weighting model")
     _check_shape(step, found["shape"], path)
-    _load_sharded(step, path, with_optimizer=False)
+    _load_sharded(step, path, False, _has_policy(found), False)
     step.warm_started = True
     return f"DWM: weights from {path}"
 

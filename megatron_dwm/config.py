@@ -9,11 +9,35 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_dwm.errors import DWMError
+from megatron_dwm.policies.base import policy_class
 
-POLICIES = ("learned", "uniform", "shuffled")
+FORMS = ("head", "model")
+RULES = ("regression", "chain")
+MAPS = ("sigmoid", "softmax")
+GATES = ("on", "off")
+TEACHERS = ("head", "none")
+# Settings that only the form `model` has.
+MODEL_ONLY = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "pooling",
+    "init",
+    "head_lr",
+    "backbone_lr",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "clip_grad",
+    "replay",
+    "replay_steps",
+    "teacher",
+)
 SCHEDULES = ("staged", "joint", "frozen")
 ESTIMATORS = ("auto", "ghost", "finite_difference")
-LOOKAHEADS = ("next", "current")
+LOOKAHEADS = ("auto", "next", "current")
 JACOBIANS = ("exact", "identity")
 POOLINGS = ("last", "mean")
 SAMPLINGS = ("stock", "weights")
@@ -32,9 +56,13 @@ class DWMConfig:
 
     Attributes:
         enabled: the flag `--dwm`.
-        policy: how samples are weighted: `learned` (the DWM), `uniform` (w = 1, no DWM is
-            built) or `shuffled` (the DWM's weights, permuted among the samples: a control with
-            the same histogram).
+        policy: how samples are weighted: `learned` (in the form that `form` names) or another
+            policy of `megatron_dwm.policies`, or one's own as `package.module:Class`.
+        form: `head` (a linear score on the LLM's own states) or `model` (a separate transformer).
+        rule: how the form learns: `regression` of the influence, or `chain`, the paper's gradient
+            through the weights.
+        map: scores to weights.
+        gate: whether weights leave 1 only as far as out-of-sample correlation has proved.
         schedule: `staged`, `joint` or `frozen` (weights from `load`, no meta steps).
         estimator: how `c_i = dL_meta(theta+)/dw_i` is estimated.
         lookahead: whether the meta loss is differentiated after the LLM's step or before it.
@@ -45,12 +73,48 @@ class DWMConfig:
     enabled: bool = _option(False, "weigh every sample with a data weighting model (DWM)")
     policy: str = _option(
         "learned",
-        "learned: the DWM; uniform: w = 1; shuffled: the DWM's weights permuted, a control",
+        "learned: what --dwm-form names; uniform: w = 1; linupper, truncation: by the sample's "
+        "loss; influence: by the sample's own influence at every step; shuffled: the learned "
+        "weights of other samples, a control; or a policy of your own, package.module:Class",
     )
-    schedule: str = _option(
-        "staged",
+    form: str = _option(
+        "head",
+        "what is learned: head, a linear score on the LLM's own hidden states and losses, without "
+        "a pass of its own; model, a separate transformer (the paper's)",
+    )
+    rule: str | None = _option(
+        None,
+        "how it learns: regression of the samples' influence; chain, the meta loss's gradient "
+        "through the weights (the paper's; form model only); default: regression",
+    )
+    map: str | None = _option(
+        None,
+        "scores to weights: sigmoid, bounded, with running centre and normaliser; softmax over "
+        "the global batch (form model only); default: sigmoid, with --dwm-rule chain softmax",
+    )
+    slope: float = _option(4.0, "slope of the sigmoid, per standard deviation of the influence")
+    gate: str | None = _option(
+        None,
+        "on: weights leave 1 only as far as the out-of-sample correlation of scores and influence "
+        "has proved; off: at once; default: on, with --dwm-rule chain off",
+    )
+    forgetting: float = _option(
+        0.98, "regression of form head: what a meta step counts after the next one, in (0, 1]"
+    )
+    ridge: float = _option(0.1, "regression of form head: ridge penalty, over the mean variance")
+    replay: int = _option(8, "regression of form model: meta steps whose samples are kept")
+    replay_steps: int = _option(
+        2, "regression of form model: kept meta steps that are learned again at each meta step"
+    )
+    teacher: str = _option(
+        "head",
+        "regression of form model: head, a head's scores are labels between meta steps; none",
+    )
+    schedule: str | None = _option(
+        None,
         "staged: each stage is a meta window and a frozen window; joint: a meta step every "
-        "--dwm-meta-interval steps; frozen: weights from --dwm-load, no meta steps",
+        "--dwm-meta-interval steps; frozen: weights from --dwm-load, no meta steps; default: "
+        "joint, with --dwm-rule chain staged",
     )
     stages: int = _option(
         5, "number of stages that the training is cut into; a snapshot is taken after each"
@@ -59,7 +123,11 @@ class DWMConfig:
         None, "length of each stage's meta window in steps; default: half of the stage"
     )
     warmup_steps: int = _option(0, "steps of uniform weights at the start of the training")
-    meta_interval: int = _option(1, "a meta step every this many steps (joint, meta windows)")
+    meta_interval: int | None = _option(
+        None,
+        "a meta step every this many steps (joint, meta windows); default: 4, with --dwm-rule "
+        "chain 1",
+    )
     meta_data_path: list[str] | None = _option(
         None,
         "meta set: one or more Megatron indexed data set prefixes, optionally WEIGHT PREFIX "
@@ -74,10 +142,11 @@ class DWMConfig:
         "estimator of the per-sample meta-gradient: ghost (exact, by hooks), finite_difference "
         "(any layer), auto (ghost where it covers every parameter)",
     )
-    lookahead: str = _option(
-        "next",
+    lookahead: str | None = _option(
+        None,
         "next: the meta loss after the LLM's step, exact; current: from before the step, with "
-        "Adam's preconditioner as it stands, at the cost of one forward (ghost only)",
+        "Adam's preconditioner as it stands, at the cost of one forward (ghost only); default: "
+        "current where ghost covers the LLM, with --dwm-rule chain next",
     )
     jacobian: str = _option(
         "exact",
@@ -171,16 +240,57 @@ class DWMConfig:
     @property
     def trains(self) -> bool:
         """Whether meta steps are taken at all."""
-        return self.policy != "uniform" and self.schedule != "frozen"
+        return self.uses_meta_set and self.schedule != "frozen" and self._needs().influence
+
+    @property
+    def uses_meta_set(self) -> bool:
+        """Whether samples' influence on the meta set is wanted, on meta steps or ahead of steps."""
+        needs = self._needs()
+        return needs.influence_ahead or (needs.influence and self.schedule != "frozen")
 
     @property
     def scores(self) -> bool:
-        """Whether a weighting model is built."""
+        """Whether samples are weighed at all."""
         return self.policy != "uniform"
+
+    @property
+    def learned(self) -> bool:
+        """Whether the policy is the learned one, or a control made of it."""
+        return self.policy in ("learned", "shuffled", *FORMS)
+
+    @property
+    def has_model(self) -> bool:
+        """Whether a separate weighting model is built."""
+        return self.learned and self.form == "model"
+
+    def _needs(self) -> Any:
+        name = self.form if self.policy in ("learned", "shuffled") else self.policy
+        return policy_class(name).needs
+
+    def with_defaults(self) -> DWMConfig:
+        """Returns the settings with those filled in that follow from form and rule."""
+        form = self.form
+        if self.policy in FORMS and form == DWMConfig.form:
+            form = self.policy
+        chain = self.rule == "chain"
+        defaults: dict[str, Any] = {
+            "rule": "regression",
+            "map": "softmax" if chain else "sigmoid",
+            "gate": "off" if chain else "on",
+            "schedule": "staged" if chain else "joint",
+            "meta_interval": 1 if chain else 4,
+            "lookahead": "next" if chain else "auto",
+        }
+        missing: dict[str, Any] = {k: v for k, v in defaults.items() if getattr(self, k) is None}
+        return dataclasses.replace(self, form=form, **missing)
 
     def problems(self) -> list[str]:
         """Returns one line for each setting that cannot work, independent of the LLM."""
-        found = []
+        try:
+            self._needs()
+        except DWMError as error:
+            return [str(error)]
+        found = self._form_problems()
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
             if isinstance(value, float) and not math.isfinite(value):
@@ -189,7 +299,11 @@ class DWMConfig:
             if not 0 <= getattr(self, name) < 1:
                 found.append(f"{flag(name)} is {getattr(self, name)}; it must lie in [0, 1)")
         for name, allowed in (
-            ("policy", POLICIES),
+            ("form", FORMS),
+            ("rule", RULES),
+            ("map", MAPS),
+            ("gate", GATES),
+            ("teacher", TEACHERS),
             ("schedule", SCHEDULES),
             ("estimator", ESTIMATORS),
             ("lookahead", LOOKAHEADS),
@@ -204,10 +318,12 @@ class DWMConfig:
         if not _INIT.fullmatch(self.init):
             found.append(f"{flag('init')} is '{self.init}'; allowed are random, llm:K and hf:DIR")
         positive = ("stages", "meta_interval", "num_layers", "hidden_size", "num_attention_heads")
-        for name in (*positive, "temperature", "head_lr", "max_bad_steps"):
-            if getattr(self, name) <= 0:
-                found.append(f"{flag(name)} is {getattr(self, name)}; it must be above 0")
-        for name in ("warmup_steps", "backbone_lr", "weight_decay", "clip_grad", "seed"):
+        for name in (*positive, "temperature", "slope", "head_lr", "max_bad_steps"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                found.append(f"{flag(name)} is {value}; it must be above 0")
+        not_negative = ("warmup_steps", "backbone_lr", "weight_decay", "clip_grad", "seed")
+        for name in (*not_negative, "ridge", "replay", "replay_steps"):
             if getattr(self, name) < 0:
                 found.append(f"{flag(name)} is {getattr(self, name)}; it must not be negative")
         for name in (
@@ -241,10 +357,45 @@ class DWMConfig:
                 "--dwm-lookahead current needs --dwm-estimator ghost: its gain is to read the "
                 "influence off the training pass, which finite_difference cannot do"
             )
+        if not 0 < self.forgetting <= 1:
+            found.append(f"{flag('forgetting')} is {self.forgetting}; use (0, 1]")
         found += self._sampling_problems()
         found += self._guard_problems()
-        if self.schedule == "frozen" and self.policy != "uniform" and not self.load:
+        if self.schedule == "frozen" and self.learned and not self.load:
             found.append("--dwm-schedule frozen needs --dwm-load DIR, the weights to be used")
+        return found
+
+    def _form_problems(self) -> list[str]:
+        """Returns one line for each setting that another form, rule or map would need."""
+        found = []
+        default = DWMConfig()
+        given = [n for n in MODEL_ONLY if getattr(self, n) != getattr(default, n)]
+        if given and not self.has_model and self.learned:
+            flags = ", ".join(flag(name) for name in given)
+            found.append(
+                f"{flags}: about the separate model, but --dwm-form is {self.form}; add "
+                "--dwm-form model, or leave it out"
+            )
+        if self.form == "head" and self.learned:
+            if self.rule == "chain":
+                found.append(
+                    "--dwm-rule chain is the rule of a separate model, but --dwm-form is head; "
+                    "add --dwm-form model, or leave it out"
+                )
+            if self.map == "softmax":
+                found.append(
+                    "--dwm-map softmax needs the scores of the whole batch before the step, but "
+                    "--dwm-form head makes them inside it; use sigmoid, or --dwm-form model"
+                )
+        others = {"slope": "sigmoid", "temperature": "softmax"}
+        for name, wanted in others.items():
+            if getattr(self, name) != getattr(default, name) and self.map != wanted:
+                found.append(
+                    f"{flag(name)} is about --dwm-map {wanted}, but the map is {self.map}; leave "
+                    f"it out, or add --dwm-map {wanted}"
+                )
+        if self.policy in FORMS and self.form != self.policy:
+            found.append(f"--dwm-policy {self.policy} contradicts --dwm-form {self.form}")
         return found
 
     def _sampling_problems(self) -> list[str]:

@@ -34,7 +34,10 @@ from megatron_dwm.meta.update import (
     trainable_parameters,
 )
 from megatron_dwm.passes import Passes, Trainee
+from megatron_dwm.weighting.loss import Applied, PolicyWeights
 
+# Given weights `[N]`, what makes them inside the forward step, or None on ranks without losses.
+type Weighing = torch.Tensor | PolicyWeights | None
 StockStep = Callable[[Any], tuple]
 
 
@@ -67,13 +70,14 @@ class MetaGradient:
         self.config, self.passes = config, passes
         self._ghost: ghost.Ghost | None = None
         self._has_stepped = False
+        self.applied = Applied()
 
     def step(
         self,
         stock_step: StockStep,
         trainee: Trainee,
         batches: StepBatches,
-        weights: torch.Tensor | None,
+        weights: Weighing,
         estimator: str | None = None,
     ) -> tuple[tuple, Influence | None]:
         """Takes one weighted step of the trainer with passes C and D.
@@ -82,7 +86,7 @@ class MetaGradient:
             stock_step: runs the trainer's own step on the data iterator it is given.
             trainee: the LLM.
             batches: the step's micro-batches.
-            weights: `[N]` weights, None on ranks that see no losses.
+            weights: `[N]` weights or what makes them, None on ranks that see no losses.
             estimator: instead of the configured one.
 
         Returns:
@@ -96,19 +100,21 @@ class MetaGradient:
             return self._next(stock_step, trainee, batches, weights, name)
 
     def weighted_step(
-        self, stock_step: StockStep, batches: StepBatches, weights: torch.Tensor | None
-    ) -> tuple[tuple, list[torch.Tensor | None]]:
-        """Pass B: the trainer's own step under weights `[N]`.
+        self, stock_step: StockStep, batches: StepBatches, weights: Weighing
+    ) -> tuple[tuple, Applied]:
+        """Pass B: the trainer's own step under weights `[N]`, or under a policy's.
 
         Returns:
-            The trainer's result, and the token count of each micro-batch.
+            The trainer's result, and what was applied to each micro-batch.
         """
-        local = None
+        local: Weighing = None
         if weights is not None and self.passes.sees_losses:
-            local = self.passes.local_part(weights).view(get_num_microbatches(), -1)
-        with self.passes.forward_step.weighted(local) as num_tokens:
+            local = weights
+            if isinstance(weights, torch.Tensor):
+                local = self.passes.local_part(weights).view(get_num_microbatches(), -1)
+        with self.passes.forward_step.weighted(local, get_num_microbatches()) as self.applied:
             result = stock_step(batches.replay(RerunDataIterator))
-        return result, num_tokens
+        return result, self.applied
 
     # ------------------------------------------------------------------ lookahead: next
 
@@ -117,7 +123,7 @@ class MetaGradient:
         stock_step: StockStep,
         trainee: Trainee,
         batches: StepBatches,
-        weights: torch.Tensor | None,
+        weights: Weighing,
         estimator: str,
     ) -> tuple[tuple, Influence | None]:
         parameters = trainable_parameters(trainee.model)
@@ -218,18 +224,14 @@ class MetaGradient:
         stock_step: StockStep,
         trainee: Trainee,
         batches: StepBatches,
-        weights: torch.Tensor | None,
+        weights: Weighing,
     ) -> tuple[tuple, Influence | None]:
         lrs, rng = learning_rates(trainee.optimizer), _get_all_rng_states()
         if self.config.jacobian == "exact" and not self._optimizer_has_stepped(trainee):
             return self.weighted_step(stock_step, batches, weights)[0], None
         # C: h at theta, and v with the Jacobian that the step is expected to have
         with quiet(trainee):
-            loss = self.passes.meta_gradient(trainee)
-            if self.config.jacobian == "exact":
-                pull_back_before_step(trainee.optimizer, lrs, trainee.model)
-            else:
-                pull_back_identity(max(lrs.values(), default=0.0), trainee.model)
+            loss = self._direction_ahead(trainee, lrs)
             # kept: v, as the step needs the gradient buffers for its own gradient.
             v = {id(p): p.main_grad.clone() for p in trainable_parameters(trainee.model)}
         restore_rng(rng)
@@ -240,20 +242,50 @@ class MetaGradient:
             return v.get(id(parameter))
 
         with layers.recording(direction, get_num_microbatches()) as total:
-            result, num_tokens = self.weighted_step(stock_step, batches, weights)
+            result, applied = self.weighted_step(stock_step, batches, weights)
             recorded = total()
         if result[1]:
             return result, None
         recorded = collectives.sum_over_model_parallel(recorded, self.passes.groups.mp)
-        local = self._scaled(recorded, num_tokens)
-        if local is not None and weights is not None:
+        local, w = self._scaled(recorded, applied.num_tokens), applied.weights
+        if local is not None and w is not None:
             # The pass was weighted, so sample i was seen w_i times; one without weight not at all.
-            w = self.passes.local_part(weights)
             local = torch.where(w > 0, local / w.clamp(min=1e-30), 0.0)
             if self.config.jacobian == "exact":
                 max_norm = _clip_grad(trainee.optimizer)
                 local = local * jacobian.clip_coefficient(float(result[5] or 0.0), max_norm)
         return result, self._influence(local, loss, lrs, {})
+
+    def ahead(self, trainee: Trainee, batches: StepBatches) -> Influence | None:
+        """Returns the influence of the step's samples before it, by passes of their own.
+
+        With the Jacobian that the step is expected to have, as in `current`, at weights of 1.
+        """
+        if self.config.jacobian == "exact" and not self._optimizer_has_stepped(trainee):
+            return None
+        lrs, rng = learning_rates(trainee.optimizer), _get_all_rng_states()
+        with gathered_parameters(trainee), quiet(trainee):
+            loss = self._direction_ahead(trainee, lrs)
+            restore_rng(rng)
+            with self.passes.forward_step.counted() as num_tokens:
+                local = ghost.estimate(
+                    self.ghost(trainee),
+                    _main_grad,
+                    get_num_microbatches(),
+                    trainee.model,
+                    lambda: self.passes.run(trainee, batches, get_num_microbatches(), False),
+                )
+        restore_rng(rng)
+        return self._influence(self._scaled(local, num_tokens), loss, lrs, {})
+
+    def _direction_ahead(self, trainee: Trainee, lrs: dict[int, float]) -> float:
+        """Leaves v before the step in the gradient buffers; returns the meta loss."""
+        loss = self.passes.meta_gradient(trainee)
+        if self.config.jacobian == "exact":
+            pull_back_before_step(trainee.optimizer, lrs, trainee.model)
+        else:
+            pull_back_identity(max(lrs.values(), default=0.0), trainee.model)
+        return loss
 
     # ------------------------------------------------------------------ helpers
 

@@ -51,7 +51,7 @@ class Schedule:
         if not config.scores:
             return StepPlan(stage, "frozen", False, False, False)
         window = self._window(stage, iteration)
-        due = (iteration - config.warmup_steps) % config.meta_interval == 0
+        due = (iteration - config.warmup_steps) % (config.meta_interval or 1) == 0
         return StepPlan(stage, window, True, config.trains and window == "meta" and due, ends_stage)
 
     def description(self) -> dict[str, object]:

@@ -1,10 +1,11 @@
 """The modified training step, passes A to E of the design, readable top to bottom.
 
-    A  score      DWM forward over the step's micro-batches -> w                    (every step)
-    B  inner      the trainer's own step on sum_i w_i l_i                           (every step)
-    C  meta       LLM forward/backward on a meta batch -> h -> v                    (meta steps)
-    D  influence  c_i = <v, g_i>, for every sample                                  (meta steps)
-    E  update     DWM forward/backward with dL/ds from c, its optimizer's step      (meta steps)
+    A  score      a policy that wants the whole batch first weighs it        (every step)
+    B  inner      the trainer's own step on sum_i w_i l_i; other policies
+                  weigh each micro-batch here, in its own forward step       (every step)
+    C  meta       LLM forward/backward on a meta batch -> h -> v             (meta steps)
+    D  influence  c_i = <v, g_i>, for every sample                           (meta steps)
+    E  update     the policy learns from c                                   (meta steps)
 
 Passes B to D on a meta step are in `influence.py`, in the order that `--dwm-lookahead` asks for.
 
@@ -21,25 +22,24 @@ from typing import Any
 
 import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.tensor_parallel.random import _get_all_rng_states
 
 from megatron_dwm.bad_steps import BadSteps, agreed
-from megatron_dwm.batches import StepBatches, tokens_of
+from megatron_dwm.batches import StepBatches
 from megatron_dwm.budget import NoMeter, Overhead, OverheadBudget, StepMeter
 from megatron_dwm.config import DWMConfig
-from megatron_dwm.guards import gathered_parameters
-from megatron_dwm.influence import Influence, MetaGradient, StockStep
+from megatron_dwm.guards import gathered_parameters, quiet, restore_rng
+from megatron_dwm.influence import Influence, MetaGradient, StockStep, Weighing
 from megatron_dwm.meta import collectives
 from megatron_dwm.passes import Passes, Trainee
+from megatron_dwm.policies.base import SampleView, StepView, WeightPolicy
+from megatron_dwm.policies.maps import Mapped
 from megatron_dwm.schedule import Schedule, StepPlan
-from megatron_dwm.weighting.guarding import Guards
-from megatron_dwm.weighting.scorer import Scorer
-from megatron_dwm.weighting.weights import (
-    BatchWeights,
-    batch_weights,
-    score_gradient,
-    shuffled,
-    uniform_where,
-)
+from megatron_dwm.weighting.loss import PolicyWeights
+from megatron_dwm.weighting.state_tap import StateTap
+
+# Steps between two looks at the scores of a policy that takes no meta steps.
+_LOOK_INTERVAL = 50
 
 
 @dataclass
@@ -49,8 +49,8 @@ class MetaResult:
     Attributes:
         loss: the meta loss per token.
         influence: `[N]`, in units of the LLM's learning rate.
-        grad_norm: of the DWM, before clipping; NaN where it was not stepped.
-        updated: whether the DWM was stepped.
+        grad_norm: of a weighting model that learns by gradient, before clipping; else NaN.
+        updated: whether the policy has learned from it.
         seconds: what the step took beyond scoring: passes B to E.
         quality: what the estimator said of itself.
     """
@@ -65,7 +65,7 @@ class MetaResult:
 
 @dataclass
 class StepRecord:
-    """What a step leaves for the log.
+    """What a step leaves for the log. Tensors are read when the log is written, not before.
 
     Attributes:
         iteration: 1-based, as the trainer prints it.
@@ -78,6 +78,8 @@ class StepRecord:
         batch: what the guards of the weights did, on last-stage ranks, where samples were scored.
         causes: what was NaN or infinite, see `bad_steps`; the same on every rank.
         bad_steps: the run's bad steps by cause, this one among them.
+        figures: what the policy says of the step.
+        notices: lines for the user.
     """
 
     iteration: int
@@ -85,23 +87,25 @@ class StepRecord:
     weights: torch.Tensor | None
     domains: torch.Tensor | None
     meta: MetaResult | None
-    lm_loss: float | None
+    lm_loss: float | torch.Tensor | None
     overhead: Overhead | None = None
-    batch: BatchWeights | None = None
+    batch: Mapped | None = None
     causes: list[str] = field(default_factory=list)
     bad_steps: dict[str, int] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
 
 
 class DWMTrainStep:
-    """Runs training steps; holds everything of the DWM that lasts from step to step.
+    """Runs training steps; holds everything of the weighting that lasts from step to step.
 
     Args:
         config: settings.
         schedule: which step does what.
         passes: the LLM's extra passes; holds the wrapped forward step and the meta set.
-        scorer: the weighting model; None for the uniform policy.
-        warm_start: copies the LLM's layers into the DWM (`--dwm-init llm:K`), or None.
-        description: what must agree between this DWM and a saved one, for the checkpoint.
+        policy: weighs the samples.
+        tap: reads the LLM's final hidden states, where the policy needs them.
+        warm_start: copies the LLM's layers into the weighting model (`--dwm-init llm:K`), or None.
     """
 
     def __init__(
@@ -109,21 +113,25 @@ class DWMTrainStep:
         config: DWMConfig,
         schedule: Schedule,
         passes: Passes,
-        scorer: Scorer | None,
+        policy: WeightPolicy,
+        tap: StateTap | None = None,
         warm_start: Callable[[], None] | None = None,
-        description: dict[str, Any] | None = None,
     ) -> None:
         self.config, self.schedule, self.passes = config, schedule, passes
         self.forward_step, self.groups = passes.forward_step, passes.groups
         self.shape, self.meta_data = passes.shape, passes.meta_data
         self.sees_losses = passes.sees_losses
-        self.scorer, self.warm_start = scorer, warm_start
-        self.description = description or config.shape()
+        self.policy, self.tap, self.warm_start = policy, tap, warm_start
         self.meta_gradient = MetaGradient(config, passes)
         self.budget = OverheadBudget.from_config(config)
-        self.guards, self.bad_steps = Guards.from_config(config), BadSteps(config.max_bad_steps)
+        self.bad_steps = BadSteps(config.max_bad_steps)
         self.meta_steps_taken = 0
         self.warm_started = warm_start is None
+
+    @property
+    def scorer(self) -> Any:
+        """The separate weighting model, where the policy has one."""
+        return self.policy.scorer
 
     def __call__(
         self, stock_step: StockStep, trainee: Trainee, iteration: int
@@ -141,145 +149,180 @@ class DWMTrainStep:
         # Spaces and times meta steps under --dwm-overhead-budget; else it does nothing.
         meter = NoMeter() if self.budget is None else StepMeter(self.budget, self.shape.device)
         plan = meter.admitted(self.schedule.plan(iteration))
-        num_microbatches = get_num_microbatches()
+        self.start_warm(plan, trainee)
+        batches = meter.own(StepBatches)(trainee.data_iterator, get_num_microbatches())
+        stock_step = meter.own(stock_step)
+        step = StepView(iteration, get_num_microbatches(), batches, self._domains(batches))
+
+        # A: policies that want the whole batch first; of the others, what they weigh by
+        if plan.weighted and self.policy.needs.influence_ahead:
+            self._foresee(step, trainee)
+        weighing = self._begin(step, plan)
+
+        # B: the trainer's own step, weighted; on meta steps C and D: each sample's influence
+        influence: Influence | None = None
+        start = time.perf_counter()
+        if plan.meta_step:
+            result, influence = self.meta_gradient.step(stock_step, trainee, batches, weighing)
+        else:
+            result, _ = self.meta_gradient.weighted_step(stock_step, batches, weighing)
+        loss = _first_loss(result[0])
+
+        # E: the policy learns, unless something is NaN or infinite
+        meta: MetaResult | None = None
+        causes: list[str] = []
+        if influence is not None:
+            meta, causes = self._learn(step, influence, loss)
+            meta.seconds = time.perf_counter() - start
+        elif plan.weighted and (self.policy.synchronous or self._look_is_due(iteration)):
+            causes = agreed({"scores": self.policy.bad_scores()}, self.shape.device)
+            causes += self._broken() if causes else []
+        if plan.weighted:
+            self.policy.end(step)
+        looked = meta is not None or self.policy.synchronous or self._look_is_due(iteration)
+        tried = meta is not None and (meta.updated or bool(causes))
+        self.bad_steps.note(causes, plan.weighted and looked, tried)
+        overhead = meter.finish(meta is not None)
+        return result, self._record(step, plan, meta, loss, overhead, causes)
+
+    # ------------------------------------------------------------------ A
+
+    def _begin(self, step: StepView, plan: StepPlan) -> Weighing:
+        """Returns what the step's samples are weighed by; ones in warm-up steps."""
+        if plan.weighted:
+            self.policy.begin(step)
+        if not self.sees_losses:
+            return None
+        if not plan.weighted:
+            count = step.num_microbatches * self.shape.micro_batch_size * self.groups.dp.size()
+            return torch.ones(count, device=self.shape.device)
+        return PolicyWeights(self.policy, self.tap, step.domains)
+
+    def _foresee(self, step: StepView, trainee: Trainee) -> None:
+        """Gives the policy the influence of the coming step's samples, if all of it is finite."""
+        found = self.meta_gradient.ahead(trainee, step.batches)
+        values = None
+        if found is not None:
+            lr = torch.tensor(found.lr, dtype=torch.float64, device=self.shape.device)
+            lr = collectives.largest(lr, torch.distributed.group.WORLD).item()
+            good = lr > 0 and math.isfinite(found.meta_loss)
+            good = good and bool(torch.isfinite(found.values).all())
+            bad = agreed({"meta_gradient": not good}, self.shape.device)
+            values = None if bad else found.values / lr
+        self.policy.foresee(step, values)
+
+    def start_warm(self, plan: StepPlan, trainee: Trainee) -> None:
+        """Copies the LLM's layers into the weighting model, before the first meta step."""
         if plan.meta_step and not self.warm_started and self.warm_start is not None:
             with gathered_parameters(trainee):
                 self.warm_start()
             self.warm_started = True
-        if self.scorer is None:
-            return self._uniform_step(stock_step, trainee, plan, iteration, num_microbatches)
 
-        batches = meter.own(StepBatches)(trainee.data_iterator, num_microbatches)
-        stock_step = meter.own(stock_step)
+    def weights_of(
+        self, trainee: Trainee, batches: StepBatches, iteration: int
+    ) -> torch.Tensor | None:
+        """Returns the weights `[N]` that the step at `iteration` gives, without taking it.
 
-        # A: scores [N] and weights [N] of the global batch
-        batch = self.weigh(batches, iteration) if plan.weighted else None
-        weights = None if batch is None else batch.weights
-        if not plan.weighted and self.sees_losses:
-            weights = self._ones(num_microbatches)
+        By a forward pass of its own, as a policy may weigh by what that finds. Random states stay
+        as they were.
 
-        # B: the trainer's own step, weighted; on meta steps C and D: each sample's influence
-        meta: MetaResult | None = None
-        influence: Influence | None = None
-        causes: list[str] = []
-        start = time.perf_counter()
-        if plan.meta_step:
-            result, influence = self.meta_gradient.step(stock_step, trainee, batches, weights)
-        else:
-            result, _ = self.meta_gradient.weighted_step(stock_step, batches, weights)
-        loss = _first_loss(result[0])
-
-        # E: one step of the DWM, unless something is NaN or infinite
-        if influence is not None:
-            meta, causes = self._update(batches, influence, batch, loss)
-            meta.seconds = time.perf_counter() - start
-        elif plan.weighted:
-            causes = agreed({"scores": batch is not None and batch.bad}, self.shape.device)
-        if "scores" in causes:
-            causes += agreed({"parameters": self.scorer.bad_parameters()}, self.shape.device)
-        tried = meta is not None and (meta.updated or bool(causes))
-        self.bad_steps.note(causes, plan.weighted, tried)
-
-        domains = self._domains(batches) if self.sees_losses else None
-        overhead = meter.finish(meta is not None)
-        record = StepRecord(iteration + 1, plan, weights, domains, meta, loss, overhead)
-        record.batch, record.causes = batch, causes
-        record.bad_steps = self.bad_steps.summary()
-        return result, record
-
-    def score(
-        self, batches: StepBatches, iteration: int
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Pass A: scores and weights `[N]` of the global batch, None on ranks without losses."""
-        batch = self.weigh(batches, iteration)
-        return (None, None) if batch is None else (batch.scores, batch.weights)
-
-    def weigh(self, batches: StepBatches, iteration: int) -> BatchWeights | None:
-        """Pass A: the weights of the global batch, None on ranks that see no losses.
-
-        Bad scores give weights of 1, on every last-stage rank alike.
+        Returns:
+            The weights, None on ranks that see no losses.
         """
-        assert self.scorer is not None
-        local = self.scorer.scores(tokens_of(batches.first()), get_num_microbatches())
-        if not self.sees_losses:
-            return None
-        scores = collectives.gather_samples(local, self.groups.dp)
-        batch = batch_weights(scores, self.config.temperature, self.guards)
-        if self.groups.tp.size() > 1:
-            # Data-parallel peers have seen all scores; a tensor-parallel peer has its own.
-            batch.bad = collectives.largest(batch.bad.int(), self.groups.tp).bool()
-            batch.weights = uniform_where(batch.bad, batch.weights)
-        if self.config.policy == "shuffled":
-            batch.weights = shuffled(batch.weights, self.config.seed, iteration)
-        return batch
+        count = get_num_microbatches()
+        step = StepView(iteration, count, batches, self._domains(batches))
+        rng = _get_all_rng_states()
+        weighing = self._begin(step, self.schedule.plan(iteration))
+        if self.policy.needs.losses or self.policy.needs.states:
+            with gathered_parameters(trainee), quiet(trainee):
+                with self.forward_step.weighted(weighing, count) as applied:
+                    self.passes.run(trainee, batches, count, forward_only=True)
+            local = applied.weights
+        elif self.sees_losses:
+            nothing = torch.zeros(self.shape.micro_batch_size, 0, device=self.shape.device)
+            views = [SampleView(k, nothing) for k in range(count)]
+            local = torch.cat([self.policy.weights(view) for view in views])
+        else:
+            local = None
+        restore_rng(rng)
+        return self._gathered(local)
 
-    def _update(
-        self,
-        batches: StepBatches,
-        influence: Influence,
-        batch: BatchWeights | None,
-        loss: float | None,
+    # ------------------------------------------------------------------ E
+
+    def _learn(
+        self, step: StepView, influence: Influence, loss: torch.Tensor | float | None
     ) -> tuple[MetaResult, list[str]]:
-        """Pass E: the DWM's own step, and what was NaN or infinite and kept it from being taken."""
-        assert self.scorer is not None
+        """Has the policy learn; returns what was NaN or infinite and kept it from that."""
         self.meta_steps_taken += 1
         lr = torch.tensor(influence.lr, dtype=torch.float64, device=self.shape.device)
         # A rank may hold none of the optimizer's groups.
         lr = collectives.largest(lr, torch.distributed.group.WORLD).item()
-        # In units of the learning rate, so that the DWM's gradient does not follow its decay.
+        # In units of the learning rate, so that what is learned does not follow its decay.
         values = influence.values / max(lr, 1e-30)
         result = MetaResult(influence.meta_loss, values, math.nan, False, 0.0, influence.quality)
         finite = torch.isfinite(influence.values).all()
         causes = agreed(
             {
-                "loss": loss is not None and not math.isfinite(loss),
-                "scores": batch is not None and batch.bad,
+                "loss": loss is not None and not math.isfinite(float(loss)),
+                "scores": self.policy.bad_scores(),
                 "meta_gradient": ~finite | (not math.isfinite(influence.meta_loss)),
             },
             self.shape.device,
         )
+        if "scores" in causes:
+            causes += self._broken()
         # At a learning rate of 0, as at the start of a warm-up, there is no influence.
         if causes or lr <= 0.0:
             return result, causes
-        num_microbatches = get_num_microbatches()
-        local = torch.zeros(num_microbatches * self.shape.micro_batch_size)
-        local = local.to(self.shape.device)
-        if batch is not None:
-            gradient = score_gradient(batch.scores, values, self.config.temperature, self.guards)
-            local = self.passes.local_part(gradient)
-        update = self.scorer.update(tokens_of(batches.first()), num_microbatches, local)
-        result.updated, result.grad_norm = update.updated, update.grad_norm
-        return result, update.causes
+        lesson = self.policy.observe(step, values)
+        result.updated, result.grad_norm = lesson.updated, lesson.grad_norm
+        return result, lesson.causes
 
-    def _uniform_step(
+    def _broken(self) -> list[str]:
+        """Returns whether the policy itself holds something that is not finite."""
+        return agreed({"parameters": self.policy.broken()}, self.shape.device)
+
+    def _look_is_due(self, iteration: int) -> bool:
+        """Whether a policy without meta steps is looked at; elsewhere, meta steps do it."""
+        return not self.config.trains and (iteration + 1) % _LOOK_INTERVAL == 0
+
+    # ------------------------------------------------------------------ the log
+
+    def _record(
         self,
-        stock_step: StockStep,
-        trainee: Trainee,
+        step: StepView,
         plan: StepPlan,
-        iteration: int,
-        num_microbatches: int,
-    ) -> tuple[tuple, StepRecord]:
-        """The uniform policy: w = 1 through the same weighted loss, and nothing else."""
-        weights = self._ones(num_microbatches) if self.sees_losses else None
-        local = None
-        if weights is not None:
-            local = self.passes.local_part(weights).view(num_microbatches, -1)
-        with self.forward_step.weighted(local):
-            result = stock_step(trainee.data_iterator)
-        record = StepRecord(iteration + 1, plan, weights, None, None, _first_loss(result[0]))
-        return result, record
+        meta: MetaResult | None,
+        loss: torch.Tensor | float | None,
+        overhead: Overhead | None,
+        causes: list[str],
+    ) -> StepRecord:
+        weights = self._gathered(self.meta_gradient.applied.weights)
+        domains = None if step.domains is None else self._gathered(step.domains)
+        record = StepRecord(step.iteration + 1, plan, weights, domains, meta, loss, overhead)
+        record.causes, record.bad_steps = causes, self.bad_steps.summary()
+        if self.sees_losses and plan.weighted:
+            record.batch = getattr(self.policy, "batch", None)
+            record.figures, record.notices = self.policy.figures(), self.policy.notices()
+        return record
 
-    def _ones(self, num_microbatches: int) -> torch.Tensor:
-        count = num_microbatches * self.shape.micro_batch_size * self.groups.dp.size()
-        return torch.ones(count, device=self.shape.device)
+    def _gathered(self, local: torch.Tensor | None) -> torch.Tensor | None:
+        """Returns the global batch's `[N]` of `[n]`, None on ranks that see no losses."""
+        if local is None or not self.sees_losses:
+            return None
+        return collectives.gather_samples(local, self.groups.dp)
 
-    def _domains(self, batches: StepBatches) -> torch.Tensor:
-        """Returns the domain of every sample, `[N]`; -1 where the loader names none.
+    def _domains(self, batches: StepBatches) -> torch.Tensor | None:
+        """Returns the domain of each local sample, `[n]`; -1 where the loader names none.
 
         The one that its documents are of (`WeightedGPTDataset`), else the blend's data set.
+
+        Returns:
+            None on ranks that see no losses.
         """
-        num_microbatches = get_num_microbatches()
-        local = torch.full((num_microbatches * self.shape.micro_batch_size,), -1)
+        if not self.sees_losses:
+            return None
+        local = torch.full((get_num_microbatches() * self.shape.micro_batch_size,), -1)
         chunk = batches.last()
         if chunk is not None and isinstance(chunk[0], dict):
             name = "domain_id" if "domain_id" in chunk[0] else "dataset_id"
@@ -290,11 +333,11 @@ class DWMTrainStep:
             local = collectives.broadcast_from_first_tensor_rank(
                 local, tuple(local.shape), self.groups.tp, self.shape.device
             )
-        return collectives.gather_samples(local, self.groups.dp)
+        return local
 
 
-def _first_loss(losses: dict[str, torch.Tensor]) -> float | None:
+def _first_loss(losses: dict[str, torch.Tensor]) -> torch.Tensor | float | None:
     """Returns the first loss that the trainer reports, None where it reports none."""
     for value in losses.values():
-        return float(value)
+        return value
     return None

@@ -75,7 +75,7 @@ class WeightLog:
         warning = finite_difference.warning(record.meta.quality) if record.meta else None
         if warning is not None:
             self.printer(warning)
-        for notice in self.notices.of(line):
+        for notice in [*record.notices, *self.notices.of(line)]:
             self.printer(notice)
         if record.overhead is not None and record.overhead.notice is not None:
             self.printer(record.overhead.notice)
@@ -153,7 +153,7 @@ def describe(record: StepRecord, domains: list[str], samples: bool = False) -> d
         "iteration": record.iteration,
         "stage": record.plan.stage + 1,
         "window": record.plan.window,
-        "lm_loss": _finite(record.lm_loss),
+        "lm_loss": None if record.lm_loss is None else _finite(float(record.lm_loss)),
         **{name: round(value, 6) for name, value in weight_statistics(weights).items()},
         "domain_weight": {},
         "domain_samples": {},
@@ -176,6 +176,7 @@ def describe(record: StepRecord, domains: list[str], samples: bool = False) -> d
             meta_seconds=round(record.meta.seconds, 4),
         )
         line.update({name: _finite(value) for name, value in record.meta.quality.items()})
+    line.update({name: _finite(float(value)) for name, value in record.figures.items()})
     line.update(_guards(record))
     if record.causes:
         line["bad_step"] = record.causes
@@ -200,8 +201,8 @@ def _guards(record: StepRecord) -> dict[str, Any]:
     batch, found = record.batch, {}
     if batch is None or "scores" in record.causes:
         return {}
-    if batch.raised is not None and batch.raised.item() > batch.temperature:
-        found["guard_temperature"] = _finite(batch.raised.item())
+    if batch.raised is not None and math.isfinite(batch.raised.item()):
+        found["guard_temperature"] = batch.raised.item()
     if batch.capped is not None and batch.capped.item():
         found["guard_capped"] = int(batch.capped.item())
     return found
@@ -221,6 +222,9 @@ def console_line(line: dict[str, Any]) -> str:
         parts.insert(3, f"meta-gradient norm: {_number(line['meta_gradient_norm'], '.3E')}")
         if not line["dwm_updated"]:
             parts.insert(4, "DWM update skipped")
+    if "gate" in line and line.get("score_correlation_mean") is not None:
+        parts.append(f"score correlation: {line['score_correlation_mean']:.3f}")
+        parts.append(f"gate: {line['gate']:.2f}")
     if "guard_temperature" in line:
         parts.append(f"temperature raised to: {line['guard_temperature']:.4g}")
     if "guard_capped" in line:

@@ -31,10 +31,11 @@ from megatron_dwm.conversion.llama_shape import LLAMA3_ROPE
 from megatron_dwm.data.meta_dataset import MetaData
 from megatron_dwm.errors import DWMError
 from megatron_dwm.integration.checks import blend_of, default_meta_batch_size
-from megatron_dwm.meta.estimators import choose_estimator
+from megatron_dwm.meta.estimators import choose_estimator, choose_lookahead
 from megatron_dwm.meta.optimizer_view import check_supported
 from megatron_dwm.meta.trainer_state import refusal as step_refusal
 from megatron_dwm.passes import Passes, RunShape
+from megatron_dwm.policies.base import PolicyContext, policy_class
 from megatron_dwm.schedule import Schedule
 from megatron_dwm.train_step import DWMTrainStep
 from megatron_dwm.weighting.loss import WeightedForwardStep
@@ -44,6 +45,7 @@ from megatron_dwm.weighting.model import (
     dwm_transformer_config,
 )
 from megatron_dwm.weighting.scorer import Scorer, micro_batches_at_once
+from megatron_dwm.weighting.state_tap import StateTap
 from megatron_dwm.weighting.warm_start import copy_from_llm, load_hf_folder
 
 _MOCK_META_SAMPLES = 4096
@@ -60,7 +62,9 @@ def resolve_shapes(config: DWMConfig, args: Any) -> DWMConfig:
         DWMError: a shape that does not divide, or a folder that does not fit.
     """
     changes: dict[str, Any] = {}
-    if config.init.startswith("llm:"):
+    if not config.has_model:
+        pass
+    elif config.init.startswith("llm:"):
         groups = args.num_query_groups if args.group_query_attention else None
         changes = {
             "num_layers": int(config.init[4:]),
@@ -85,7 +89,7 @@ def resolve_shapes(config: DWMConfig, args: Any) -> DWMConfig:
     if config.meta_batch_size is None:
         changes["meta_batch_size"] = default_meta_batch_size(args)
     config = dataclasses.replace(config, **changes)
-    if config.scores and config.init.startswith("hf:"):
+    if config.has_model and config.init.startswith("hf:"):
         raise_all(config.head_dim_problems(args.tensor_model_parallel_size))
     return config
 
@@ -104,30 +108,18 @@ def build_train_step(
     """
     device = host.device()
     llm_config = get_model_config(model[0])
-    scorer, warm_start = None, None
-    if config.scores:
-        with _random_states_kept(config.seed + 100 * groups.pp.rank()):
-            scorer = _build_scorer(config, args, llm_config, groups, device)
-            if config.init.startswith("hf:"):
-                print_rank_0(load_hf_folder(scorer.module, config.init[3:], groups))
-                scorer.weights_changed()
-        if config.init.startswith("llm:"):
-            chunks = [unwrap_model(chunk) for chunk in model]
-            _take_over_positions(scorer.module, chunks[0])
-
-            def warm_start() -> None:
-                copy_from_llm(scorer.module, chunks, groups)
-                scorer.weights_changed()
-
     meta_data = None
-    if config.trains:
+    if config.uses_meta_set:
         check_supported(optimizer, config.jacobian)
         undoable = step_refusal(optimizer) if config.verify_meta_gradient else None
         if undoable is not None:
             raise DWMError(f"--dwm-verify-meta-gradient takes steps and undoes them: {undoable}")
         estimator, reason = choose_estimator(config, model, llm_config)
         print_rank_0(f"DWM: estimator {estimator}: {reason}")
-        config = dataclasses.replace(config, estimator=estimator)
+        lookahead = choose_lookahead(config, estimator)
+        config = dataclasses.replace(config, estimator=estimator, lookahead=lookahead)
+        if config.policy == "influence" and estimator != "ghost":
+            raise DWMError(f"--dwm-policy influence needs the ghost estimator ({reason})")
         with _random_states_kept(config.seed):
             meta_data = _build_meta_data(config, args)
     shape = RunShape(
@@ -137,14 +129,48 @@ def build_train_step(
         per_token=args.calculate_per_token_loss,
         device=device,
     )
+    context = PolicyContext(
+        config=config,
+        groups=groups,
+        device=device,
+        micro_batch_size=args.micro_batch_size,
+        hidden_size=args.hidden_size,
+        sequence_parallel=args.sequence_parallel,
+        sees_losses=groups.pp.rank() == groups.pp.size() - 1,
+        scorer=partial(_scorer, config, args, llm_config, groups, device),
+    )
+    with _random_states_kept(config.seed):
+        policy = policy_class(config.form if config.policy == "learned" else config.policy)(context)
+    tap = StateTap(model[-1]) if policy.needs.states and context.sees_losses else None
+    warm_start = None
+    if policy.scorer is not None and config.init.startswith("llm:"):
+        chunks = [unwrap_model(chunk) for chunk in model]
+        _take_over_positions(policy.scorer.module, chunks[0])
+
+        def warm_start() -> None:
+            copy_from_llm(policy.scorer.module, chunks, groups)
+            policy.scorer.weights_changed()
+
     return DWMTrainStep(
         config=config,
         schedule=Schedule(config, args.train_iters),
         passes=Passes(WeightedForwardStep(_not_set), groups, shape, meta_data),
-        scorer=scorer,
+        policy=policy,
+        tap=tap,
         warm_start=warm_start,
-        description=None if scorer is None else _description(config, scorer),
     )
+
+
+def _scorer(
+    config: DWMConfig, args: Any, llm_config: Any, groups: Any, device: torch.device
+) -> tuple[Scorer, dict[str, Any]]:
+    """Returns the separate weighting model, and what must agree with a saved one."""
+    with _random_states_kept(config.seed + 100 * groups.pp.rank()):
+        scorer = _build_scorer(config, args, llm_config, groups, device)
+        if config.init.startswith("hf:"):
+            print_rank_0(load_hf_folder(scorer.module, config.init[3:], groups))
+            scorer.weights_changed()
+    return scorer, _description(config, scorer)
 
 
 def _take_over_positions(dwm: DataWeightingModel, llm: Any) -> None:

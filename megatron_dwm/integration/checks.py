@@ -60,10 +60,11 @@ def check_arguments(config: DWMConfig, args: Any) -> None:
         problems.append(f"--sft is not supported with --dwm: {_REFUSED['sft']}")
     if config.scores:
         problems += _unsupported_flags(config, args)
+    if config.has_model:
         if config.init == "random":
             problems += config.head_dim_problems(args.tensor_model_parallel_size)
         problems += _init_problems(config, args)
-    if config.trains:
+    if config.uses_meta_set:
         problems += _meta_problems(config, args)
     if args.save and args.ckpt_format != "torch_dist" and config.scores:
         problems.append(
@@ -75,7 +76,7 @@ def check_arguments(config: DWMConfig, args: Any) -> None:
 
 
 def _unsupported_flags(config: DWMConfig, args: Any) -> list[str]:
-    refused = {**_REFUSED, **(_REFUSED_FOR_META if config.trains else {})}
+    refused = {**_REFUSED, **(_REFUSED_FOR_META if config.uses_meta_set else {})}
     found = [
         f"--{name.replace('_', '-')} is not supported with --dwm: {why}"
         for name, why in refused.items()
@@ -243,7 +244,9 @@ def check_data(config: DWMConfig, args: Any) -> None:
     Raises:
         DWMError: names the file, or the data set that is in both.
     """
-    meta = blend_of(config.meta_data_path, "--dwm-meta-data-path")[0] if config.trains else []
+    meta = (
+        blend_of(config.meta_data_path, "--dwm-meta-data-path")[0] if config.uses_meta_set else []
+    )
     validation = validation_prefixes(args)
     summaries = {}
     for prefix in dict.fromkeys([*training_prefixes(args), *validation, *meta]):

@@ -51,6 +51,7 @@ class Session:
         if not config.enabled:
             _check_no_flags(config)
             return stock(*args, **kwargs)
+        config = config.with_defaults()
         check_arguments(config, run)
         if not run.mock_data:
             _on_first_rank(partial(check_data, config, run))
@@ -151,9 +152,9 @@ class Session:
             pending = (checkpoint.saved_run(folder) or {}).get("verification_pending", False)
             if self.step.meta_steps_taken or not config.load:
                 return pending
-        elif run.load and run.finetune and config.scores:
+        elif run.load and run.finetune and config.learned:
             print_rank_0("DWM: --finetune starts a fresh weighting model")
-        if config.load and config.scores and config.schedule != "frozen":
+        if config.load and config.learned and config.schedule != "frozen":
             print_rank_0(checkpoint.load_snapshot(self.step, config.load))
         return pending
 
@@ -195,7 +196,7 @@ class Session:
         """With the frozen schedule, takes the snapshot that matches each stage, or the last."""
         assert self.step is not None
         config = self.step.config
-        if config.schedule != "frozen" or not config.load or not config.scores:
+        if config.schedule != "frozen" or not config.load or not config.learned:
             return
         stage = self.step.schedule.plan(iteration).stage
         if stage != self.stage_loaded:
@@ -206,7 +207,12 @@ class Session:
         """Keeps the DWM of each stage, for transfer to another LLM or data set."""
         run = get_args()
         assert self.step is not None
-        if run.save and record.plan.ends_stage and self.step.config.trains:
+        if (
+            run.save
+            and record.plan.ends_stage
+            and self.step.config.learned
+            and self.step.config.trains
+        ):
             folder = os.path.join(run.save, checkpoint.snapshot_name(record.plan.stage))
             checkpoint.save_snapshot(self.step, folder)
             print_rank_0(f"DWM: snapshot of stage {record.plan.stage + 1} in {folder}")
@@ -216,14 +222,19 @@ class Session:
         if not config.scores:
             return "DWM: policy uniform, w = 1, no weighting model"
         schedule = self.step.schedule
+        config = self.step.config
+        if not config.learned:
+            return f"DWM: policy {config.policy}"
+        form = f"init {config.init}, {config.shape()}" if config.has_model else "form head"
         parts = [
-            f"DWM: policy {config.policy}, init {config.init}, {config.shape()}",
+            f"DWM: policy {config.policy}, {form}, rule {config.rule}, map {config.map}, gate "
+            f"{config.gate}",
             f"schedule {config.schedule}, {schedule.stages} stages, "
             f"{schedule.meta_steps()} meta steps",
         ]
         if config.trains:
             parts.append(
-                f"estimator {self.step.config.estimator}, lookahead {config.lookahead}, "
+                f"estimator {config.estimator}, lookahead {config.lookahead}, "
                 f"jacobian {config.jacobian}, meta batch {config.meta_batch_size}"
             )
         return "; ".join(parts)

@@ -16,10 +16,8 @@ from typing import Any
 import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import RerunDataIterator
-from megatron.core.tensor_parallel.random import _get_all_rng_states
 
 from megatron_dwm.batches import StepBatches
-from megatron_dwm.guards import gathered_parameters, restore_rng
 from megatron_dwm.influence import StockStep
 from megatron_dwm.meta import collectives, probe
 from megatron_dwm.meta.probe import ProbedStep, Verification
@@ -125,15 +123,9 @@ def probed_step(
         The trainee with the micro-batches put back, for the step itself; the step to be probed.
     """
     plan, num_microbatches = step.schedule.plan(iteration), get_num_microbatches()
-    if plan.meta_step and not step.warm_started and step.warm_start is not None:
-        # What the step would do first.
-        with gathered_parameters(trainee):
-            step.warm_start()
-        step.warm_started = True
+    step.start_warm(plan, trainee)  # what the step would do first
     batches = StepBatches(trainee.data_iterator, num_microbatches)
-    rng = _get_all_rng_states()
-    weights = step.score(batches, iteration)[1] if plan.weighted else None
-    restore_rng(rng)
+    weights = step.weights_of(trainee, batches, iteration) if plan.weighted else None
     if weights is None:
         count = num_microbatches * step.shape.micro_batch_size * step.groups.dp.size()
         weights = torch.ones(count, device=step.shape.device)

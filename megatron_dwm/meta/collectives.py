@@ -144,6 +144,56 @@ def gather_sequence(part: torch.Tensor, tp_group: dist.ProcessGroup) -> torch.Te
     return whole
 
 
+def gather_moments(part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """All-gathers moments over positions from ranks that have other positions of the same samples.
+
+    Gathered, not summed, as merging them takes each part's own mean.
+
+    Args:
+        part: `[b, f]`.
+        group: tensor parallel (under sequence parallelism), or context parallel.
+
+    Returns:
+        `[ranks, b, f]`, the same on every rank of the group.
+    """
+    _count("gather_moments", part, group)
+    found = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, part.contiguous(), group=group)
+    return torch.stack(found)
+
+
+def start_sum_over_data_parallel(value: torch.Tensor, dp_group: dist.ProcessGroup) -> Any:
+    """Starts summing, in place, what each data-parallel rank found on its own samples.
+
+    Without waiting: the sum is wanted in the next step.
+
+    Returns:
+        A handle to wait for; None when there is nothing to sum.
+    """
+    if dist.get_world_size(dp_group) == 1:
+        return None
+    _count("sum_over_data_parallel", value, dp_group)
+    return dist.all_reduce(value, group=dp_group, async_op=True)
+
+
+def start_largest(value: torch.Tensor, dp_group: dist.ProcessGroup) -> Any:
+    """As `start_sum_over_data_parallel`, for the elementwise maximum."""
+    if dist.get_world_size(dp_group) == 1:
+        return None
+    _count("largest", value, dp_group)
+    return dist.all_reduce(value, op=dist.ReduceOp.MAX, group=dp_group, async_op=True)
+
+
+def broadcast_over_tensor_parallel(
+    value: torch.Tensor, tp_group: dist.ProcessGroup
+) -> torch.Tensor:
+    """Makes tensor-parallel peers, which computed the same, agree to the last bit."""
+    if dist.get_world_size(tp_group) > 1:
+        _count("broadcast_over_tensor_parallel", value, tp_group)
+        dist.broadcast(value, src=dist.get_global_rank(tp_group, 0), group=tp_group)
+    return value
+
+
 def gather_shards(buffer: torch.Tensor, dp_group: dist.ProcessGroup) -> Any:
     """All-gathers, in place, a flat buffer of which each data-parallel rank filled its shard.
 

@@ -49,7 +49,19 @@ def choose_estimator(
     return "finite_difference", f"auto; ghost does not cover {uncovered[0]}"
 
 
-def _unusable(config: Any, lookahead: str) -> Iterator[tuple[str, str]]:
+def choose_lookahead(config: DWMConfig, estimator: str) -> str:
+    """Resolves `--dwm-lookahead auto`: in passing where hooks can, else after the LLM's step.
+
+    Args:
+        config: settings.
+        estimator: what `choose_estimator` returned.
+    """
+    if config.lookahead != "auto":
+        return str(config.lookahead)
+    return "current" if estimator == "ghost" else "next"
+
+
+def _unusable(config: Any, lookahead: str | None) -> Iterator[tuple[str, str]]:
     """Yields flags of the run under which the hooks would not work, and why."""
     if getattr(config, "fine_grained_activation_offloading", False):
         yield "--fine-grained-activation-offloading", "the layers' inputs are freed under the hooks"

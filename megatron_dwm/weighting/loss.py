@@ -14,11 +14,17 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from megatron_dwm.errors import DWMError
+from megatron_dwm.policies.base import SampleView, WeightPolicy
+from megatron_dwm.weighting.state_tap import StateTap
+
+# Of `loss_func(2 x)` against `2 loss_func(x)`: far above rounding, in bf16 too.
+_LINEAR = 1e-2
 
 
 class SampleLosses:
@@ -85,33 +91,77 @@ def _no_token_count() -> DWMError:
     )
 
 
+@dataclass
+class PolicyWeights:
+    """Weights that are made inside the forward step, in the place of given ones.
+
+    Attributes:
+        policy: what makes them.
+        tap: reads the hidden states, where the policy needs them.
+        domains: `[n]` data set of each local sample, where the policy needs it.
+    """
+
+    policy: WeightPolicy
+    tap: StateTap | None = None
+    domains: torch.Tensor | None = None
+
+
+@dataclass
+class Applied:
+    """What came of a weighted pass over the step's micro-batches, on ranks that see losses.
+
+    Attributes:
+        num_tokens: token count of each micro-batch (None where `loss_func` averages by itself).
+        by_micro_batch: `[b]` weights of each micro-batch.
+    """
+
+    num_tokens: list[torch.Tensor | None] = field(default_factory=list)
+    by_micro_batch: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def weights(self) -> torch.Tensor | None:
+        """`[n]` weights of the local samples; None where none were used."""
+        return torch.cat(self.by_micro_batch) if self.by_micro_batch else None
+
+
 class WeightedForwardStep:
     """Wraps the `forward_step` that is handed to `pretrain`; inert unless a mode is entered."""
 
     def __init__(self, forward_step: Callable[..., Any]) -> None:
         functools.update_wrapper(self, forward_step)
         self.forward_step = forward_step
-        self._weights: torch.Tensor | None = None
+        self._weights: torch.Tensor | PolicyWeights | None = None
+        self._applied = Applied()
         self._losses: SampleLosses | None = None
         self._num_tokens: list[torch.Tensor | None] | None = None
+        self._num_microbatches = 1
         self._calls = 0
+        self._known_linear = False
 
     @contextlib.contextmanager
-    def weighted(self, weights: torch.Tensor | None) -> Iterator[list[torch.Tensor | None]]:
-        """Within it, the k-th loss of the step is weighted by `weights[k % m]`.
+    def weighted(
+        self, weights: torch.Tensor | PolicyWeights | None, num_microbatches: int | None = None
+    ) -> Iterator[Applied]:
+        """Within it, the k-th loss of the step is weighted by `weights[k % m]`, or by a policy.
 
         Modulo, because Megatron's rerun state machine may run a step's passes again.
 
         Args:
-            weights: `[m, b]` on ranks that see losses; None elsewhere.
+            weights: `[m, b]`, or what makes them, on ranks that see losses; None elsewhere.
+            num_microbatches: m; needed for a policy.
 
         Yields:
-            A list that fills with the token count of each micro-batch (None where `loss_func`
-            averages by itself).
+            What fills with the token count and the weights of each micro-batch.
         """
-        self._weights, self._calls, self._num_tokens = weights, 0, []
+        self._weights, self._calls, self._applied = weights, 0, Applied()
+        if isinstance(weights, torch.Tensor):
+            num_microbatches = weights.size(0)
+        self._num_microbatches = num_microbatches or 1
+        tap = weights.tap if isinstance(weights, PolicyWeights) else None
+        self._num_tokens = self._applied.num_tokens
         try:
-            yield self._num_tokens
+            with contextlib.nullcontext() if tap is None else tap.listening():
+                yield self._applied
         finally:
             self._weights, self._num_tokens = None, None
 
@@ -146,14 +196,52 @@ class WeightedForwardStep:
 
     def _weigh(self, loss_func: Callable[..., Any], output: torch.Tensor, **kwargs: Any) -> Any:
         assert self._weights is not None
-        weights = self._weights[self._calls % self._weights.size(0)]
-        if self._calls % self._weights.size(0) == 0 and self._num_tokens is not None:
-            self._num_tokens.clear()
+        k = self._calls % self._num_microbatches
+        if k == 0:
+            self._applied.num_tokens.clear()
+            self._applied.by_micro_batch.clear()
         self._calls += 1
+        if isinstance(self._weights, PolicyWeights):
+            weights, reported = self._by_policy(self._weights, k, loss_func, output, kwargs)
+        else:
+            weights, reported = self._weights[k], loss_func(output.detach(), **kwargs)
         weighted = loss_func(_scale(output, weights), **kwargs)
-        reported = loss_func(output.detach(), **kwargs)
+        self._applied.by_micro_batch.append(weights)
         self._note_tokens(weighted)
         return (*weighted[:-1], reported[-1])
+
+    def _by_policy(
+        self,
+        source: PolicyWeights,
+        k: int,
+        loss_func: Callable[..., Any],
+        output: torch.Tensor,
+        kwargs: dict[str, Any],
+    ) -> tuple[torch.Tensor, Any]:
+        """Returns a micro-batch's weights by a policy, and the loss function's report."""
+        needs, losses = source.policy.needs, output.detach()
+        _check_shape(output, output.size(0))
+        view = SampleView(k, losses)
+        if source.domains is not None:
+            size = output.size(0)
+            view.domains = source.domains[k * size : (k + 1) * size]
+        if not (needs.losses or needs.states):
+            return source.policy.weights(view), loss_func(losses, **kwargs)
+        # The loss is linear in the losses: its derivative says how much each position counts.
+        with torch.enable_grad():
+            leaf = losses.clone().requires_grad_()
+            reported = loss_func(leaf, **kwargs)
+            (view.mask,) = torch.autograd.grad(reported[0], leaf)
+        view.mask = view.mask.float()
+        if not self._known_linear:
+            _check_linear(loss_func, losses, reported[0].detach(), kwargs)
+            self._known_linear = True
+        if needs.states:
+            assert source.tap is not None
+            view.states = source.tap.take()
+        with torch.no_grad():
+            weights = source.policy.weights(view)
+        return weights, (*reported[:-1], _detached(reported[-1]))
 
     def _count(self, loss_func: Callable[..., Any], output: torch.Tensor, **kwargs: Any) -> Any:
         result = loss_func(output, **kwargs)
@@ -185,11 +273,46 @@ class WeightedForwardStep:
 
 
 def _scale(output: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    if output.dim() != 2 or output.size(0) != weights.numel():
+    _check_shape(output, weights.numel())
+    return output * weights.to(output.dtype).unsqueeze(1)
+
+
+def _check_shape(output: torch.Tensor, samples: int) -> None:
+    if output.dim() != 2 or output.size(0) != samples:
         raise DWMError(
             f"the model's output has shape {list(output.shape)}, but per-sample weights need "
-            f"per-token losses [micro_batch_size, seq_length] with {weights.numel()} samples; "
+            f"per-token losses [micro_batch_size, seq_length] with {samples} samples; "
             "packed (thd) sequences and other losses are not supported",
             this_rank_only=True,
         )
-    return output * weights.to(output.dtype).unsqueeze(1)
+
+
+def _detached(report: Any) -> Any:
+    """Returns the loss function's report without the graph that found the mask."""
+    if not isinstance(report, dict):
+        return report
+    return {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in report.items()}
+
+
+def _check_linear(
+    loss_func: Callable[..., Any], losses: torch.Tensor, once: torch.Tensor, kwargs: dict[str, Any]
+) -> None:
+    """Refuses a loss function through which weights would mean something else.
+
+    Args:
+        loss_func: the script's.
+        losses: `[b, s]` per-token losses.
+        once: what it made of them.
+        kwargs: of its call.
+    """
+    with torch.no_grad():
+        twice = loss_func(2 * losses, **kwargs)[0]
+    a, b = twice.float().sum().item(), 2 * once.float().sum().item()
+    # With losses that are not finite nothing can be told, and the trainer's checks will speak.
+    if abs(a - b) > _LINEAR * abs(b):
+        raise DWMError(
+            "this script's loss_func is not linear in the per-token losses: of losses twice as "
+            f"large it makes {a:.6g}, not {b:.6g}, so that a sample's weight would not be one; "
+            "move clipping and the like before the losses, or use --dwm-policy uniform",
+            this_rank_only=True,
+        )

@@ -1,0 +1,258 @@
+"""The interface of everything that weighs samples, and how a policy is found by its name.
+
+A policy says what it needs, gives each micro-batch its weights, learns from the samples' influence
+on the meta loss where it wants to, and keeps its state in the checkpoint. A policy of one's own is
+a subclass anywhere on the path, named as `--dwm-policy package.module:Class`.
+
+The step calls a policy in this order:
+
+    foresee(step, c)   on every rank, where influence is asked for ahead of the step
+    begin(step)        on every rank, before the trainer's own step
+    weights(view)      on ranks that see losses, inside the forward step of each micro-batch
+    observe(step, c)   on every rank, on meta steps, once the influence is known
+    end(step)          on every rank, when the step is over
+
+What `weights` reads of the policy's state must not change between `begin` and `observe`: no weight
+may depend on the order of the micro-batches, nor on how they are spread over ranks.
+
+Shapes: b samples in a micro-batch, m micro-batches on this rank (n = m b), N samples in the global
+batch, s tokens in a sample, h the language model's hidden size.
+"""
+
+from __future__ import annotations
+
+import abc
+import importlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megatron_dwm.errors import DWMError
+
+if TYPE_CHECKING:
+    from megatron_dwm.batches import StepBatches
+    from megatron_dwm.config import DWMConfig
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a policy asks for.
+
+    Attributes:
+        tokens: the step's token ids before the trainer's own step (`StepView.batches`).
+        losses: per-token losses and their mask in `weights`.
+        states: the language model's final hidden states in `weights`.
+        domains: which data set of the blend each sample is from.
+        influence: each sample's influence on the meta loss, on meta steps.
+        influence_ahead: the same before every weighted step.
+    """
+
+    tokens: bool = False
+    losses: bool = False
+    states: bool = False
+    domains: bool = False
+    influence: bool = False
+    influence_ahead: bool = False
+
+
+@dataclass
+class PolicyContext:
+    """What policies are built from.
+
+    Attributes:
+        config: all settings, defaults resolved.
+        groups: the language model's process groups.
+        device: where tensors live.
+        micro_batch_size: b.
+        hidden_size: h.
+        sequence_parallel: whether hidden states are spread over tensor-parallel ranks.
+        sees_losses: whether this rank is of the last pipeline stage.
+        scorer: builds the separate weighting model; called by the policy that has one.
+    """
+
+    config: DWMConfig
+    groups: Any
+    device: torch.device
+    micro_batch_size: int
+    hidden_size: int
+    sequence_parallel: bool
+    sees_losses: bool
+    scorer: Any = None
+
+
+@dataclass
+class StepView:
+    """One training step, as a policy sees it.
+
+    Attributes:
+        iteration: 0-based.
+        num_microbatches: m.
+        batches: the step's micro-batches.
+        domains: `[n]` data set of each local sample, -1 unknown; None where nobody asked.
+    """
+
+    iteration: int
+    num_microbatches: int
+    batches: StepBatches
+    domains: torch.Tensor | None = None
+
+
+@dataclass
+class SampleView:
+    """One micro-batch in its forward pass, on a rank that sees losses.
+
+    Attributes:
+        index: number of the micro-batch in the step, from 0.
+        losses: `[b, s]` per-token losses, detached.
+        mask: `[b, s]` float32, how much each position counts in the loss; None unless asked for
+            (`Needs.losses`, `Needs.states`).
+        states: `[s, b, h]` final hidden states, detached (`[s / tp, b, h]` under sequence
+            parallelism); None unless asked for.
+        domains: `[b]`, as in `StepView`.
+    """
+
+    index: int
+    losses: torch.Tensor
+    mask: torch.Tensor | None = None
+    states: torch.Tensor | None = None
+    domains: torch.Tensor | None = None
+
+
+@dataclass
+class Lesson:
+    """What a policy made of a meta step's influence.
+
+    Attributes:
+        updated: whether it has learned from it.
+        grad_norm: of a weighting model that learns by gradient, before clipping; else NaN.
+        causes: what was NaN or infinite, the same on every rank, see `bad_steps`.
+    """
+
+    updated: bool = False
+    grad_norm: float = float("nan")
+    causes: list[str] = field(default_factory=list)
+
+
+class WeightPolicy(abc.ABC):
+    """A way to weigh samples.
+
+    The mean weight is one in expectation. Subclasses take a `PolicyContext` and nothing else.
+    """
+
+    needs = Needs()
+    scorer: Any = None  # a separate weighting model, where there is one
+
+    def __init__(self, context: PolicyContext) -> None:
+        self.context = context
+
+    def begin(self, step: StepView) -> None:  # noqa: B027 - nothing to do is the usual case
+        """Gets ready for a weighted step. On every rank; collectives are allowed."""
+
+    def foresee(  # noqa: B027 - only where `Needs.influence_ahead` asks
+        self, step: StepView, influence: torch.Tensor | None
+    ) -> None:
+        """Takes the influence that the samples of the coming step would have at weight 1.
+
+        Args:
+            step: the step.
+            influence: as for `observe`; None where it cannot be known yet.
+        """
+
+    @abc.abstractmethod
+    def weights(self, view: SampleView) -> torch.Tensor:
+        """Returns the weights of a micro-batch, `[b]` float32, finite and not negative."""
+
+    def observe(self, step: StepView, influence: torch.Tensor) -> Lesson:
+        """Takes the influence of the step's samples. On every rank; collectives are allowed.
+
+        Args:
+            step: the step.
+            influence: `[N]` `c_i = dL_meta/dw_i` over the learning rate, negative where more
+                weight helps, in the order (data-parallel rank, micro-batch, sample); finite. On
+                ranks that see no losses a single zero.
+        """
+        return Lesson()
+
+    def end(self, step: StepView) -> None:  # noqa: B027 - nothing to do is the usual case
+        """Ends a weighted step. On every rank; collectives are allowed."""
+
+    def bad_scores(self) -> torch.Tensor | bool:
+        """Returns whether a score of this rank was NaN or infinite since this was last called."""
+        return False
+
+    def broken(self) -> torch.Tensor | bool:
+        """Returns whether something that the policy has learned is NaN or infinite."""
+        return False
+
+    @property
+    def synchronous(self) -> bool:
+        """Whether `bad_scores` must be looked at in every step, at the price of a wait."""
+        return False
+
+    def figures(self) -> dict[str, Any]:
+        """Returns figures of the last step for the log: numbers, or scalar tensors."""
+        return {}
+
+    def notices(self) -> list[str]:
+        """Returns lines for the user since this was last called, on ranks that see losses."""
+        return []
+
+    def description(self) -> dict[str, Any] | None:
+        """Returns what must agree with a saved state, as plain values; None: there is no state."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state as tensors and plain values, the same on every data-parallel rank."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - no state, no work
+        """Takes over what `state_dict` returned."""
+
+    def local_state_dict(self) -> dict[str, Any]:
+        """Returns state that this rank alone has; lost where a run resumes on other ranks."""
+        return {}
+
+    def load_local_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - as above
+        """Takes over what `local_state_dict` returned on this rank."""
+
+
+# Name in --dwm-policy -> where it is. `learned` stands for the form that --dwm-form names.
+BUILT_IN = {
+    "uniform": "megatron_dwm.policies.controls:Uniform",
+    "shuffled": "megatron_dwm.policies.controls:Shuffled",
+    "head": "megatron_dwm.policies.head:Head",
+    "model": "megatron_dwm.policies.model:Model",
+    "linupper": "megatron_dwm.policies.loss_based:LinUpper",
+    "truncation": "megatron_dwm.policies.loss_based:Truncation",
+    "influence": "megatron_dwm.policies.influence:Influence",
+}
+
+
+def policy_class(name: str) -> type[WeightPolicy]:
+    """Returns the policy of a name in `BUILT_IN`, or of a dotted path `package.module:Class`.
+
+    Raises:
+        DWMError: there is none, or it is no `WeightPolicy`.
+    """
+    path = BUILT_IN.get(name, name)
+    module, _, attribute = path.partition(":")
+    if not module or not attribute:
+        raise DWMError(
+            f"--dwm-policy is '{name}'; allowed are learned, {', '.join(BUILT_IN)}, and a policy "
+            "of your own as package.module:Class"
+        )
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        raise DWMError(
+            f"--dwm-policy {name}: the module {module} cannot be imported ({error}); is its folder "
+            "on PYTHONPATH?"
+        ) from error
+    except AttributeError:
+        raise DWMError(f"--dwm-policy {name}: {module} has no {attribute}") from None
+    if not (isinstance(found, type) and issubclass(found, WeightPolicy)):
+        raise DWMError(
+            f"--dwm-policy {name} is not a subclass of megatron_dwm.policies.base.WeightPolicy"
+        )
+    return found

@@ -1,0 +1,129 @@
+"""Controls: what a result of weighting has to be compared with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_dwm.meta import collectives
+from megatron_dwm.policies.base import (
+    Lesson,
+    PolicyContext,
+    SampleView,
+    StepView,
+    WeightPolicy,
+    policy_class,
+)
+
+
+class Uniform(WeightPolicy):
+    """Every weight is 1, through the same weighted loss: bit-identical to the stock trainer."""
+
+    def weights(self, view: SampleView) -> torch.Tensor:
+        """As `WeightPolicy.weights`."""
+        return torch.ones(view.losses.size(0), device=view.losses.device)
+
+
+class Shuffled(WeightPolicy):
+    """The learned policy's weights with the samples exchanged: its histogram, and no knowledge.
+
+    The learned policy goes on learning, from the scores of the right samples. What exchanges are
+    possible follows from when its weights are known: of a policy that gives the whole batch at
+    once, any; of one that weighs inside the forward step, a sample gets the weight of another one
+    of the step before (of the first step: 1).
+
+    Args:
+        context: what it is built from; `--dwm-form` names the learned policy.
+    """
+
+    def __init__(self, context: PolicyContext) -> None:
+        super().__init__(context)
+        self.inner = policy_class(context.config.form)(context)
+        self.needs, self.scorer = self.inner.needs, self.inner.scorer
+        self._step = StepView(0, 1, None)  # type: ignore[arg-type]
+        self._last: torch.Tensor | None = None
+        self._now: dict[int, torch.Tensor] = {}
+
+    def begin(self, step: StepView) -> None:
+        """As `WeightPolicy.begin`."""
+        self._step = step
+        self._now.clear()
+        self.inner.begin(step)
+        if self.context.sees_losses:
+            self._order = self._shuffle(step)
+
+    def weights(self, view: SampleView) -> torch.Tensor:
+        """As `WeightPolicy.weights`."""
+        b = self.context.micro_batch_size
+        self._now[view.index] = self.inner.weights(view)
+        whole = getattr(self.inner, "batch_of_step", None)
+        source = whole if whole is not None else self._last
+        if source is None or source.numel() != self._order.numel():
+            return torch.ones_like(self._now[view.index])
+        local = source[self._order].chunk(self.context.groups.dp.size())
+        mine = local[self.context.groups.dp.rank()]
+        return mine[view.index * b : (view.index + 1) * b]
+
+    def observe(self, step: StepView, influence: torch.Tensor) -> Lesson:
+        """As `WeightPolicy.observe`."""
+        return self.inner.observe(step, influence)
+
+    def end(self, step: StepView) -> None:
+        """Keeps the step's own weights for the next."""
+        self.inner.end(step)
+        if self.context.sees_losses and self._now:
+            mine = torch.cat([self._now[k] for k in sorted(self._now)])
+            self._last = collectives.gather_samples(mine, self.context.groups.dp)
+
+    def broken(self) -> torch.Tensor | bool:
+        """As `WeightPolicy.broken`."""
+        return self.inner.broken()
+
+    def bad_scores(self) -> torch.Tensor | bool:
+        """As `WeightPolicy.bad_scores`."""
+        return self.inner.bad_scores()
+
+    @property
+    def synchronous(self) -> bool:
+        """As `WeightPolicy.synchronous`."""
+        return self.inner.synchronous
+
+    def figures(self) -> dict[str, Any]:
+        """As `WeightPolicy.figures`."""
+        return self.inner.figures()
+
+    def notices(self) -> list[str]:
+        """As `WeightPolicy.notices`."""
+        return self.inner.notices()
+
+    def description(self) -> dict[str, Any] | None:
+        """As `WeightPolicy.description`."""
+        return self.inner.description()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `WeightPolicy.state_dict`."""
+        last = None if self._last is None else self._last.cpu()
+        return {"inner": self.inner.state_dict(), "last": last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As `WeightPolicy.load_state_dict`."""
+        self.inner.load_state_dict(state["inner"])
+        last = state["last"]
+        self._last = None if last is None else last.to(self.context.device)
+
+    def local_state_dict(self) -> dict[str, Any]:
+        """As `WeightPolicy.local_state_dict`."""
+        return self.inner.local_state_dict()
+
+    def load_local_state_dict(self, state: dict[str, Any]) -> None:
+        """As `WeightPolicy.load_local_state_dict`."""
+        self.inner.load_local_state_dict(state)
+
+    def _shuffle(self, step: StepView) -> torch.Tensor:
+        """Returns an order of the global batch, the same on every rank, another in every step."""
+        count = step.num_microbatches * self.context.micro_batch_size
+        count *= self.context.groups.dp.size()
+        seed = self.context.config.seed * 1_000_003 + step.iteration
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        return order.to(self.context.device)

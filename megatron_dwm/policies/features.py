@@ -1,0 +1,146 @@
+"""What the language model's own forward pass says of a sample: the features of the head.
+
+    mean and variance over positions of the final hidden states (after the final norm)   [b, 2 h]
+    mean and standard deviation of the per-token losses                                  [b, 2]
+
+Positions count as the loss counts them; masked ones not at all. Under sequence parallelism each
+tensor-parallel rank has a part of the positions, under context parallelism each rank of that group
+has (losses too): moments of the parts are merged, so the features are those of the whole sample.
+
+Shapes: b samples, s positions on this rank, h hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_dwm.meta import collectives
+
+# Elements of a float32 copy that is made at a time.
+_BLOCK = 1 << 22
+
+
+@dataclass
+class Moments:
+    """Weighted moments over positions, float32.
+
+    Attributes:
+        count: `[b, 1]` sum of the positions' weights.
+        mean: `[b, f]`.
+        deviations: `[b, f]`, sum of squared deviations from the mean.
+    """
+
+    count: torch.Tensor
+    mean: torch.Tensor
+    deviations: torch.Tensor
+
+    @property
+    def variance(self) -> torch.Tensor:
+        """`[b, f]`; 0 where no position counts."""
+        return self.deviations / self.count.clamp(min=1e-20)
+
+
+def moments_over_positions(x: torch.Tensor, mask: torch.Tensor) -> Moments:
+    """Returns the moments of `[s, b, f]` over s, in float32, block by block.
+
+    The deviations are summed around the mean, in a second pass: sums of squares would lose the
+    variance of a feature whose mean is large.
+
+    Args:
+        x: values in any precision.
+        mask: `[s, b]` float32 weights of the positions.
+    """
+    step = max(1, _BLOCK // max(1, x.size(1) * x.size(2)))
+    parts = [(x[i : i + step], mask[i : i + step].unsqueeze(-1)) for i in range(0, len(x), step)]
+    count = mask.sum(0).unsqueeze(-1)
+    total = torch.stack([(part.float() * m).sum(0) for part, m in parts]).sum(0)
+    mean = total / count.clamp(min=1e-20)
+    squares = [((part.float() - mean).square() * m).sum(0) for part, m in parts]
+    return Moments(count, mean, torch.stack(squares).sum(0))
+
+
+def merged(parts: Moments, group: Any) -> Moments:
+    """Merges the moments of a group's ranks, each of which has other positions of the samples."""
+    if group.size() == 1:
+        return parts
+    packed = torch.cat([parts.count, parts.mean, parts.deviations], dim=1)
+    found = collectives.gather_moments(packed, group)
+    width = parts.mean.size(1)
+    counts, means, deviations = found.split([1, width, width], dim=2)
+    count = counts.sum(0)
+    mean = (counts * means).sum(0) / count.clamp(min=1e-20)
+    return Moments(count, mean, (deviations + counts * (means - mean).square()).sum(0))
+
+
+def sample_features(
+    states: torch.Tensor, losses: torch.Tensor, mask: torch.Tensor, groups: Any
+) -> torch.Tensor:
+    """Returns the features of a micro-batch, `[b, 2 h + 2]` float32, the same on all its ranks.
+
+    Args:
+        states: `[s, b, h]` final hidden states; `[s / tp, b, h]` under sequence parallelism.
+        losses: `[b, s]` per-token losses.
+        mask: `[b, s]` how much each position counts.
+        groups: the language model's process groups.
+    """
+    over_losses = moments_over_positions(losses.t().unsqueeze(-1), mask.t())
+    positions = mask.t()
+    if states.size(0) != positions.size(0):
+        positions = positions.chunk(groups.tp.size())[groups.tp.rank()]
+        over_states = merged(moments_over_positions(states, positions), groups.tp)
+    else:
+        over_states = moments_over_positions(states, positions)
+    over_states, over_losses = merged(over_states, groups.cp), merged(over_losses, groups.cp)
+    return torch.cat(
+        [over_states.mean, over_states.variance, over_losses.mean, over_losses.variance.sqrt()],
+        dim=1,
+    )
+
+
+class Projection:
+    """A fixed random projection of many standardised features to few.
+
+    Each feature gets a random sign and goes to one of the outputs, all of which take equally many:
+    a count sketch (Charikar et al., 2002; Weinberger et al., 2009) with balanced buckets. Inner
+    products are kept in expectation. It needs one vector of signs and one of places, and the same
+    sums in the same order on every rank.
+
+    The last `kept` features pass unchanged.
+
+    Args:
+        width: number of features.
+        limit: number of outputs, if there are more features.
+        kept: how many at the end are passed on as they are.
+        seed: of signs and places.
+        device: where features live.
+    """
+
+    def __init__(self, width: int, limit: int, kept: int, seed: int, device: torch.device) -> None:
+        self.inputs, self.kept = width - kept, kept
+        self.active = width > limit
+        self.width = min(width, limit)
+        if not self.active:
+            return
+        outputs = limit - kept
+        generator = torch.Generator().manual_seed(seed)
+        per_output = -(-self.inputs // outputs)
+        padded = per_output * outputs
+        order = torch.randperm(padded, generator=generator)
+        signs = torch.randint(2, (padded,), generator=generator).double() * 2 - 1
+        # Places beyond the last feature read the first one with sign 0.
+        signs[order >= self.inputs] = 0.0
+        self.order = order.clamp(max=self.inputs - 1).masked_fill(order >= self.inputs, 0)
+        self.order = self.order.to(device)
+        self.signs, self.per_output = signs.to(device), per_output
+
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
+        """Returns `[n, width]` of `[n, inputs + kept]`, in the same precision."""
+        if not self.active:
+            return features
+        many, kept = features.split([self.inputs, self.kept], dim=1)
+        signed = many[:, self.order] * self.signs.to(many.dtype)
+        few = signed.view(len(features), self.per_output, -1).sum(1)
+        return torch.cat([few, kept], dim=1)

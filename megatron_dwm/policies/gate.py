@@ -1,0 +1,113 @@
+"""How far weights may leave one: what out-of-sample correlation has proved.
+
+At every meta step the scores were made before the influence was known, so their correlation r with
+the samples' usefulness -c is an honest figure. The gate keeps its running mean and standard error
+and scales the weights towards one, w = 1 + a (w - 1):
+
+    a = clip((mean - 2 standard errors) / FULL, 0, 1)
+
+0 where the model knows nothing, or has not shown it yet. The standard error is that of a weighted
+mean of the r seen, whose variance is taken as theirs, or that of a correlation without signal,
+1 / (N - 1), whichever is larger: a few that happen to agree prove nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+DECAY = 0.95  # of what was seen, a meta step
+FULL = 0.2  # a lower bound that opens the gate all the way
+ERRORS = 2.0  # standard errors from the mean to the bound
+LEAST = 3  # meta steps before it opens at all
+
+
+class Gate:
+    """Running evidence that a score says something of the influence.
+
+    Plain numbers, computed alike on every rank that sees losses.
+    """
+
+    def __init__(self) -> None:
+        self.weight = self.weight2 = self.first = self.second = 0.0
+        self.seen = 0
+        self.last = math.nan
+        self.opening = 0.0
+        self._said: str | None = None
+
+    def observe(self, scores: torch.Tensor, influence: torch.Tensor) -> None:
+        """Takes one meta step's scores and influence, `[N]` each, made independently.
+
+        Steps in which either is constant say nothing and are left out.
+        """
+        r = correlation(scores, -influence)
+        self.last = r
+        if not math.isfinite(r):
+            return
+        self.seen += 1
+        self.weight = DECAY * self.weight + 1
+        self.weight2 = DECAY**2 * self.weight2 + 1
+        self.first = DECAY * self.first + r
+        self.second = DECAY * self.second + r * r
+        self.opening = self._opening(scores.numel())
+
+    @property
+    def mean(self) -> float:
+        """Running mean of the correlation; NaN before the first."""
+        return self.first / self.weight if self.weight else math.nan
+
+    def standard_error(self, samples: int) -> float:
+        """Returns the standard error of the mean.
+
+        Args:
+            samples: N of a correlation.
+        """
+        if not self.weight:
+            return math.nan
+        scatter = self.second / self.weight - self.mean**2
+        variance = max(scatter, 1 / max(1, samples - 1))
+        return math.sqrt(variance * self.weight2) / self.weight
+
+    def _opening(self, samples: int) -> float:
+        if self.seen < LEAST:
+            return 0.0
+        bound = self.mean - ERRORS * self.standard_error(samples)
+        return min(1.0, max(0.0, bound / FULL))
+
+    def words(self, samples: int) -> str | None:
+        """Returns a line when the gate has opened, opened fully, or closed; else None."""
+        state = "closed" if self.opening <= 0 else "open" if self.opening >= 1 else "partly open"
+        if state == self._said or (self._said is None and state == "closed"):
+            return None
+        self._said = state
+        evidence = (
+            f"out-of-sample correlation of scores and influence {self.mean:.3f} +- "
+            f"{self.standard_error(samples):.3f} over the last meta steps"
+        )
+        meaning = {
+            "closed": "which does not prove that the scores say anything: every weight is 1",
+            "partly open": f"weights go {self.opening:.0%} of their way from 1",
+            "open": "weights apply in full",
+        }
+        return f"DWM: gate {state}: {evidence}, {meaning[state]}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state as plain numbers."""
+        names = ("weight", "weight2", "first", "second", "seen", "opening")
+        return {name: getattr(self, name) for name in names} | {"said": self._said}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over a state."""
+        for name in ("weight", "weight2", "first", "second", "seen", "opening"):
+            setattr(self, name, state[name])
+        self._said = state["said"]
+
+
+def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Returns Pearson's correlation of two `[N]`; NaN where one is constant or not finite."""
+    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
+    scale = torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b)
+    value = ((a * b).sum() / scale).item() if scale > 0 else math.nan
+    return value if math.isfinite(value) else math.nan

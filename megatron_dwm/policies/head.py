@@ -1,0 +1,194 @@
+"""The head: a linear score on the language model's own states of this very forward pass.
+
+    phi(x) = features (`features`), standardised by running moments, projected above `LIMIT`
+    s(x) = <w, phi(x)>,   w by ridge regression of the standardised influence
+
+There is no second model and no pass of its own: a micro-batch's weights are known inside its own
+forward step. Running moments and w are fixed at the start of a step and change at its end, so that
+no weight depends on the layout or on the order of micro-batches.
+
+Of each step one vector is summed over data parallelism, started when the step is over and waited
+for in the next: its length is about four times the hidden size.
+
+Shapes: b samples in a micro-batch, n on this rank, N in the global batch, F features, k after
+projection.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_dwm.meta import collectives
+from megatron_dwm.policies.base import Lesson, Needs, PolicyContext, SampleView, StepView
+from megatron_dwm.policies.features import Projection, sample_features
+from megatron_dwm.policies.learned import LearnedPolicy
+from megatron_dwm.policies.maps import DECAY
+from megatron_dwm.policies.ridge import Ridge
+
+LIMIT = 1024  # features that the regression is given at most
+_OF_LOSSES = 2
+
+
+class Head(LearnedPolicy):
+    """The form `head` with the rule `regression`.
+
+    Args:
+        context: what it is built from.
+    """
+
+    needs = Needs(losses=True, states=True, influence=True)
+
+    def __init__(self, context: PolicyContext) -> None:
+        super().__init__(context, centred=True)
+        config, device = context.config, context.device
+        width = 2 * context.hidden_size + _OF_LOSSES
+        self.projection = Projection(width, LIMIT, _OF_LOSSES, config.seed, device)
+        self.ridge = Ridge(self.projection.width, config.forgetting, config.ridge, device)
+        self.standard = RunningMoments(width, device)
+        self._features: dict[int, torch.Tensor] = {}
+        self._pending: tuple[torch.Tensor, Any] | None = None
+
+    def begin(self, step: StepView) -> None:
+        """Takes the last step's sums in."""
+        self._settle()
+        self._features.clear()
+        self._scores.clear()
+
+    def weights(self, view: SampleView) -> torch.Tensor:
+        """As `WeightPolicy.weights`."""
+        assert view.states is not None and view.mask is not None
+        features = sample_features(view.states, view.losses, view.mask, self.context.groups)
+        self._features[view.index] = features
+        scores = self.scores(features)
+        self.keep_scores(view, scores)
+        return self.mapped(scores)
+
+    def scores(self, features: torch.Tensor) -> torch.Tensor:
+        """Returns `[b]` float64 scores of features `[b, F]`."""
+        return self._standardised(features) @ self.ridge.w
+
+    def broken(self) -> torch.Tensor | bool:
+        """As `WeightPolicy.broken`."""
+        return ~torch.isfinite(self.ridge.w).all()
+
+    def learn(self, step: StepView, influence: torch.Tensor, scores: torch.Tensor | None) -> Lesson:
+        """One update of the regression, on ranks that see losses."""
+        if not self.context.sees_losses or scores is None:
+            return Lesson(True)
+        groups = self.context.groups
+        targets = self.targets(influence)
+        local = targets.chunk(groups.dp.size())[groups.dp.rank()]
+        phi = self._standardised(self._local_features())
+        phi = torch.where(torch.isfinite(phi), phi, 0.0)
+        mean = collectives.sum_over_data_parallel(phi.sum(0), groups.dp) / len(targets)
+        # Around the batch's own mean, as its targets are.
+        phi = phi - mean
+        products = torch.cat([phi.T @ phi, (phi.T @ local).unsqueeze(0)])
+        products = collectives.sum_over_data_parallel(products, groups.dp)
+        self.ridge.update(products[:-1], products[-1])
+        collectives.broadcast_over_tensor_parallel(self.ridge.w, groups.tp)
+        return Lesson(True)
+
+    def end(self, step: StepView) -> None:
+        """Starts summing what the running moments and the map need of this step."""
+        if not self.context.sees_losses or not self._features:
+            return
+        features = self._local_features().double()
+        scores = self.local_scores()
+        assert scores is not None
+        packed = torch.cat([self.standard.sums(features), self.map.sums(scores)])
+        handle = collectives.start_sum_over_data_parallel(packed, self.context.groups.dp)
+        self._pending = (packed, handle)
+
+    def description(self) -> dict[str, Any]:
+        """The features' number, by which a saved head is known to fit."""
+        return {"form": "head", "hidden_size": self.context.hidden_size}
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `WeightPolicy.state_dict`."""
+        self._settle()
+        return {
+            **super().state_dict(),
+            "ridge": self.ridge.state_dict(),
+            "standard": self.standard.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As `WeightPolicy.load_state_dict`."""
+        super().load_state_dict(state)
+        self.ridge.load_state_dict(state["ridge"])
+        self.standard.load_state_dict(state["standard"])
+
+    def _local_features(self) -> torch.Tensor:
+        return torch.cat([self._features[k] for k in sorted(self._features)])
+
+    def _standardised(self, features: torch.Tensor) -> torch.Tensor:
+        return self.projection(self.standard(features.double()))
+
+    def _settle(self) -> None:
+        """Waits for the sums of the last step and takes them in."""
+        if self._pending is None:
+            return
+        packed, handle = self._pending
+        self._pending = None
+        if handle is not None:
+            handle.wait()
+        of_features, of_scores = packed.split(
+            [self.standard.length, len(packed) - self.standard.length]
+        )
+        self.standard.update(of_features)
+        self.map.update(of_scores)
+
+
+class RunningMoments:
+    """Running mean and variance of each feature, float64.
+
+    Before the first update every feature is 0, whatever it is: there is nothing to say.
+
+    Args:
+        width: F.
+        device: where features live.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        kind = {"dtype": torch.float64, "device": device}
+        self.mean, self.variance = torch.zeros(width, **kind), torch.zeros(width, **kind)
+        self.age = torch.zeros((), **kind)
+        self.length = 2 * width + 1
+
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
+        """Returns `[n, F]` standardised features; 0 where a feature does not vary."""
+        scale = torch.where(self.variance > 0, self.variance.clamp(min=1e-24).rsqrt(), 0.0)
+        return (features - self.mean) * scale
+
+    def sums(self, features: torch.Tensor) -> torch.Tensor:
+        """Returns `[2 F + 1]`: count, sums and sums of squares around the running mean."""
+        finite = torch.isfinite(features).all(1, keepdim=True)
+        around = torch.where(finite, features - self.mean, 0.0)
+        return torch.cat([finite.double().sum(0), around.sum(0), around.square().sum(0)])
+
+    def update(self, sums: torch.Tensor) -> None:
+        """Takes a step's sums over all samples in, without waiting for the device."""
+        width = len(self.mean)
+        count, first, second = sums.split([1, width, width])
+        empty = count < 1
+        count = count.clamp(min=1)
+        shift = first / count
+        spread = (second / count - shift.square()).clamp(min=0)
+        # As long as there is little to average, all of it counts alike.
+        age = self.age + 1
+        new = torch.where(empty, 0.0, torch.maximum(torch.full_like(age, 1 - DECAY), 1 / age))
+        self.variance = (1 - new) * (self.variance + new * shift.square()) + new * spread
+        self.mean = self.mean + new * shift
+        self.age = torch.where(empty[0], self.age, age)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the moments."""
+        return {name: getattr(self, name).cpu() for name in ("mean", "variance", "age")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes them over."""
+        for name in ("mean", "variance", "age"):
+            setattr(self, name, state[name].to(self.mean.device))

@@ -1,0 +1,160 @@
+"""What learned policies share: scores through the map and the gate, and honest evidence.
+
+A subclass gives scores; how they become weights, when those may leave one, and what is said of it
+is here.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import torch
+
+from megatron_dwm.meta import collectives
+from megatron_dwm.policies.base import Lesson, PolicyContext, SampleView, StepView, WeightPolicy
+from megatron_dwm.policies.gate import Gate
+from megatron_dwm.policies.maps import Mapped, build_map
+
+WINSOR = 3.0  # standard deviations at which targets are cut off
+_SCALE_DECAY = 0.9  # of the influence's running variance, a meta step
+
+
+class LearnedPolicy(WeightPolicy):
+    """A policy whose scores are learned from influence.
+
+    Args:
+        context: what it is built from.
+        centred: whether the scores have mean zero by their making.
+    """
+
+    def __init__(self, context: PolicyContext, centred: bool) -> None:
+        super().__init__(context)
+        config = context.config
+        self.map = build_map(config, centred, context.device)
+        self.gate = Gate() if config.gate == "on" else None
+        self.targets = Targets()
+        self.batch: Mapped | None = None
+        self._bad: torch.Tensor | bool = False
+        self._samples = 1
+        self._scores: dict[int, torch.Tensor] = {}
+
+    # ------------------------------------------------------------------ what a subclass gives
+
+    @abc.abstractmethod
+    def learn(self, step: StepView, influence: torch.Tensor, scores: torch.Tensor | None) -> Lesson:
+        """Learns from a meta step. On every rank.
+
+        Args:
+            step: the step.
+            influence: `[N]`, see `WeightPolicy.observe`.
+            scores: `[N]` that the weights were made of; None on ranks that see no losses.
+        """
+
+    # ------------------------------------------------------------------ weights
+
+    def mapped(self, scores: torch.Tensor) -> torch.Tensor:
+        """Returns the weights of scores through map and gate, and notes bad ones."""
+        found = self.map.weights(scores)
+        self.batch, self._bad = found, found.bad | self._bad
+        return self.opened(found.weights)
+
+    def opened(self, weights: torch.Tensor) -> torch.Tensor:
+        """Returns `1 + a (w - 1)` with the gate's opening a."""
+        if self.gate is None or self.gate.opening >= 1:
+            return weights
+        return 1 + self.gate.opening * (weights - 1)
+
+    def keep_scores(self, view: SampleView, scores: torch.Tensor) -> None:
+        """Keeps a micro-batch's scores for the end of the step."""
+        self._scores[view.index] = scores
+
+    def local_scores(self) -> torch.Tensor | None:
+        """Returns the scores of this rank's samples `[n]`; None where none were made."""
+        if not self._scores:
+            return None
+        return torch.cat([self._scores[k] for k in sorted(self._scores)])
+
+    def bad_scores(self) -> torch.Tensor | bool:
+        """As `WeightPolicy.bad_scores`."""
+        found, self._bad = self._bad, False
+        return found
+
+    # ------------------------------------------------------------------ evidence
+
+    def observe(self, step: StepView, influence: torch.Tensor) -> Lesson:
+        """Takes the evidence for the gate, then learns."""
+        scores = None
+        local = self.local_scores()
+        if self.context.sees_losses and local is not None:
+            scores = collectives.gather_samples(local, self.context.groups.dp)
+            self._samples = scores.numel()
+            if self.gate is not None:
+                self.gate.observe(scores, influence)
+        return self.learn(step, influence, scores)
+
+    def figures(self) -> dict[str, Any]:
+        """Correlation, its running mean and standard error, and the gate."""
+        if self.gate is None:
+            return {}
+        return {
+            "score_correlation": self.gate.last,
+            "score_correlation_mean": self.gate.mean,
+            "score_correlation_error": self.gate.standard_error(self._samples),
+            "gate": self.gate.opening,
+        }
+
+    def notices(self) -> list[str]:
+        """Says when the gate has opened or closed, and why."""
+        words = None if self.gate is None else self.gate.words(self._samples)
+        return [] if words is None else [words]
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `WeightPolicy.state_dict`."""
+        return {
+            "map": self.map.state_dict(),
+            "gate": None if self.gate is None else self.gate.state_dict(),
+            "targets": self.targets.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As `WeightPolicy.load_state_dict`."""
+        self.map.load_state_dict(state["map"])
+        if self.gate is not None and state["gate"] is not None:
+            self.gate.load_state_dict(state["gate"])
+        self.targets.load_state_dict(state["targets"])
+
+
+class Targets:
+    """From influence to what a regression learns: standardised usefulness.
+
+    `z_i = -(c_i - mean) / deviation`, cut off at `WINSOR` deviations. The mean is the global
+    batch's own, as it differs between meta batches and says nothing of a sample; the deviation is
+    a running one, as that of few samples scatters.
+    """
+
+    def __init__(self) -> None:
+        self.variance = self.weight = 0.0
+
+    def __call__(self, influence: torch.Tensor) -> torch.Tensor:
+        """Returns `[N]` float64 targets of a meta step, and takes its variance in."""
+        c = influence.double()
+        c = c - c.mean()
+        # Outliers are cut off before they set the scale.
+        size = c.square().mean().sqrt()
+        c = c.clamp(-WINSOR * size, WINSOR * size)
+        c = c - c.mean()
+        self.weight = _SCALE_DECAY * self.weight + 1
+        self.variance += (c.square().mean().item() - self.variance) / self.weight
+        deviation = max(self.variance**0.5, 1e-30)
+        return (-c / deviation).clamp(-WINSOR, WINSOR)
+
+    def state_dict(self) -> dict[str, float]:
+        """Returns the running variance."""
+        return {"variance": self.variance, "weight": self.weight}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Takes it over."""
+        self.variance, self.weight = state["variance"], state["weight"]

@@ -1,0 +1,137 @@
+"""Weights that follow from a sample's own loss: no learning, no meta set, next to no cost.
+
+Each is a function of the mean token loss and of running statistics of that over past steps (fixed
+at the start of a step), so that no batch has to be waited for:
+
+    linupper    exp(min(u + 1, 1) / r), u the loss scaled to [-1, 1] between the running means of
+                the batches' smallest and largest: easy samples count less, all hard ones alike.
+                "Dynamic Loss-Based Sample Reweighting", ICLR 2025, arXiv 2502.06733, with r = 1
+    truncation  exp(-max(z, 0)), z the standardised loss: samples with a loss above the mean count
+                less, a soft form of loss truncation (Kang and Hashimoto, ACL 2020)
+
+Shapes: b samples in a micro-batch, n on this rank.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import torch
+
+from megatron_dwm.meta import collectives
+from megatron_dwm.policies.base import Needs, PolicyContext, SampleView, StepView, WeightPolicy
+from megatron_dwm.policies.features import merged, moments_over_positions
+from megatron_dwm.policies.maps import DECAY
+
+LINUPPER_TEMPERATURE = 1.0
+
+
+class LossPolicy(WeightPolicy):
+    """A function of the sample's loss over a running normaliser.
+
+    Args:
+        context: what it is built from.
+    """
+
+    needs = Needs(losses=True)
+
+    def __init__(self, context: PolicyContext) -> None:
+        super().__init__(context)
+        # mean, mean of squares, smallest, largest, normaliser, age
+        self.running = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+        self.running = self.running.to(context.device)
+        self._losses: dict[int, torch.Tensor] = {}
+        self._pending: list[tuple[torch.Tensor, Any]] = []
+        self._bad: torch.Tensor | bool = False
+
+    @abc.abstractmethod
+    def raw(self, losses: torch.Tensor) -> torch.Tensor:
+        """Returns weights before normalisation, `[b]`, of mean token losses `[b]` float64."""
+
+    def begin(self, step: StepView) -> None:
+        """Takes the last step's statistics in."""
+        self._settle()
+        self._losses.clear()
+
+    def weights(self, view: SampleView) -> torch.Tensor:
+        """As `WeightPolicy.weights`; 1 until a step has been seen."""
+        assert view.mask is not None
+        parts = moments_over_positions(view.losses.t().unsqueeze(-1), view.mask.t())
+        losses = merged(parts, self.context.groups.cp).mean.squeeze(1).double()
+        self._losses[view.index] = losses
+        weights = self.raw(losses) / self.running[4]
+        usable = torch.isfinite(weights) & (self.running[5] > 0)
+        self._bad = ~torch.isfinite(losses).all() | self._bad
+        return torch.where(usable, weights, 1.0).float()
+
+    def end(self, step: StepView) -> None:
+        """Starts collecting the step's statistics over data parallelism."""
+        if not self.context.sees_losses or not self._losses:
+            return
+        losses = torch.cat([self._losses[k] for k in sorted(self._losses)])
+        finite = torch.isfinite(losses)
+        kept = torch.where(finite, losses, 0.0)
+        raw = torch.where(finite, self.raw(losses), 0.0)
+        sums = torch.stack([finite.double().sum(), kept.sum(), kept.square().sum(), raw.sum()])
+        infinite = torch.full_like(losses, -torch.inf)
+        either = torch.where(finite, torch.stack([-losses, losses]), infinite)
+        extremes = either.amax(1)
+        group = self.context.groups.dp
+        self._pending = [
+            (sums, collectives.start_sum_over_data_parallel(sums, group)),
+            (extremes, collectives.start_largest(extremes, group)),
+        ]
+
+    def bad_scores(self) -> torch.Tensor | bool:
+        """As `WeightPolicy.bad_scores`."""
+        found, self._bad = self._bad, False
+        return found
+
+    def description(self) -> dict[str, Any]:
+        """The policy's name: states of two of them do not fit each other."""
+        return {"form": type(self).__name__.lower()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `WeightPolicy.state_dict`."""
+        self._settle()
+        return {"running": self.running.cpu()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As `WeightPolicy.load_state_dict`."""
+        self.running = state["running"].to(self.running.device)
+
+    def _settle(self) -> None:
+        if not self._pending:
+            return
+        for _, handle in self._pending:
+            if handle is not None:
+                handle.wait()
+        (count, first, second, raw), (smallest, largest) = (found for found, _ in self._pending)
+        self._pending = []
+        seen = torch.stack([first, second, -smallest * count, largest * count, raw]) / count
+        mean, age = self.running[:5], self.running[5] + 1
+        # As long as there is little to average, all of it counts alike.
+        new = torch.maximum(torch.full_like(age, 1 - DECAY), 1 / age)
+        updated = torch.cat([mean + new * (seen - mean), age.view(1)])
+        self.running = torch.where(torch.isfinite(updated).all(), updated, self.running)
+
+
+class LinUpper(LossPolicy):
+    """Weights that rise linearly (in the exponent) up to the middle of the losses."""
+
+    def raw(self, losses: torch.Tensor) -> torch.Tensor:
+        """As `LossPolicy.raw`."""
+        smallest, largest = self.running[2], self.running[3]
+        u = 2 * (losses - smallest) / (largest - smallest).clamp(min=1e-12) - 1
+        return torch.exp((u.clamp(-1, 1) + 1).clamp(max=1) / LINUPPER_TEMPERATURE)
+
+
+class Truncation(LossPolicy):
+    """Weights that fall where the loss is above the mean."""
+
+    def raw(self, losses: torch.Tensor) -> torch.Tensor:
+        """As `LossPolicy.raw`."""
+        mean, square = self.running[0], self.running[1]
+        z = (losses - mean) / (square - mean.square()).clamp(min=1e-12).sqrt()
+        return torch.exp(-z.clamp(min=0))

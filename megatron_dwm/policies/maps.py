@@ -1,0 +1,235 @@
+"""Scores to weights: the maps, and what keeps their weights near one.
+
+A map is a pair of functions, `weights(scores)` and `pull_back(scores, c)`, with running state that
+changes between steps only.
+
+    sigmoid   w = sigmoid(slope (s - centre)) / normaliser      bounded: a soft filter
+    softmax   w = N softmax(s / tau) over the global batch      mean exactly 1
+
+The sigmoid's centre and normaliser are running averages over the samples of past steps, so that a
+weight depends on its own sample only, and its mean is one in expectation. The softmax needs the
+scores of the whole global batch at once.
+
+Guards, in this order (of the softmax see `weighting.guarding`; of the sigmoid here):
+
+    floor   w' = 1 + f (w - 1), with the largest f <= 1 that keeps 1 / (1 + f^2 var(w)) >= F, the
+            effective share, var(w) a running average
+    mix     w'' = (1 - A) w' + A
+    cap     w''' = min(W, a w''), with the running a that keeps the mean at 1
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from megatron_dwm.weighting.guarding import Guards
+from megatron_dwm.weighting.weights import batch_weights, score_gradient
+
+# Of the running averages, a step. 0.95: the last 20 steps or so.
+DECAY = 0.95
+
+
+@dataclass
+class Mapped:
+    """What scores came to.
+
+    Attributes:
+        weights: float32, in the scores' shape; 1 where the score is NaN or infinite.
+        bad: scalar bool tensor, whether there was such a score.
+        raised: scalar tensor, what a floor raised the softmax's temperature to; NaN where it did
+            not, None without one.
+        capped: scalar tensor, how many weights are at the cap, or None.
+    """
+
+    weights: torch.Tensor
+    bad: torch.Tensor
+    raised: torch.Tensor | None = None
+    capped: torch.Tensor | None = None
+
+
+class WeightMap(Protocol):
+    """Scores to weights and back.
+
+    Attributes:
+        whole_batch: whether `weights` needs the scores of the whole global batch at once.
+    """
+
+    whole_batch: bool
+
+    def weights(self, scores: torch.Tensor) -> Mapped:
+        """Returns the weights of scores `[N]` (or of any part of them, see `whole_batch`)."""
+
+    def pull_back(self, scores: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        """Returns `dL/ds` from `c = dL/dw` `[N]` through the weights of these scores."""
+
+    def sums(self, scores: torch.Tensor) -> torch.Tensor:
+        """Returns this rank's sums `[k]` float64, which are added over data parallelism."""
+
+    def update(self, sums: torch.Tensor) -> None:
+        """Takes the step's sums over all samples into the running state."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the running state."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over a running state."""
+
+
+class SoftmaxMap:
+    """`w = N softmax(s / tau)` over the global batch, with its guards.
+
+    Args:
+        temperature: tau.
+        guards: what the weights are kept from.
+    """
+
+    whole_batch = True
+
+    def __init__(self, temperature: float, guards: Guards) -> None:
+        self.temperature, self.guards = temperature, guards
+
+    def weights(self, scores: torch.Tensor) -> Mapped:
+        """As `WeightMap.weights`; one bad score makes every weight 1."""
+        found = batch_weights(scores, self.temperature, self.guards)
+        raised = found.raised
+        if raised is not None:
+            raised = torch.where(raised > self.temperature, raised, torch.nan)
+        return Mapped(found.weights, found.bad, raised, found.capped)
+
+    def pull_back(self, scores: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        """As `WeightMap.pull_back`."""
+        return score_gradient(scores, c, self.temperature, self.guards)
+
+    def sums(self, scores: torch.Tensor) -> torch.Tensor:
+        """Nothing: there is no running state."""
+        return scores.new_zeros(0, dtype=torch.float64)
+
+    def update(self, sums: torch.Tensor) -> None:
+        """Nothing to update."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to keep."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to take over."""
+
+
+class SigmoidMap:
+    """`w = sigmoid(slope (s - centre)) / normaliser`, centre and normaliser running averages.
+
+    Before the first update every weight is what centre 0 and normaliser 1/2 give: equal scores of
+    0 are weights of 1.
+
+    Args:
+        slope: of the sigmoid at its centre, times 4.
+        guards: what the weights are kept from.
+        centred: whether scores have mean zero by their making, so that the centre stays 0.
+        device: where scores live.
+    """
+
+    whole_batch = False
+
+    def __init__(self, slope: float, guards: Guards, centred: bool, device: torch.device) -> None:
+        self.slope, self.guards, self.centred = slope, guards, centred
+        # centre, normaliser, variance of the weights, the cap's factor, age of the averages
+        self.state = torch.tensor([0.0, 0.5, 0.0, 1.0, 0.0], dtype=torch.float64, device=device)
+
+    def weights(self, scores: torch.Tensor) -> Mapped:
+        """As `WeightMap.weights`; a bad score makes its own weight 1."""
+        finite = torch.isfinite(scores)
+        weights = self._guarded(self._plain(scores.double()))
+        bad = ~(finite & torch.isfinite(weights)).all()
+        capped = None
+        if self.guards.max_weight is not None:
+            capped = (weights >= self.guards.max_weight).sum()
+        weights = torch.where(finite & torch.isfinite(weights), weights, 1.0).float()
+        return Mapped(weights, bad, None, capped)
+
+    def pull_back(self, scores: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        """As `WeightMap.pull_back`; the running state is a constant."""
+        with torch.enable_grad():
+            s = scores.detach().double().requires_grad_()
+            weights = self._guarded(self._plain(s))
+            (gradient,) = torch.autograd.grad((weights * c.double()).sum(), s)
+        return gradient.to(scores.dtype)
+
+    def sums(self, scores: torch.Tensor) -> torch.Tensor:
+        """Returns count, sums of scores, of sigmoids, of squared weights and of capped weights."""
+        s = torch.where(torch.isfinite(scores), scores.double(), self.state[0])
+        plain = self._plain(s)
+        return torch.stack(
+            [
+                torch.full_like(s, 1.0).sum(),
+                s.sum(),
+                torch.sigmoid(self.slope * (s - self.state[0])).sum(),
+                (plain - 1).square().sum(),
+                self._guarded(plain).sum(),
+            ]
+        )
+
+    def update(self, sums: torch.Tensor) -> None:
+        """As `WeightMap.update`; without waiting for the device."""
+        count, scores, sigmoids, squares, guarded = sums
+        centre, normaliser, variance, factor, age = self.state
+        # As long as there is little to average, all of it counts alike.
+        age = age + 1
+        new = torch.maximum(torch.full_like(age, 1 - DECAY), 1 / age)
+        count = count.clamp(min=1)
+        shift = torch.zeros_like(centre) if self.centred else new * (scores / count - centre)
+        self.state = torch.stack(
+            [
+                centre + shift,
+                (normaliser + new * (sigmoids / count - normaliser)).clamp(min=1e-6),
+                variance + new * (squares / count - variance),
+                factor / (1 + new * (guarded / count - 1)).clamp(min=0.5)
+                if self.guards.max_weight is not None
+                else factor,
+                age,
+            ]
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `WeightMap.state_dict`."""
+        return {"sigmoid": self.state.cpu()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As `WeightMap.load_state_dict`."""
+        self.state = state["sigmoid"].to(self.state.device)
+
+    def _plain(self, s: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(self.slope * (s - self.state[0])) / self.state[1]
+
+    def _guarded(self, weights: torch.Tensor) -> torch.Tensor:
+        floor, mix, cap = (
+            self.guards.min_effective_samples,
+            self.guards.uniform_mix,
+            self.guards.max_weight,
+        )
+        if floor is not None:
+            allowed = math.sqrt(1 / floor - 1)
+            share = (allowed / self.state[2].clamp(min=1e-12).sqrt()).clamp(max=1.0)
+            weights = 1 + share * (weights - 1)
+        if mix > 0:
+            weights = (1 - mix) * weights + mix
+        if cap is not None:
+            weights = (self.state[3] * weights).clamp(max=cap)
+        return weights
+
+
+def build_map(config: Any, centred: bool, device: torch.device) -> WeightMap:
+    """Returns the map that `--dwm-map` names.
+
+    Args:
+        config: settings, defaults resolved.
+        centred: see `SigmoidMap`.
+        device: where scores live.
+    """
+    guards = Guards.from_config(config)
+    if config.map == "softmax":
+        return SoftmaxMap(config.temperature, guards)
+    return SigmoidMap(config.slope, guards, centred, device)

@@ -1,0 +1,288 @@
+"""The form `model`: a separate transformer that scores the tokens before the trainer's own step.
+
+Two rules by which it learns:
+
+    chain       the paper's: the meta loss's gradient through the weights, one step a meta step
+    regression  mean-squared error of its scores against the standardised influence of this meta
+                step and of some before (a replay), and, in every step between meta steps, against
+                the scores of a head (`head`) that watches: dense labels for a model that needs many
+
+Shapes: b samples in a micro-batch, m micro-batches on this rank (n = m b), N in the global batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_dwm.batches import tokens_of
+from megatron_dwm.meta import collectives
+from megatron_dwm.policies.base import Lesson, Needs, PolicyContext, SampleView, StepView
+from megatron_dwm.policies.head import Head
+from megatron_dwm.policies.learned import LearnedPolicy
+from megatron_dwm.weighting.scorer import Update
+from megatron_dwm.weighting.weights import uniform_where
+
+# Meta steps before the head's scores are labels.
+_TEACHER_READY = 3
+
+
+class Model(LearnedPolicy):
+    """The form `model` with either rule.
+
+    Args:
+        context: what it is built from; its `scorer` builds the transformer.
+    """
+
+    needs = Needs(tokens=True, influence=True)
+
+    def __init__(self, context: PolicyContext) -> None:
+        super().__init__(context, centred=False)
+        config = context.config
+        self.scorer, self._description = context.scorer()
+        self.regression = config.rule == "regression"
+        taught = self.regression and config.teacher == "head" and config.trains
+        self.teacher = Head(context) if taught else None
+        watches = self.teacher is not None
+        self.needs = Needs(tokens=True, losses=watches, states=watches, influence=True)
+        self.batch_of_step: torch.Tensor | None = None
+        self.replay = Replay(config.replay if self.regression else 0)
+        self.lessons = 0
+        self._weights: torch.Tensor | None = None
+        self._local = torch.zeros(0)
+        self._learned = False
+
+    @property
+    def synchronous(self) -> bool:
+        """Bad scores are known before the step, on every rank, at the price of a wait."""
+        return True
+
+    def broken(self) -> torch.Tensor | bool:
+        """As `WeightPolicy.broken`."""
+        return self.scorer.bad_parameters()
+
+    # ------------------------------------------------------------------ scores
+
+    def begin(self, step: StepView) -> None:
+        """Pass A: scores of the step's samples, and their weights."""
+        self._learned = False
+        if self.teacher is not None:
+            self.teacher.begin(step)
+        self._local = self.scorer.scores(tokens_of(step.batches.first()), step.num_microbatches)
+        if not self.context.sees_losses:
+            return
+        self._scores = {0: self._local}
+        groups = self.context.groups
+        if not self.map.whole_batch:
+            self._weights = self.mapped(self._local)
+            return
+        scores = collectives.gather_samples(self._local, groups.dp)
+        self.batch_of_step = self._agreed(self.mapped(scores))
+        self._weights = self.batch_of_step.chunk(groups.dp.size())[groups.dp.rank()]
+
+    def _agreed(self, weights: torch.Tensor) -> torch.Tensor:
+        """Makes tensor-parallel peers agree on bad scores; data-parallel peers have seen them."""
+        if self.context.groups.tp.size() == 1:
+            return weights
+        assert self.batch is not None
+        bad = collectives.largest(self.batch.bad.int(), self.context.groups.tp).bool()
+        self.batch.bad, self._bad = bad, bad | self._bad
+        return uniform_where(bad, weights)
+
+    def weights(self, view: SampleView) -> torch.Tensor:
+        """As `WeightPolicy.weights`."""
+        assert self._weights is not None
+        if self.teacher is not None:
+            self.teacher.weights(view)
+        b = self.context.micro_batch_size
+        return self._weights[view.index * b : (view.index + 1) * b]
+
+    # ------------------------------------------------------------------ learning
+
+    def learn(self, step: StepView, influence: torch.Tensor, scores: torch.Tensor | None) -> Lesson:
+        """One step of the chosen rule."""
+        self.lessons += 1
+        self._learned = True
+        if not self.regression:
+            gradient = None
+            if scores is not None:
+                gradient = self.map.pull_back(scores, influence)
+                if self.gate is not None:
+                    gradient = self.gate.opening * gradient
+            return self._lesson([self._update(step, gradient)])
+        if self.teacher is not None:
+            self.teacher.observe(step, influence)
+        targets = None if scores is None else self.targets(influence)
+        found = [self._fit(step, scores, targets)]
+        tokens = tokens_of(step.batches.first())
+        same_size = self.replay.num_microbatches == step.num_microbatches
+        steps = self.context.config.replay_steps if same_size else 0
+        for past in self.replay.chosen(self.lessons, steps):
+            found.append(self._fit_again(past))
+        self.replay.keep(tokens, self._part(targets), step.num_microbatches)
+        return self._lesson(found)
+
+    def end(self, step: StepView) -> None:
+        """Between meta steps, learns the watching head's scores; updates the map."""
+        if self.teacher is not None:
+            labels = None
+            if self.context.sees_losses:
+                local = self.teacher.local_scores()
+                assert local is not None
+                labels = collectives.gather_samples(local, self.context.groups.dp)
+            if not self._learned and self.lessons >= _TEACHER_READY:
+                scores = None
+                if self.context.sees_losses:
+                    scores = collectives.gather_samples(self._local, self.context.groups.dp)
+                self._fit(step, scores, labels)
+            self.teacher.end(step)
+        if self.context.sees_losses and not self.map.whole_batch:
+            sums = self.map.sums(self._local)
+            group = self.context.groups.dp
+            self.map.update(collectives.sum_over_data_parallel(sums, group))
+
+    def _fit(
+        self, step: StepView, scores: torch.Tensor | None, targets: torch.Tensor | None
+    ) -> Update:
+        """One step along the gradient of `mean((s - mean(s) - z)^2)`; `[N]` each."""
+        return self._update(step, _error_gradient(scores, targets))
+
+    def _fit_again(self, past: tuple[list[torch.Tensor] | None, torch.Tensor | None]) -> Update:
+        """The same on a meta step of the past, with the scores of now."""
+        tokens, targets = past
+        count = self.replay.num_microbatches
+        local = self.scorer.scores(tokens, count)
+        gradient = None
+        if self.context.sees_losses:
+            assert targets is not None
+            group = self.context.groups.dp
+            scores = collectives.gather_samples(local, group)
+            everyone = collectives.gather_samples(targets.to(self.context.device), group)
+            gradient = _error_gradient(scores, everyone)
+        return self.scorer.update(tokens, count, self._local_gradient(gradient, count))
+
+    def _update(self, step: StepView, gradient: torch.Tensor | None) -> Update:
+        """Takes a step of the transformer's optimizer along `-gradient` `[N]`."""
+        count = step.num_microbatches
+        tokens = tokens_of(step.batches.first())
+        return self.scorer.update(tokens, count, self._local_gradient(gradient, count))
+
+    def _local_gradient(self, gradient: torch.Tensor | None, count: int) -> torch.Tensor:
+        part = self._part(gradient)
+        if part is None:
+            return torch.zeros(count * self.context.micro_batch_size, device=self.context.device)
+        return part.float()
+
+    def _part(self, values: torch.Tensor | None) -> torch.Tensor | None:
+        if values is None:
+            return None
+        groups = self.context.groups
+        return values.chunk(groups.dp.size())[groups.dp.rank()]
+
+    def _lesson(self, updates: list[Update]) -> Lesson:
+        causes = list(dict.fromkeys(cause for update in updates for cause in update.causes))
+        return Lesson(updates[0].updated, updates[0].grad_norm, causes)
+
+    # ------------------------------------------------------------------ log and state
+
+    def figures(self) -> dict[str, Any]:
+        """As `LearnedPolicy.figures`, and what the watching head has shown."""
+        found = super().figures()
+        if self.teacher is not None and self.teacher.gate is not None:
+            found["teacher_correlation_mean"] = self.teacher.gate.mean
+        return found
+
+    def description(self) -> dict[str, Any]:
+        """The transformer's sizes and all else that must agree."""
+        return self._description
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `WeightPolicy.state_dict`; the transformer and its optimizer are saved beside."""
+        teacher = None if self.teacher is None else self.teacher.state_dict()
+        return {**super().state_dict(), "teacher": teacher, "lessons": self.lessons}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As `WeightPolicy.load_state_dict`."""
+        super().load_state_dict(state)
+        self.lessons = int(state["lessons"])
+        if self.teacher is not None and state["teacher"] is not None:
+            self.teacher.load_state_dict(state["teacher"])
+
+    def local_state_dict(self) -> dict[str, Any]:
+        """As `WeightPolicy.local_state_dict`: the replay's tokens and targets."""
+        return self.replay.state_dict()
+
+    def load_local_state_dict(self, state: dict[str, Any]) -> None:
+        """As `WeightPolicy.load_local_state_dict`."""
+        self.replay.load_state_dict(state)
+
+
+def _error_gradient(
+    scores: torch.Tensor | None, targets: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Returns the gradient of `mean((s - mean(s) - (z - mean(z)))^2)` by the scores, `[N]`."""
+    if scores is None or targets is None:
+        return None
+    s, z = scores.double(), targets.double()
+    return (2 / s.numel() * (s - s.mean() - (z - z.mean()))).to(scores.dtype)
+
+
+class Replay:
+    """Samples and targets of the last meta steps, each rank's own part, in host memory.
+
+    Args:
+        length: meta steps that are kept.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.steps: list[tuple[list[torch.Tensor] | None, torch.Tensor | None]] = []
+        self.num_microbatches = 1
+
+    def keep(
+        self,
+        tokens: list[torch.Tensor] | None,
+        targets: torch.Tensor | None,
+        num_microbatches: int,
+    ) -> None:
+        """Keeps a meta step; one with another number of micro-batches starts anew.
+
+        Args:
+            tokens: `[b, s]` of each micro-batch, on ranks that read data.
+            targets: `[n]`, on ranks that see losses.
+            num_microbatches: m.
+        """
+        if not self.length:
+            return
+        if num_microbatches != self.num_microbatches:
+            self.steps, self.num_microbatches = [], num_microbatches
+        kept = None if tokens is None else [t.to("cpu", torch.int32, copy=True) for t in tokens]
+        goal = None if targets is None else targets.detach().cpu()
+        self.steps = [*self.steps, (kept, goal)][-self.length :]
+
+    def chosen(
+        self, number: int, count: int
+    ) -> list[tuple[list[torch.Tensor] | None, torch.Tensor | None]]:
+        """Returns `count` of the kept meta steps, the same ones on every rank.
+
+        Args:
+            number: of the meta step, which decides the choice.
+            count: how many, if there are as many.
+        """
+        generator = torch.Generator().manual_seed(number)
+        order = torch.randperm(len(self.steps), generator=generator)[:count]
+        return [(_as_ids(self.steps[i][0]), self.steps[i][1]) for i in order.tolist()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns this rank's part."""
+        return {"steps": list(self.steps), "num_microbatches": self.num_microbatches}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over this rank's part."""
+        self.steps = list(state["steps"])[-self.length :] if self.length else []
+        self.num_microbatches = int(state["num_microbatches"])
+
+
+def _as_ids(tokens: list[torch.Tensor] | None) -> list[torch.Tensor] | None:
+    return None if tokens is None else [t.long() for t in tokens]

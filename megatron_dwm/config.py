@@ -272,7 +272,7 @@ class DWMConfig:
         form = self.form
         if self.policy in FORMS and form == DWMConfig.form:
             form = self.policy
-        chain = self.rule == "chain"
+        chain = self.rule == "chain" and form == "model"
         defaults: dict[str, Any] = {
             "rule": "regression",
             "map": "softmax" if chain else "sigmoid",
@@ -286,10 +286,17 @@ class DWMConfig:
 
     def problems(self) -> list[str]:
         """Returns one line for each setting that cannot work, independent of the LLM."""
+        config = self.with_defaults()
+        if config.form not in FORMS:
+            return [_not_allowed("form", config.form, FORMS)]
         try:
-            self._needs()
+            config._needs()
         except DWMError as error:
-            return [str(error)]
+            # The rest is looked at all the same.
+            return [str(error), *dataclasses.replace(config, policy="learned")._problems()]
+        return config._problems()
+
+    def _problems(self) -> list[str]:
         found = self._form_problems()
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
@@ -299,7 +306,6 @@ class DWMConfig:
             if not 0 <= getattr(self, name) < 1:
                 found.append(f"{flag(name)} is {getattr(self, name)}; it must lie in [0, 1)")
         for name, allowed in (
-            ("form", FORMS),
             ("rule", RULES),
             ("map", MAPS),
             ("gate", GATES),
@@ -314,7 +320,7 @@ class DWMConfig:
         ):
             value = getattr(self, name)
             if value not in allowed:
-                found.append(f"{flag(name)} is '{value}'; allowed are {', '.join(allowed)}")
+                found.append(_not_allowed(name, value, allowed))
         if not _INIT.fullmatch(self.init):
             found.append(f"{flag('init')} is '{self.init}'; allowed are random, llm:K and hf:DIR")
         positive = ("stages", "meta_interval", "num_layers", "hidden_size", "num_attention_heads")
@@ -502,6 +508,10 @@ def flag(name: str) -> str:
 def attribute_name(name: str) -> str:
     """Returns the attribute of the parsed arguments that holds a field."""
     return "dwm" if name == "enabled" else "dwm_" + name
+
+
+def _not_allowed(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+    return f"{flag(name)} is '{value}'; allowed are {', '.join(allowed)}"
 
 
 def raise_all(problems: list[str]) -> None:

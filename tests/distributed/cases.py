@@ -17,7 +17,8 @@ from tests.functional.harness import MOCK, ROOT, TINY, Run, host_flags, run_all,
 COMMON = [
     *(word for word in TINY if word not in ("--swiglu", "--disable-bias-linear")),
     *MOCK,
-    *"--dwm --dwm-schedule joint --dwm-num-layers 2 --dwm-hidden-size 64".split(),
+    *"--dwm --dwm-form model --dwm-rule chain --dwm-schedule joint".split(),
+    *"--dwm-num-layers 2 --dwm-hidden-size 64".split(),
     *"--dwm-num-attention-heads 4 --dwm-meta-batch-size 8 --train-iters 20".split(),
     *"--global-batch-size 8".split(),
 ]

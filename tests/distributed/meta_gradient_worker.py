@@ -103,7 +103,8 @@ def take_apart(case, self, stock, forward_step, iterator, model, optimizer, sche
     def stock_step(data):
         return stock(step.forward_step, data, model, optimizer, scheduler, *rest, **kw)
 
-    scores, weights = step.score(batches, kw["iteration"])
+    weights = step.weights_of(trainee, batches, kw["iteration"])
+    scores = scores_of(step)
     if weights is None:  # every rank needs their number
         count = get_num_microbatches() * step.shape.micro_batch_size * step.groups.dp.size()
         weights = torch.zeros(count)
@@ -127,6 +128,13 @@ def take_apart(case, self, stock, forward_step, iterator, model, optimizer, sche
     return out
 
 
+def scores_of(step):
+    """Returns the scores [N] of the samples that were weighed last; None where none are seen."""
+    if not step.sees_losses:
+        return None
+    return collectives.gather_samples(step.policy.local_scores(), step.groups.dp)
+
+
 def update(probed, scores, iteration):
     """Takes the whole step; tells what it did to the scores, and to the LLM."""
     step, state = probed.step, probed.state()
@@ -141,7 +149,8 @@ def update(probed, scores, iteration):
     )
     flag = torch.tensor(float(left_alone), device=host.device())
     torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
-    after, _ = step.score(probed.batches, iteration)
+    step.weights_of(probed.trainee, probed.batches, iteration)
+    after = scores_of(step)
     change = None if scores is None else (after - scores).tolist()
     return {
         "left_alone": bool(flag.item()),

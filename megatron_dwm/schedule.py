@@ -66,18 +66,30 @@ class Schedule:
         }
 
     def _window(self, stage: int, iteration: int) -> str:
-        config = self.config
-        if config.schedule == "joint":
-            return "meta"
-        if config.schedule == "frozen":
+        if self.config.schedule == "frozen":
             return "frozen"
+        return "meta" if iteration < self._meta_window(stage)[1] else "frozen"
+
+    def _meta_window(self, stage: int) -> tuple[int, int]:
+        """Returns the first step of a stage's meta window, and the one after its last."""
         begin, end = self.bounds[stage], self.bounds[stage + 1]
-        begin = min(max(begin, config.warmup_steps), end)
-        length = config.stage_meta_steps
+        begin = min(max(begin, self.config.warmup_steps), end)
+        if self.config.schedule == "joint":
+            return begin, end
+        length = self.config.stage_meta_steps
         if length is None:
             length = (end - begin + 1) // 2
-        return "meta" if iteration < begin + length else "frozen"
+        return begin, min(end, begin + length)
 
     def meta_steps(self) -> int:
         """Returns the number of meta steps of the whole training."""
-        return sum(self.plan(i).meta_step for i in range(self.train_iters))
+        if not self.config.trains:
+            return 0
+        warmup, interval = self.config.warmup_steps, self.config.meta_interval or 1
+        count = 0
+        for stage in range(self.stages):
+            begin, end = self._meta_window(stage)
+            # Due are the steps warmup + k interval, k = 0, 1, ...
+            upto = [-(-max(0, edge - warmup) // interval) for edge in (begin, end)]
+            count += upto[1] - upto[0]
+        return count

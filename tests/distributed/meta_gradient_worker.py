@@ -44,6 +44,7 @@ from megatron_dwm.guards import gathered_parameters  # noqa: E402
 from megatron_dwm.integration.session import Session  # noqa: E402
 from megatron_dwm.meta import collectives, ghost, jacobian, probe  # noqa: E402
 from megatron_dwm.passes import Trainee  # noqa: E402
+from megatron_dwm.policies import features  # noqa: E402
 from tests.functional.torch_norms import torch_norms  # noqa: E402
 
 plain_train_step = Session.train_step
@@ -82,6 +83,12 @@ BREAKS = {
     ),
     # Shards of v are not completed under the distributed optimizer.
     "no-shard-gather": lambda: replaced(collectives, "gather_shards", lambda buffer, group: None),
+    # Each rank takes the moments of its own part of the positions for those of the samples.
+    "states-not-merged": lambda: replaced(features, "merged", lambda parts, group: parts),
+    # Each data-parallel rank learns from its own samples only.
+    "sums-not-reduced": lambda: replaced(
+        collectives, "sum_over_data_parallel", lambda value, group: value.clone()
+    ),
 }
 
 
@@ -92,7 +99,15 @@ ALLOWANCES = {
 }
 
 
-def take_apart(case, self, stock, forward_step, iterator, model, optimizer, scheduler, *rest, **kw):
+def take_apart(case, *args, **kw):
+    """Returns what the case asks for at this step, with what is wrong in all of it."""
+    with BREAKS[case.get("break_all")]():
+        return taken_apart(case, *args, **kw)
+
+
+def taken_apart(
+    case, self, stock, forward_step, iterator, model, optimizer, scheduler, *rest, **kw
+):
     """Returns what the case asks for at this step."""
     config, schedule = rest[:2]
     step = self.step
@@ -111,6 +126,8 @@ def take_apart(case, self, stock, forward_step, iterator, model, optimizer, sche
     probed = probe.ProbedStep(step, trainee, scheduler, stock_step, batches, weights)
     out = {"weights": weights.tolist(), "dp": step.groups.dp.size(), "c": {}}
     out["micro_batch_size"] = step.shape.micro_batch_size
+    if case.get("scores"):
+        out["scores"] = None if scores is None else scores.tolist()
     with BREAKS[case.get("break")]():
         for name in case.get("estimators", ["ghost"]):
             found = probe.influence(probed, name)

@@ -23,8 +23,8 @@ CAUSES = {
     ),
     "scores": (
         "a score of the weighting policy",
-        "with --dwm-form model lower --dwm-head-lr and --dwm-backbone-lr; else the language model's "
-        "own states or losses are not finite: lower --lr",
+        "with --dwm-form model lower --dwm-head-lr and --dwm-backbone-lr; else the language "
+        "model's own states or losses are not finite: lower --lr",
     ),
     "meta_gradient": (
         "the meta loss or the meta-gradient",

@@ -125,8 +125,13 @@ class DWMConfig:
     warmup_steps: int = _option(0, "steps of uniform weights at the start of the training")
     meta_interval: int | None = _option(
         None,
-        "a meta step every this many steps (joint, meta windows); default: 4, with --dwm-rule "
+        "a meta step every this many steps (joint, meta windows); default: 16, with --dwm-rule "
         "chain 1",
+    )
+    meta_dense_steps: int | None = _option(
+        None,
+        "steps after the warm-up in which meta steps are taken four times as often, so that the "
+        "weighting knows something early; default: 128, with --dwm-rule chain 0",
     )
     meta_data_path: list[str] | None = _option(
         None,
@@ -278,7 +283,8 @@ class DWMConfig:
             "map": "softmax" if chain else "sigmoid",
             "gate": "off" if chain else "on",
             "schedule": "staged" if chain else "joint",
-            "meta_interval": 1 if chain else 4,
+            "meta_interval": 1 if chain else 16,
+            "meta_dense_steps": 0 if chain else 128,
             "lookahead": "next" if chain else "auto",
         }
         missing: dict[str, Any] = {k: v for k, v in defaults.items() if getattr(self, k) is None}
@@ -328,6 +334,10 @@ class DWMConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 found.append(f"{flag(name)} is {value}; it must be above 0")
+        if self.meta_dense_steps is not None and self.meta_dense_steps < 0:
+            found.append(
+                f"{flag('meta_dense_steps')} is {self.meta_dense_steps}; it must not be negative"
+            )
         not_negative = ("warmup_steps", "backbone_lr", "weight_decay", "clip_grad", "seed")
         for name in (*not_negative, "ridge", "replay", "replay_steps"):
             if getattr(self, name) < 0:

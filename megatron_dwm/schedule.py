@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from megatron_dwm.config import DWMConfig
 
+DENSER = 4  # times as often as usual are meta steps taken at the start
+
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -51,7 +53,7 @@ class Schedule:
         if not config.scores:
             return StepPlan(stage, "frozen", False, False, False)
         window = self._window(stage, iteration)
-        due = (iteration - config.warmup_steps) % (config.meta_interval or 1) == 0
+        due = self._due_before(iteration + 1) > self._due_before(iteration)
         return StepPlan(stage, window, True, config.trains and window == "meta" and due, ends_stage)
 
     def description(self) -> dict[str, object]:
@@ -63,6 +65,7 @@ class Schedule:
             "warmup_steps": config.warmup_steps,
             "stage_meta_steps": config.stage_meta_steps,
             "meta_interval": config.meta_interval,
+            "meta_dense_steps": config.meta_dense_steps,
         }
 
     def _window(self, stage: int, iteration: int) -> str:
@@ -85,11 +88,16 @@ class Schedule:
         """Returns the number of meta steps of the whole training."""
         if not self.config.trains:
             return 0
-        warmup, interval = self.config.warmup_steps, self.config.meta_interval or 1
-        count = 0
-        for stage in range(self.stages):
-            begin, end = self._meta_window(stage)
-            # Due are the steps warmup + k interval, k = 0, 1, ...
-            upto = [-(-max(0, edge - warmup) // interval) for edge in (begin, end)]
-            count += upto[1] - upto[0]
-        return count
+        windows = [self._meta_window(stage) for stage in range(self.stages)]
+        return sum(self._due_before(end) - self._due_before(begin) for begin, end in windows)
+
+    def _due_before(self, iteration: int) -> int:
+        """Returns how many meta steps are due before a step, windows left aside.
+
+        Every `meta_interval` steps from the end of the warm-up on, and four times as often in the
+        first `meta_dense_steps` of them.
+        """
+        interval, dense = self.config.meta_interval or 1, self.config.meta_dense_steps or 0
+        passed = max(0, iteration - self.config.warmup_steps)
+        often = max(1, interval // DENSER)
+        return -(-min(passed, dense) // often) + -(-max(0, passed - dense) // interval)

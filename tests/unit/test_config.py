@@ -20,6 +20,7 @@ BAD_VALUES = [
     ("gate", "ajar"),
     ("teacher", "nobody"),
     ("slope", 0.0),
+    ("meta_dense_steps", -1),
     ("forgetting", 0.0),
     ("forgetting", 1.5),
     ("ridge", -0.1),
@@ -89,6 +90,7 @@ OTHER_VALUES = {
     "stage_meta_steps": 17,
     "warmup_steps": 9,
     "meta_interval": 2,
+    "meta_dense_steps": 40,
     "meta_data_path": ["0.3", "data/a", "0.7", "data/b"],
     "meta_batch_size": 16,
     "estimator": "ghost",
@@ -280,18 +282,19 @@ class TestProblems:
         assert problem.startswith(words)
 
     def test_defaults_follow_from_form_and_rule(self):
-        names = ("form", "rule", "map", "gate", "schedule", "meta_interval", "lookahead")
+        names = ("form", "rule", "map", "gate", "schedule", "lookahead")
+        names += ("meta_interval", "meta_dense_steps")
 
         def resolved(**values):
             config = DWMConfig(**values).with_defaults()
             assert config == config.with_defaults()
             return tuple(getattr(config, name) for name in names)
 
-        shared = ("regression", "sigmoid", "on", "joint", 4, "auto")
+        shared = ("regression", "sigmoid", "on", "joint", "auto", 16, 128)
         assert resolved() == ("head", *shared)
         assert resolved(form="model") == resolved(policy="model") == ("model", *shared)
         # The paper's form and rule, as before.
-        chain = ("model", "chain", "softmax", "off", "staged", 1, "next")
+        chain = ("model", "chain", "softmax", "off", "staged", "next", 1, 0)
         assert resolved(form="model", rule="chain") == chain
 
     @pytest.mark.parametrize(

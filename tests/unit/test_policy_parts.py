@@ -160,8 +160,8 @@ class TestTargets:
 
 
 class TestSigmoidMap:
-    def learned(self, guards=Guards(), centred=False, scale=1.0, shift=0.0):
-        found = SigmoidMap(4.0, guards, centred, CPU)
+    def learned(self, guards=None, centred=False, scale=1.0, shift=0.0):
+        found = SigmoidMap(4.0, guards or Guards(), centred, CPU)
         for i in range(300):
             scores = torch.randn(64, generator=generator(i)) * scale + shift
             found.update(found.sums(scores))

@@ -18,7 +18,15 @@ from typing import Any
 import numpy
 import pytest
 
-from tests.distributed.cases import HEAD, MODELS, VPP2, arguments, in_data_order, take_apart
+from tests.distributed.cases import (
+    HEAD,
+    MODELS,
+    OPTIMIZERS,
+    VPP2,
+    arguments,
+    in_data_order,
+    take_apart,
+)
 from tests.functional.harness import Run, run_all
 
 # Of scores, which are of the order of 1: what float32 states at another layout come to.
@@ -45,7 +53,8 @@ BROKEN = {"states-not-merged": "tp2-sp", "sums-not-reduced": "dp2"}
 
 
 def case(name: str, model: str, flags: str, start: Path, **more: Any) -> dict[str, Any]:
-    words = f"--no-load-rng --no-load-optim --load {start} {flags}"
+    kind = "distributed" if "--use-distributed-optimizer" in flags else "plain"
+    words = f"--no-load-rng --load {start}-{kind} {OPTIMIZERS[kind]} {flags}"
     return {
         "name": name,
         "args": arguments(words, model, HEAD),
@@ -62,9 +71,11 @@ def case(name: str, model: str, flags: str, start: Path, **more: Any) -> dict[st
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("head")
     starts = {model: folder / f"start-{model}" for model in MODELS}
+    saves = "--exit-interval 6 --save-interval 6 --save"
     runs = [
-        Run(model, arguments(f"--exit-interval 6 --save {start} --save-interval 6", model, HEAD))
+        Run(f"{model}-{kind}", arguments(f"{flags} {saves} {start}-{kind}", model, HEAD))
         for model, start in starts.items()
+        for kind, flags in OPTIMIZERS.items()
     ]
     results = run_all(1, runs, folder)
     for run in runs:
@@ -104,6 +115,7 @@ class TestLayouts:
 
     def test_what_is_learned_is_what_one_rank_learns(self, found, model, name):
         one = found[f"{model}-one"]
+        assert one["updated"] and found[f"{model}-{name}"]["updated"]
         expected = scores(one, after=True)
         assert abs(expected - scores(one)).max() > 1e-3
         assert abs(scores(found[f"{model}-{name}"], after=True) - expected).max() < 3 * SAME

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_dwm.errors import DWMError
-from megatron_dwm.policies.base import policy_class
+from megatron_dwm.policies.base import Needs, policy_class
 
 FORMS = ("head", "model")
 RULES = ("regression", "chain")
@@ -269,8 +269,12 @@ class DWMConfig:
         return self.learned and self.form == "model"
 
     def _needs(self) -> Any:
+        """What the policy asks for; nothing where there is none of that name."""
         name = self.form if self.policy in ("learned", "shuffled") else self.policy
-        return policy_class(name).needs
+        try:
+            return policy_class(name).needs
+        except DWMError:
+            return Needs()
 
     def with_defaults(self) -> DWMConfig:
         """Returns the settings with those filled in that follow from form and rule."""
@@ -296,7 +300,7 @@ class DWMConfig:
         if config.form not in FORMS:
             return [_not_allowed("form", config.form, FORMS)]
         try:
-            config._needs()
+            policy_class(config.form if config.policy == "learned" else config.policy)
         except DWMError as error:
             # The rest is looked at all the same.
             return [str(error), *dataclasses.replace(config, policy="learned")._problems()]

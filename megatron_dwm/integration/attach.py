@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import os
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,8 @@ import torch
 
 from megatron_dwm.errors import DWMError
 from megatron_dwm.integration.rebind import check_version, rebound
+
+_PATIENCE = 3.0  # seconds that other ranks give rank 0 to say what is wrong
 
 
 @contextlib.contextmanager
@@ -38,16 +41,16 @@ def attach(add_arguments: bool = False) -> Iterator[None]:
             _rebind_trainer(stack, add_arguments)
             yield
     except DWMError as error:
-        if error.this_rank_only or _first_to_say(str(error)):
+        if error.this_rank_only or _mine_to_say(str(error)):
             print(f"megatron_dwm: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 
 
-def _first_to_say(message: str) -> bool:
-    """Returns whether no other rank has printed the message yet.
+def _mine_to_say(message: str) -> bool:
+    """Returns whether this rank is the one to print a message.
 
-    Most errors are seen by all ranks alike, and one line is enough; of one that a single rank sees
-    that rank must speak, whatever its number. The ranks ask the store by which they have met.
+    Most errors are seen by all ranks alike, and one line is enough: rank 0's. One that rank 0 does
+    not see is printed by the first rank that does. They agree by the store through which they met.
     """
     rank = int(os.environ.get("RANK", "0"))
     distributed = torch.distributed
@@ -55,8 +58,12 @@ def _first_to_say(message: str) -> bool:
         return rank == 0 or int(os.environ.get("LOCAL_RANK", "0")) == 0
     try:
         store = distributed.distributed_c10d._get_default_store()
-        key = hashlib.sha256(message.encode()).hexdigest()
-        return store.add(f"megatron_dwm/error/{key}", 1) == 1
+        key = f"megatron_dwm/error/{hashlib.sha256(message.encode()).hexdigest()}"
+        if rank > 0:
+            end = time.monotonic() + _PATIENCE
+            while time.monotonic() < end and not store.check([key]):
+                time.sleep(0.05)
+        return store.add(key, 1) == 1
     except RuntimeError:  # whoever keeps the store has ended
         return True
 

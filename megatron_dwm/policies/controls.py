@@ -76,6 +76,11 @@ class Shuffled(WeightPolicy):
             mine = torch.cat([self._now[k] for k in sorted(self._now)])
             self._last = collectives.gather_samples(mine, self.context.groups.dp)
 
+    @property
+    def batch(self) -> Any:
+        """What the guards did to the learned weights."""
+        return getattr(self.inner, "batch", None)
+
     def broken(self) -> torch.Tensor | bool:
         """As `WeightPolicy.broken`."""
         return self.inner.broken()

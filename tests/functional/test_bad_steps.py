@@ -200,7 +200,7 @@ def test_run_without_meta_steps_ends_too(results: Results, layout: str) -> None:
     assert [bool(s["causes"]) for s in seen] == [False, True, True, False, True, True, True]
     found = results[f"{layout}-frozen"]
     assert [rank["code"] for rank in found] == [2, 2]
-    assert "iteration 7: a score of the weighting model is NaN or infinite" in found[0]["stderr"]
+    assert "iteration 7: a score of the weighting policy is NaN or infinite" in found[0]["stderr"]
 
 
 @pytest.mark.parametrize("name", ["checked", "checked-uniform"])

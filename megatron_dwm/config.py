@@ -174,8 +174,8 @@ class DWMConfig:
     )
     fd_relative_step: float | None = _option(
         None,
-        "finite difference: norm of eps v over that of theta; default: at each meta step the smallest "
-        "that the parameters' precision resolves (3e-4 to 2e-2)",
+        "finite difference: norm of eps v over that of theta; default: at each meta step the "
+        "smallest that the parameters' precision resolves (3e-4 to 2e-2)",
     )
     num_layers: int = _option(4, "layers of the DWM (llm:K and hf:DIR set it themselves)")
     hidden_size: int = _option(256, "hidden size of the DWM")

@@ -30,6 +30,7 @@ from megatron_dwm.budget import NoMeter, Overhead, OverheadBudget, StepMeter
 from megatron_dwm.config import DWMConfig
 from megatron_dwm.guards import gathered_parameters, quiet, restore_rng
 from megatron_dwm.influence import Influence, MetaGradient, StockStep, Weighing
+from megatron_dwm.logs.time_share import TimeShare
 from megatron_dwm.meta import collectives
 from megatron_dwm.passes import Passes, Trainee
 from megatron_dwm.policies.base import SampleView, StepView, WeightPolicy
@@ -80,6 +81,7 @@ class StepRecord:
         bad_steps: the run's bad steps by cause, this one among them.
         figures: what the policy says of the step.
         notices: lines for the user.
+        time_share: estimate of the weighting's share of the time, at meta steps, see `TimeShare`.
     """
 
     iteration: int
@@ -94,6 +96,7 @@ class StepRecord:
     bad_steps: dict[str, int] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
+    time_share: float | None = None
 
 
 class DWMTrainStep:
@@ -125,6 +128,7 @@ class DWMTrainStep:
         self.meta_gradient = MetaGradient(config, passes)
         self.budget = OverheadBudget.from_config(config)
         self.bad_steps = BadSteps(config.max_bad_steps)
+        self.time_share = TimeShare()
         self.meta_steps_taken = 0
         self.warm_started = warm_start is None
 
@@ -146,6 +150,7 @@ class DWMTrainStep:
         Returns:
             The trainer's own result, and the record for the log.
         """
+        self.time_share.begin()
         # Spaces and times meta steps under --dwm-overhead-budget; else it does nothing.
         meter = NoMeter() if self.budget is None else StepMeter(self.budget, self.shape.device)
         plan = meter.admitted(self.schedule.plan(iteration))
@@ -183,7 +188,9 @@ class DWMTrainStep:
         tried = meta is not None and (meta.updated or bool(causes))
         self.bad_steps.note(causes, plan.weighted and looked, tried)
         overhead = meter.finish(meta is not None)
-        return result, self._record(step, plan, meta, loss, overhead, causes)
+        record = self._record(step, plan, meta, loss, overhead, causes)
+        record.time_share = self.time_share.end(meta is not None)
+        return result, record
 
     # ------------------------------------------------------------------ A
 

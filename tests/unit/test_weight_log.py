@@ -1,4 +1,4 @@
-"""The step log: its lines, what a resumed run keeps of them, the console line and TensorBoard."""
+"""The step log: its lines, when they are written, and what a resumed run keeps of them."""
 
 import json
 import math
@@ -10,17 +10,15 @@ from megatron_dwm import host
 
 host.install()
 
-from megatron_dwm.analysis.weight_log import (  # noqa: E402
-    FILE_NAME,
-    WeightLog,
-    console_line,
-    describe,
-    read_log,
-)
 from megatron_dwm.budget import Overhead  # noqa: E402
+from megatron_dwm.logs.console import console_line  # noqa: E402
+from megatron_dwm.logs.lines import describe  # noqa: E402
+from megatron_dwm.logs.log_file import FILE_NAME, read_log  # noqa: E402
+from megatron_dwm.logs.sinks import open_sinks  # noqa: E402
+from megatron_dwm.logs.weight_log import WeightLog  # noqa: E402
+from megatron_dwm.policies.maps import Mapped  # noqa: E402
 from megatron_dwm.schedule import StepPlan  # noqa: E402
 from megatron_dwm.train_step import MetaResult, StepRecord  # noqa: E402
-from megatron_dwm.weighting.weights import BatchWeights  # noqa: E402
 
 WEIGHTS = torch.tensor([2.0, 0.5, 1.0, 0.5])
 DOMAINS = torch.tensor([0, 1, 0, -1])
@@ -44,28 +42,35 @@ def record(
 
 class Writer:
     def __init__(self):
-        self.scalars = {}
+        self.scalars, self.texts = {}, {}
 
     def add_scalar(self, name, value, iteration):
         self.scalars[name, iteration] = value
+
+    def add_text(self, name, text, iteration):
+        self.texts[name, iteration] = text
+
+    def flush(self):
+        pass
 
 
 class Log:
     """A `WeightLog` in a folder, with what it printed and what it wrote."""
 
-    def __init__(self, folder, first_iteration=0, log_interval=1, **options):
+    def __init__(self, folder, first_iteration=0, log_interval=1, samples=False, writes=True):
         self.printed, self.writer = [], Writer()
-        arguments = {
-            "folder": None if folder is None else str(folder), "domains": NAMES,
-            "writer": self.writer, "log_interval": log_interval, "samples": False,
-            "first_iteration": first_iteration, "printer": self.printed.append, "writes": True,
-        }  # fmt: skip
-        self.log = WeightLog(**{**arguments, **options})
+        path = None if folder is None else str(folder)
+        sinks = None
+        if writes:
+            sinks = open_sinks(
+                path, first_iteration, self.writer, None, log_interval, self.printed.append
+            )
+        self.log = WeightLog(sinks, NAMES, log_interval, samples)
         self.path = None if folder is None else folder / FILE_NAME
 
-    def write(self, *iterations):
+    def write(self, *iterations, meta=True):
         for iteration in iterations:
-            self.log.write(record(iteration))
+            self.log.write(record(iteration, meta=meta))
         return self
 
     def iterations(self):
@@ -149,7 +154,7 @@ class TestQuality:
         assert self.GOOD.items() <= describe(record(quality=self.GOOD), NAMES).items()
         log = Log(None)
         log.log.write(record(quality=self.GOOD))
-        assert log.writer.scalars["dwm/fd_signal_to_noise", 7] == 7.5
+        assert log.writer.scalars["dwm/evidence/fd_signal_to_noise", 7] == 7.5
 
     def test_an_estimator_without_any_adds_nothing(self):
         assert not [name for name in describe(record(), NAMES) if name.startswith("fd_")]
@@ -198,7 +203,8 @@ class TestOverheadBudget:
     def test_tensorboard_gets_all_three(self):
         log = Log(None)
         log.log.write(record(meta=False, overhead=self.PUT_OFF))
-        found = [log.writer.scalars[f"dwm/{name}", 7] for name in self.FIGURES]
+        names = ("budget_spent", "budget", "meta_put_off")
+        found = [log.writer.scalars[f"dwm/time/{name}", 7] for name in names]
         assert found == [0.04321, 0.05, 1]
 
     def test_a_notice_is_printed_whatever_the_log_interval(self):
@@ -222,15 +228,14 @@ class TestWriting:
 
     def test_tensorboard_gets_numbers_and_domain_weights(self):
         scalars = Log(None).write(7).writer.scalars
-        assert scalars["dwm/lm_loss", 7] == 3.25 and scalars["dwm/domain_weight/web", 7] == 1.5
+        assert scalars["dwm/loss/lm", 7] == 3.25 and scalars["dwm/domain_weight/web", 7] == 1.5
         assert {type(value) for value in scalars.values()} <= {int, float}
-        assert ("dwm/window", 7) not in scalars and ("dwm/iteration", 7) not in scalars
+        assert not [name for name, _ in scalars if "iteration" in name or "stage" in name]
 
     def test_tensorboard_gets_no_missing_values(self):
         log = Log(None, log_interval=10)
         log.log.write(record(lm_loss=NAN, loss=NAN))
-        assert ("dwm/lm_loss", 7) not in log.writer.scalars
-        assert ("dwm/meta_loss", 7) not in log.writer.scalars
+        assert not [name for name, _ in log.writer.scalars if "loss" in name]
 
     def test_other_ranks_write_nothing_and_make_no_file(self, tmp_path):
         log = Log(tmp_path / "run", writes=False).write(1)
@@ -280,16 +285,15 @@ class TestGuardsAndBadSteps:
     @staticmethod
     def guarded(iteration=7, raised=2.5, capped=3.0, causes=(), counts=None, **kw):
         found = record(iteration, **kw)
-        found.batch = BatchWeights(
-            WEIGHTS, WEIGHTS, torch.tensor(False), 1.0, torch.tensor(raised), torch.tensor(capped)
-        )
+        bad = torch.tensor(False)
+        found.batch = Mapped(WEIGHTS, bad, torch.tensor(raised), torch.tensor(capped))
         found.causes, found.bad_steps = list(causes), counts or {}
         return found
 
     def test_fields_are_there_only_when_a_guard_acted(self):
         line = describe(self.guarded(), NAMES)
         assert line["guard_temperature"] == 2.5 and line["guard_capped"] == 3
-        line = describe(self.guarded(raised=1.0, capped=0.0), NAMES)
+        line = describe(self.guarded(raised=NAN, capped=0.0), NAMES)
         assert not [name for name in line if "guard" in name or "bad" in name]
 
     def test_bad_scores_say_nothing_of_guards(self):
@@ -306,7 +310,7 @@ class TestGuardsAndBadSteps:
     def test_a_guard_is_announced_at_first_and_then_rarely_with_its_count(self, tmp_path):
         log = Log(tmp_path, log_interval=1000)
         for iteration in range(1, 121):
-            log.log.write(self.guarded(iteration, raised=2.5 if iteration > 5 else 1.0))
+            log.log.write(self.guarded(iteration, raised=2.5 if iteration > 5 else NAN))
         floor = [line for line in log.printed if "--dwm-min-effective-samples" in line]
         assert [line.split(";")[1] for line in floor] == [
             " once so far", " 10 times so far", " 100 times so far"

@@ -335,7 +335,8 @@ class DWMTrainStep:
             name = "domain_id" if "domain_id" in chunk[0] else "dataset_id"
             if name in chunk[0]:
                 local = torch.cat([batch[name].view(-1).long().cpu() for batch in chunk])
-        local = local.to(self.shape.device)
+        # Only the log needs them at once, and it waits for nothing.
+        local = local.to(self.shape.device, non_blocking=True)
         if self.groups.tp.size() > 1:
             local = collectives.broadcast_from_first_tensor_rank(
                 local, tuple(local.shape), self.groups.tp, self.shape.device

@@ -8,6 +8,7 @@ console      a line every log interval, notices at once
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections import defaultdict
@@ -280,8 +281,12 @@ class Sinks:
     def close(self) -> None:
         """As `LogSink.close`."""
         self.flush()
-        self._each(lambda sink: sink.close())
-        self.active = []
+        closing, self.active = self.active, []
+        for sink in closing:
+            try:
+                sink.close()
+            except Exception as error:
+                self._say(sink.name, error)
 
     def _each(self, call: Callable[[LogSink], None]) -> None:
         for sink in list(self.active):
@@ -291,24 +296,17 @@ class Sinks:
             except Exception as error:
                 self.active.remove(sink)
                 self._say(sink.name, error)
-                self._give_up(sink)
-
-    def _give_up(self, sink: LogSink) -> None:
-        try:
-            sink.close()
-        except Exception:  # what was wrong has been said
-            pass
+                with contextlib.suppress(Exception):  # what is wrong has been said
+                    sink.close()
 
     def _say(self, name: str, error: Exception) -> None:
         kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
         reason = kind + " ".join(str(error).split())  # on one line
-        try:
+        with contextlib.suppress(Exception):  # it may be the console itself that fails
             self.printer(
                 f"DWM: WARNING: the step log is no longer written to {name}: {reason}; the "
                 "training goes on without it, and a resumed run tries it again"
             )
-        except Exception:  # the console itself
-            pass
 
 
 def open_sinks(

@@ -54,7 +54,16 @@ def validation_loss(demo: str, iters: int, seed: int, flags: str) -> float:
     """Trains once and returns the final loss on the held-out target."""
     from megatron_dwm import host
 
-    learned = ["--dwm-init", "llm:2", "--dwm-warmup-steps", str(iters // 4)]
+    learned = [
+        "--dwm-form",
+        "model",
+        "--dwm-rule",
+        "chain",
+        "--dwm-init",
+        "llm:2",
+        "--dwm-warmup-steps",
+        str(iters // 4),
+    ]
     learned += ["--dwm-meta-data-path", f"{demo}/data/meta", "--dwm-meta-batch-size", "16"]
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

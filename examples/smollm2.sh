@@ -82,7 +82,7 @@ print(*(host.default_flags() or [*local, "--no-persist-layer-norm"]), sep="\n")'
     --train-data-path 1 "$DATA/encyclopedia_text_document" 1 "$DATA/recipes_text_document" \
     1 "$DATA/corrupt_text_document" --valid-data-path "$DATA/valid_text_document" \
     --dwm --dwm-meta-data-path "$DATA/meta_text_document" --dwm-schedule joint \
-    --dwm-init llm:2 --dwm-meta-batch-size 4 --dwm-min-effective-samples 0.5 \
+    --dwm-form model --dwm-rule chain --dwm-init llm:2 --dwm-meta-batch-size 4 --dwm-min-effective-samples 0.5 \
     --eval-iters 4 --eval-interval 1000 --log-interval 1 --num-workers 0 \
     --no-create-attention-mask-in-dataloader --data-cache-path "$OUT/cache" \
     --save "$OUT/run" --save-interval "$STEPS" --ckpt-format torch_dist "$@" 2>&1 |

@@ -22,8 +22,9 @@ CAUSES = {
         "default, ends such a run at once",
     ),
     "scores": (
-        "a score of the weighting model",
-        "lower --dwm-head-lr and --dwm-backbone-lr",
+        "a score of the weighting policy",
+        "with --dwm-form model lower --dwm-head-lr and --dwm-backbone-lr; else the language "
+        "model's own states or losses are not finite: lower --lr",
     ),
     "meta_gradient": (
         "the meta loss or the meta-gradient",
@@ -35,7 +36,8 @@ CAUSES = {
     ),
     "parameters": (
         "a parameter of the weighting model",
-        "it cannot recover: lower --dwm-head-lr and --dwm-backbone-lr",
+        "it cannot recover: resume from before, with --dwm-form model at lower --dwm-head-lr and "
+        "--dwm-backbone-lr",
     ),
 }
 

@@ -234,7 +234,7 @@ class StepMeter:
         self.plan: StepPlan | None = None
         self._put_off = False
         self._own = 0.0
-        self._start = _now()
+        self._start = now()
 
     def admitted(self, plan: StepPlan) -> StepPlan:
         """Returns the plan, without its meta step if that is not affordable now."""
@@ -253,9 +253,9 @@ class StepMeter:
             nonlocal first
             if not first:
                 return call(*args)
-            first, start = False, _now()
+            first, start = False, now()
             result = call(*args)
-            self._own += _now() - start
+            self._own += now() - start
             return result
 
         return timed
@@ -267,7 +267,7 @@ class StepMeter:
             meta_step: whether a meta step was really taken.
         """
         assert self.plan is not None
-        whole = _now() - self._start
+        whole = now() - self._start
         # Of all ranks the longest step and the longest DWM time: a rank that waits within the
         # trainer's step for another one to have scored sees the wait as the trainer's own.
         seconds = torch.tensor([whole, whole - self._own], dtype=torch.float64, device=self.device)
@@ -298,7 +298,7 @@ class NoMeter:
         """Leaves nothing for the log."""
 
 
-def _now() -> float:
+def now() -> float:
     """Returns the time in seconds, when the device has done all that it was given."""
     torch.cuda.synchronize()
     return time.perf_counter()

@@ -1,11 +1,11 @@
 """The weighting model's state inside Megatron's own `torch_dist` checkpoint, and its snapshots.
 
 Everything lies under the key `dwm` of the trainer's state dict: tensors of a separate weighting
-model (`dwm.*`), its optimizer, the policy's own state (`dwm_policy`, an object that the ranks of the
-last pipeline stage hold alike), the position in the meta data, the counts of meta steps and of bad steps, and the account
-of the overhead budget. The schedule is a function of the iteration, so its state is the iteration;
-what it was is kept to notice a change. The stock trainer can load such a checkpoint: it does not
-ask for the extra keys.
+model (`dwm.*`), its optimizer, the policy's own state (`dwm_policy`, an object that the ranks of
+the last pipeline stage hold alike), the position in the meta data, the counts of meta steps and of
+bad steps, and the account of the overhead budget. The schedule is a function of the iteration, so
+its state is the iteration; what it was is kept to notice a change. The stock trainer can load such
+a checkpoint: it does not ask for the extra keys.
 """
 
 from __future__ import annotations

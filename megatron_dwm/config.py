@@ -125,8 +125,13 @@ class DWMConfig:
     warmup_steps: int = _option(0, "steps of uniform weights at the start of the training")
     meta_interval: int | None = _option(
         None,
-        "a meta step every this many steps (joint, meta windows); default: 4, with --dwm-rule "
+        "a meta step every this many steps (joint, meta windows); default: 16, with --dwm-rule "
         "chain 1",
+    )
+    meta_dense_steps: int | None = _option(
+        None,
+        "steps after the warm-up in which meta steps are taken four times as often, so that the "
+        "weighting knows something early; default: 128, with --dwm-rule chain 0",
     )
     meta_data_path: list[str] | None = _option(
         None,
@@ -169,8 +174,8 @@ class DWMConfig:
     )
     fd_relative_step: float | None = _option(
         None,
-        "finite difference: |eps v| / |theta|; default: at every meta step the smallest that the "
-        "parameters' precision resolves (3e-4 to 2e-2)",
+        "finite difference: norm of eps v over that of theta; default: at each meta step the smallest "
+        "that the parameters' precision resolves (3e-4 to 2e-2)",
     )
     num_layers: int = _option(4, "layers of the DWM (llm:K and hf:DIR set it themselves)")
     hidden_size: int = _option(256, "hidden size of the DWM")
@@ -272,13 +277,14 @@ class DWMConfig:
         form = self.form
         if self.policy in FORMS and form == DWMConfig.form:
             form = self.policy
-        chain = self.rule == "chain"
+        chain = self.rule == "chain" and form == "model"
         defaults: dict[str, Any] = {
             "rule": "regression",
             "map": "softmax" if chain else "sigmoid",
             "gate": "off" if chain else "on",
             "schedule": "staged" if chain else "joint",
-            "meta_interval": 1 if chain else 4,
+            "meta_interval": 1 if chain else 16,
+            "meta_dense_steps": 0 if chain else 128,
             "lookahead": "next" if chain else "auto",
         }
         missing: dict[str, Any] = {k: v for k, v in defaults.items() if getattr(self, k) is None}
@@ -286,10 +292,17 @@ class DWMConfig:
 
     def problems(self) -> list[str]:
         """Returns one line for each setting that cannot work, independent of the LLM."""
+        config = self.with_defaults()
+        if config.form not in FORMS:
+            return [_not_allowed("form", config.form, FORMS)]
         try:
-            self._needs()
+            config._needs()
         except DWMError as error:
-            return [str(error)]
+            # The rest is looked at all the same.
+            return [str(error), *dataclasses.replace(config, policy="learned")._problems()]
+        return config._problems()
+
+    def _problems(self) -> list[str]:
         found = self._form_problems()
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
@@ -299,7 +312,6 @@ class DWMConfig:
             if not 0 <= getattr(self, name) < 1:
                 found.append(f"{flag(name)} is {getattr(self, name)}; it must lie in [0, 1)")
         for name, allowed in (
-            ("form", FORMS),
             ("rule", RULES),
             ("map", MAPS),
             ("gate", GATES),
@@ -314,7 +326,7 @@ class DWMConfig:
         ):
             value = getattr(self, name)
             if value not in allowed:
-                found.append(f"{flag(name)} is '{value}'; allowed are {', '.join(allowed)}")
+                found.append(_not_allowed(name, value, allowed))
         if not _INIT.fullmatch(self.init):
             found.append(f"{flag('init')} is '{self.init}'; allowed are random, llm:K and hf:DIR")
         positive = ("stages", "meta_interval", "num_layers", "hidden_size", "num_attention_heads")
@@ -322,6 +334,10 @@ class DWMConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 found.append(f"{flag(name)} is {value}; it must be above 0")
+        if self.meta_dense_steps is not None and self.meta_dense_steps < 0:
+            found.append(
+                f"{flag('meta_dense_steps')} is {self.meta_dense_steps}; it must not be negative"
+            )
         not_negative = ("warmup_steps", "backbone_lr", "weight_decay", "clip_grad", "seed")
         for name in (*not_negative, "ridge", "replay", "replay_steps"):
             if getattr(self, name) < 0:
@@ -502,6 +518,10 @@ def flag(name: str) -> str:
 def attribute_name(name: str) -> str:
     """Returns the attribute of the parsed arguments that holds a field."""
     return "dwm" if name == "enabled" else "dwm_" + name
+
+
+def _not_allowed(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+    return f"{flag(name)} is '{value}'; allowed are {', '.join(allowed)}"
 
 
 def raise_all(problems: list[str]) -> None:

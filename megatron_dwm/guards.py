@@ -54,6 +54,8 @@ def quiet(trainee: Trainee) -> Iterator[None]:
     """
     machine = get_rerun_state_machine()
     mode, timers = machine.mode, trainee.config.timers
+    # Within another `quiet`, the check is replaced already.
+    nested = "validate_result" in vars(machine)
     checks = [(c.ddp_config, c.ddp_config.check_for_nan_in_grad) for c in trainee.model]
     # Not set_mode(), which prints a warning at every call.
     machine.mode = RerunMode.DISABLED
@@ -67,7 +69,8 @@ def quiet(trainee: Trainee) -> Iterator[None]:
         for ddp_config, check in checks:
             ddp_config.check_for_nan_in_grad = check
         trainee.config.timers = timers
-        del machine.validate_result
+        if not nested:
+            del machine.validate_result
         machine.mode = mode
 
 
@@ -88,7 +91,10 @@ def deterministic(trainee: Trainee) -> Iterator[None]:
         for chunk in trainee.model:
             chunk.eval()
     elif config.num_moe_experts is not None:
-        config.moe_aux_loss_coeff, config.moe_z_loss_coeff = 0.0, None
+        # One coefficient for each of several balancing types.
+        aux = config.moe_aux_loss_coeff
+        config.moe_aux_loss_coeff = [0.0] * len(aux) if isinstance(aux, list) else 0.0
+        config.moe_z_loss_coeff = None
     try:
         yield
     finally:

@@ -42,6 +42,7 @@ CPU_FLAGS = (
     "gloo",
 )
 
+_DRIVER_GPUS = "/proc/driver/nvidia/gpus"
 _RNG_WARNING = "CPU RNG state changed within GPU RNG context"
 
 
@@ -84,6 +85,7 @@ def wanted() -> bool:
 
     Raises:
         ValueError: `MEGATRON_DWM_HOST` holds something other than `auto`, `cpu` or `cuda`.
+        RuntimeError: there are GPUs that torch cannot use.
     """
     choice = os.environ.get("MEGATRON_DWM_HOST", "auto").lower()
     if choice not in ("auto", "cpu", "cuda"):
@@ -93,7 +95,28 @@ def wanted() -> bool:
         )
     if choice != "auto":
         return choice == "cpu"
-    return _State.installed or torch.cuda.device_count() == 0
+    if _State.installed or torch.cuda.device_count() > 0:
+        return _State.installed
+    if _driver_lists_gpus() and not _gpus_hidden():
+        raise RuntimeError(
+            "the driver of this machine lists NVIDIA GPUs, but torch finds none "
+            f"(torch {torch.__version__}, CUDA {torch.version.cuda}): compare nvidia-smi's CUDA "
+            "version with torch's, or set MEGATRON_DWM_HOST=cpu to train on the CPU all the same"
+        )
+    return True
+
+
+def _driver_lists_gpus() -> bool:
+    """Returns whether the kernel's driver knows GPUs, whatever torch makes of them."""
+    try:
+        return bool(os.listdir(_DRIVER_GPUS))
+    except OSError:
+        return False
+
+
+def _gpus_hidden() -> bool:
+    """Returns whether the user has asked for none of them."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1")
 
 
 def install() -> bool:

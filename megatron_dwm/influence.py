@@ -33,7 +33,7 @@ from megatron_dwm.meta.update import (
     pull_back_identity,
     trainable_parameters,
 )
-from megatron_dwm.passes import Passes, Trainee
+from megatron_dwm.passes import Passes, Trainee, loss_scale
 from megatron_dwm.weighting.loss import Applied, PolicyWeights
 
 # Given weights `[N]`, what makes them inside the forward step, or None on ranks without losses.
@@ -173,7 +173,7 @@ class MetaGradient:
                 lambda: self.passes.run(trainee, batches, get_num_microbatches(), False),
             )
         _swap(parameters, theta)
-        return self._scaled(local, num_tokens), {}
+        return self._scaled(local, num_tokens, loss_scale(trainee)), {}
 
     def _by_difference(
         self,
@@ -247,7 +247,7 @@ class MetaGradient:
         if result[1]:
             return result, None
         recorded = collectives.sum_over_model_parallel(recorded, self.passes.groups.mp)
-        local, w = self._scaled(recorded, applied.num_tokens), applied.weights
+        local, w = self._scaled(recorded, applied.num_tokens, loss_scale(trainee)), applied.weights
         if local is not None and w is not None:
             # The pass was weighted, so sample i was seen w_i times; one without weight not at all.
             local = torch.where(w > 0, local / w.clamp(min=1e-30), 0.0)
@@ -276,7 +276,8 @@ class MetaGradient:
                     lambda: self.passes.run(trainee, batches, get_num_microbatches(), False),
                 )
         restore_rng(rng)
-        return self._influence(self._scaled(local, num_tokens), loss, lrs, {})
+        local = self._scaled(local, num_tokens, loss_scale(trainee))
+        return self._influence(local, loss, lrs, {})
 
     def _direction_ahead(self, trainee: Trainee, lrs: dict[int, float]) -> float:
         """Leaves v before the step in the gradient buffers; returns the meta loss."""
@@ -312,12 +313,18 @@ class MetaGradient:
         return self._has_stepped
 
     def _scaled(
-        self, local: torch.Tensor, num_tokens: list[torch.Tensor | None]
+        self, local: torch.Tensor, num_tokens: list[torch.Tensor | None], scale: float
     ) -> torch.Tensor | None:
-        """From the schedule's loss to the trainer's; None on ranks that see no losses."""
+        """From the schedule's loss to the trainer's; None on ranks that see no losses.
+
+        Args:
+            local: `[n]` inner products with gradients of the schedule's loss.
+            num_tokens: of each micro-batch.
+            scale: `--loss-scale`, which those gradients hold.
+        """
         if not self.passes.sees_losses:
             return None
-        return (local * self.passes.gradient_scale(num_tokens)).float()
+        return (local * (self.passes.gradient_scale(num_tokens) / scale)).float()
 
     def _influence(
         self,

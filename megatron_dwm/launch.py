@@ -23,10 +23,15 @@ def main() -> None:
     if not os.path.isfile(script):
         print(f"megatron_dwm: error: script '{script}' does not exist", file=sys.stderr)
         raise SystemExit(2)
-    host.install()
-    sys.argv = [script, *sys.argv[2:]]
-    # As python itself does for a script, so that it finds the modules beside it.
+    # As python itself does for a script, so that it finds the modules beside it. Before all else:
+    # the script may lie in a checkout of Megatron, which then is the one that is used.
     sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
+    try:
+        host.install()
+    except (RuntimeError, ValueError) as error:
+        print(f"megatron_dwm: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    sys.argv = [script, *sys.argv[2:]]
     if not any(word.startswith("--dwm") for word in sys.argv):
         runpy.run_path(script, run_name="__main__")
         return

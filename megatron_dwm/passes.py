@@ -53,6 +53,12 @@ class Trainee:
     data_iterator: Any
 
 
+def loss_scale(trainee: Trainee) -> float:
+    """Returns S of `--loss-scale`, by which schedules multiply losses before differentiating."""
+    scaled = trainee.config.grad_scale_func
+    return 1.0 if scaled is None else float(scaled(torch.ones(())))
+
+
 class Passes:
     """Runs the LLM forward, or forward and backward, outside the trainer's own step.
 
@@ -103,6 +109,10 @@ class Passes:
         with deterministic(trainee), self.forward_step.measured() as losses:
             self.run(trainee, batches, self.meta_data.num_microbatches, forward_only=False)
         collectives.count_gradient_reduction(trainee.model)
+        scale = loss_scale(trainee)
+        if scale != 1.0:
+            for chunk in trainee.model:
+                chunk.scale_gradients(1.0 / scale)
         return self._mean_loss(losses)
 
     @torch.no_grad()

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from megatron_dwm.config import DWMConfig
 
+DENSER = 4  # times as often as usual are meta steps taken at the start
+
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -57,7 +59,7 @@ class Schedule:
         if iteration < config.warmup_steps:
             return StepPlan(stage, "warmup", False, False, ends_stage)
         window = self._window(stage, iteration)
-        due = (iteration - config.warmup_steps) % (config.meta_interval or 1) == 0
+        due = self._due_before(iteration + 1) > self._due_before(iteration)
         return StepPlan(stage, window, True, config.trains and window == "meta" and due, ends_stage)
 
     def description(self) -> dict[str, object]:
@@ -69,23 +71,41 @@ class Schedule:
             "warmup_steps": config.warmup_steps,
             "stage_meta_steps": config.stage_meta_steps,
             "meta_interval": config.meta_interval,
+            "meta_dense_steps": config.meta_dense_steps,
         }
 
     def _window(self, stage: int, iteration: int) -> str:
-        config = self.config
-        if not config.learned and not config.trains:
+        if not self.config.learned and not self.config.trains:
             return "weighted"
-        if config.schedule == "joint":
-            return "meta"
-        if config.schedule == "frozen":
+        if self.config.schedule == "frozen":
             return "frozen"
+        return "meta" if iteration < self._meta_window(stage)[1] else "frozen"
+
+    def _meta_window(self, stage: int) -> tuple[int, int]:
+        """Returns the first step of a stage's meta window, and the one after its last."""
         begin, end = self.bounds[stage], self.bounds[stage + 1]
-        begin = min(max(begin, config.warmup_steps), end)
-        length = config.stage_meta_steps
+        begin = min(max(begin, self.config.warmup_steps), end)
+        if self.config.schedule == "joint":
+            return begin, end
+        length = self.config.stage_meta_steps
         if length is None:
             length = (end - begin + 1) // 2
-        return "meta" if iteration < begin + length else "frozen"
+        return begin, min(end, begin + length)
 
     def meta_steps(self) -> int:
         """Returns the number of meta steps of the whole training."""
-        return sum(self.plan(i).meta_step for i in range(self.train_iters))
+        if not self.config.trains:
+            return 0
+        windows = [self._meta_window(stage) for stage in range(self.stages)]
+        return sum(self._due_before(end) - self._due_before(begin) for begin, end in windows)
+
+    def _due_before(self, iteration: int) -> int:
+        """Returns how many meta steps are due before a step, windows left aside.
+
+        Every `meta_interval` steps from the end of the warm-up on, and four times as often in the
+        first `meta_dense_steps` of them.
+        """
+        interval, dense = self.config.meta_interval or 1, self.config.meta_dense_steps or 0
+        passed = max(0, iteration - self.config.warmup_steps)
+        often = max(1, interval // DENSER)
+        return -(-min(passed, dense) // often) + -(-max(0, passed - dense) // interval)

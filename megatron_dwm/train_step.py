@@ -15,7 +15,6 @@ Shapes: m micro-batches of b samples on this rank (n = m b), N samples in the gl
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +25,7 @@ from megatron.core.tensor_parallel.random import _get_all_rng_states
 
 from megatron_dwm.bad_steps import BadSteps, agreed
 from megatron_dwm.batches import StepBatches
-from megatron_dwm.budget import NoMeter, Overhead, OverheadBudget, StepMeter
+from megatron_dwm.budget import NoMeter, Overhead, OverheadBudget, StepMeter, now
 from megatron_dwm.config import DWMConfig
 from megatron_dwm.guards import gathered_parameters, quiet, restore_rng
 from megatron_dwm.influence import Influence, MetaGradient, StockStep, Weighing
@@ -166,7 +165,7 @@ class DWMTrainStep:
 
         # B: the trainer's own step, weighted; on meta steps C and D: each sample's influence
         influence: Influence | None = None
-        start = time.perf_counter()
+        start = now() if plan.meta_step else 0.0
         if plan.meta_step:
             result, influence = self.meta_gradient.step(stock_step, trainee, batches, weighing)
         else:
@@ -178,7 +177,7 @@ class DWMTrainStep:
         causes: list[str] = []
         if influence is not None:
             meta, causes = self._learn(step, influence, loss)
-            meta.seconds = time.perf_counter() - start
+            meta.seconds = now() - start
         elif plan.weighted and (self.policy.synchronous or self._look_is_due(iteration)):
             causes = agreed({"scores": self.policy.bad_scores()}, self.shape.device)
             causes += self._broken() if causes else []

@@ -1,11 +1,13 @@
 """The meta set: Megatron indexed data sets, read in an order that is a function of the position.
 
 The state is one number, the samples consumed so far, so a resumed run reads on exactly, at any
-data-parallel size.
+data-parallel size. The next meta batch is read ahead, in a thread, while the trainer trains.
 """
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy
@@ -41,6 +43,10 @@ class MetaData:
         self.num_microbatches = batch_size // (micro_batch_size * dp_size)
         self.consumed_samples = 0
         self._order: tuple[int, numpy.ndarray] | None = None
+        self._reader: ThreadPoolExecutor | None = None
+        self._ahead: tuple[int, Future] | None = None
+        # Data sets keep things of their own, and one thread at a time may be in them.
+        self._lock = threading.Lock()
 
     def next_batches(self) -> list[Any] | None:
         """Returns the next meta batch's micro-batches of this rank, and moves on.
@@ -50,12 +56,31 @@ class MetaData:
         """
         position = self.consumed_samples
         self.consumed_samples += self.batch_size
-        return self.batches_at(position)
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == position:
+            found = ahead[1].result()
+        else:
+            found = self.batches_at(position)
+        self._read_ahead()
+        return found
+
+    def _read_ahead(self) -> None:
+        """Begins to read the batch at the position; harmless if another one is asked for."""
+        if not self.datasets:
+            return
+        if self._reader is None:
+            self._reader = ThreadPoolExecutor(1, thread_name_prefix="meta-batch")
+        position = self.consumed_samples
+        self._ahead = position, self._reader.submit(self.batches_at, position)
 
     def batches_at(self, position: int) -> list[Any] | None:
         """Returns this rank's micro-batches of the meta batch that starts at `position`."""
         if not self.datasets:
             return None
+        with self._lock:
+            return self._batches_at(position)
+
+    def _batches_at(self, position: int) -> list[Any]:
         batches = []
         for k in range(self.num_microbatches):
             # The trainer's own order: micro-batch by micro-batch, rank by rank.

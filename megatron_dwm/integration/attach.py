@@ -9,10 +9,13 @@ all four are the stock functions.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import sys
 from collections.abc import Iterator
 from typing import Any
+
+import torch
 
 from megatron_dwm.errors import DWMError
 from megatron_dwm.integration.rebind import check_version, rebound
@@ -35,10 +38,27 @@ def attach(add_arguments: bool = False) -> Iterator[None]:
             _rebind_trainer(stack, add_arguments)
             yield
     except DWMError as error:
-        rank = int(os.environ.get("RANK", "0"))
-        if rank == 0 or error.this_rank_only:
+        if error.this_rank_only or _first_to_say(str(error)):
             print(f"megatron_dwm: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+
+
+def _first_to_say(message: str) -> bool:
+    """Returns whether no other rank has printed the message yet.
+
+    Most errors are seen by all ranks alike, and one line is enough; of one that a single rank sees
+    that rank must speak, whatever its number. The ranks ask the store by which they have met.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return rank == 0 or int(os.environ.get("LOCAL_RANK", "0")) == 0
+    try:
+        store = distributed.distributed_c10d._get_default_store()
+        key = hashlib.sha256(message.encode()).hexdigest()
+        return store.add(f"megatron_dwm/error/{key}", 1) == 1
+    except RuntimeError:  # whoever keeps the store has ended
+        return True
 
 
 def _rebind_trainer(stack: contextlib.ExitStack, add_arguments: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -13,28 +14,60 @@ from megatron_dwm.data.index import DatasetError, read_index
 from megatron_dwm.data.weight_file import read_weights, weights_path
 from megatron_dwm.errors import DWMError
 
-# Flags under which the passes of the modified step are not right, or were never shown to be.
-_REFUSED = {
-    "sft": "packed (thd) sequences have no per-sample loss",
-    "fp16": "loss scaling is not carried through the meta-gradient; use --bf16",
-    "use_megatron_fsdp": "its parameters cannot be perturbed in place",
-    "use_torch_fsdp2": "its parameters cannot be perturbed in place",
-    "perform_rl_step": "reinforcement learning has no per-sample language-model loss",
-    "hybrid_context_parallel": "samples are split over ranks",
-    "mtp_num_layers": "the multi-token-prediction loss does not pass through the loss function",
-    "fp8_param_gather": "quantised parameters cannot be perturbed in place",
-    "reuse_grad_buf_for_mxfp8_param_ag": "parameters share the gradient buffer",
-    "overlap_moe_expert_parallel_comm": "its schedule was not shown to work with extra passes",
-    "optimizer_cuda_graph": "the optimizer's state is read between steps",
-    "overlap_param_gather_with_optimizer_step": "parameters must be whole between the passes",
-    "moe_expert_rank_capacity_factor": "it wraps the schedule that the extra passes use",
-    "te_rng_tracker": "its random states cannot be put back between the passes",
+# Flags under which weighted steps are not right, or were never shown to be: why, and the way out.
+REFUSED = {
+    "sft": ("packed (thd) sequences have no per-sample loss", "train without it"),
+    "dataloader_inter_document_masking": (
+        "packed (thd) sequences have no per-sample loss",
+        "use --reset-attention-mask, or train without it",
+    ),
+    "fp16": ("dynamic loss scaling is not carried through the meta-gradient", "use --bf16"),
+    "use_megatron_fsdp": (
+        "its parameters cannot be perturbed in place",
+        "use --use-distributed-optimizer",
+    ),
+    "use_torch_fsdp2": (
+        "its parameters cannot be perturbed in place",
+        "use --use-distributed-optimizer",
+    ),
+    "perform_rl_step": (
+        "reinforcement learning has no per-sample language-model loss",
+        "use --dwm for pre-training",
+    ),
+    "hybrid_context_parallel": ("samples are split over ranks", "train without it"),
+    "mtp_num_layers": (
+        "the multi-token-prediction loss does not pass through the loss function",
+        "train without the extra layers",
+    ),
+    "fp8_param_gather": (
+        "quantised parameters cannot be perturbed in place",
+        "leave it out; --bf16 parameters are gathered as they are",
+    ),
+    "reuse_grad_buf_for_mxfp8_param_ag": ("parameters share the gradient buffer", "leave it out"),
+    "overlap_moe_expert_parallel_comm": (
+        "its schedule was not shown to work with extra passes",
+        "leave it out",
+    ),
+    "optimizer_cuda_graph": ("the optimizer's state is read between steps", "leave it out"),
+    "overlap_param_gather_with_optimizer_step": (
+        "parameters must be whole between the passes",
+        "use --overlap-param-gather alone",
+    ),
+    "moe_expert_rank_capacity_factor": (
+        "it wraps the schedule that the extra passes use",
+        "use --moe-expert-capacity-factor",
+    ),
+    "te_rng_tracker": ("its random states cannot be put back between the passes", "leave it out"),
 }
-# Refused with meta steps only.
-_REFUSED_FOR_META = {
-    "fp8": "a perturbation is far below its precision",
-    "fp4": "a perturbation is far below its precision",
-    "moe_router_enable_expert_bias": "the extra passes would update the router's bias",
+# The same, where influence on a meta set is wanted.
+WITHOUT_META = "leave it out, or weigh by a policy without a meta set (linupper, truncation)"
+REFUSED_WITH_META_SET = {
+    "fp8": ("a perturbation is far below its precision", WITHOUT_META),
+    "fp4": ("a perturbation is far below its precision", WITHOUT_META),
+    "moe_router_enable_expert_bias": (
+        "the extra passes would update the router's bias",
+        WITHOUT_META,
+    ),
 }
 # Parallel sizes that must be 1.
 _ONE = (
@@ -43,6 +76,34 @@ _ONE = (
     "expert_gtp_weight_remat_size",
     "num_distributed_optimizer_instances",
 )
+
+
+def refusals() -> list[tuple[str, str, str]]:
+    """Returns every flag that is refused by name, why, and the way out, as the README lists them.
+
+    Returns:
+        Flag, reason, and what to do; of those that matter with a meta set only, the flag says so.
+    """
+    rows = [(_flag(name), *words) for name, words in REFUSED.items()]
+    rows += [
+        (f"{_flag(name)} (with a meta set)", *words)
+        for name, words in REFUSED_WITH_META_SET.items()
+    ]
+    rows += [(f"{_flag(name)} above 1", "not supported yet", "use 1") for name in _ONE]
+    rows.append((_flag("non_persistent_ckpt_type"), *_NON_PERSISTENT))
+    rows.append((_flag("cuda_graph_impl"), *_CUDA_GRAPH))
+    return rows
+
+
+_NON_PERSISTENT = (
+    "the language model and the weighting would resume from different checkpoints",
+    "use a shorter --save-interval, with --save-retain-interval to keep fewer",
+)
+_CUDA_GRAPH = ("weights change between steps, and extra passes run outside graphs", "use none")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def check_arguments(config: DWMConfig, args: Any) -> None:
@@ -55,9 +116,9 @@ def check_arguments(config: DWMConfig, args: Any) -> None:
     Raises:
         DWMError: lists every problem with its flag.
     """
-    problems = config.problems()
+    problems = [*config.problems(), *_share_problems(args)]
     if args.sft and not config.scores:
-        problems.append(f"--sft is not supported with --dwm: {_REFUSED['sft']}")
+        problems.append(f"--sft is not supported with --dwm: {REFUSED['sft'][0]}")
     if config.scores:
         problems += _unsupported_flags(config, args)
     if config.has_model:
@@ -76,25 +137,29 @@ def check_arguments(config: DWMConfig, args: Any) -> None:
 
 
 def _unsupported_flags(config: DWMConfig, args: Any) -> list[str]:
-    refused = {**_REFUSED, **(_REFUSED_FOR_META if config.uses_meta_set else {})}
     found = [
-        f"--{name.replace('_', '-')} is not supported with --dwm: {why}"
-        for name, why in refused.items()
+        f"{_flag(name)} is not supported with --dwm: {why}; {way_out}"
+        for name, (why, way_out) in REFUSED.items()
         if getattr(args, name, None)
     ]
+    if config.uses_meta_set:
+        found += [
+            f"{_flag(name)} is not supported with a meta set: {why}; {way_out}"
+            for name, (why, way_out) in REFUSED_WITH_META_SET.items()
+            if getattr(args, name, None)
+        ]
     found += [
-        f"--{name.replace('_', '-')} {getattr(args, name)} is not supported with --dwm yet; use 1"
+        f"{_flag(name)} {getattr(args, name)} is not supported with --dwm yet; use 1"
         for name in _ONE
         if (getattr(args, name, 1) or 1) > 1
     ]
-    if args.non_persistent_ckpt_type is not None:
-        # The LLM would resume from it, the weighting model from the last persistent checkpoint.
-        found.append(
-            f"--non-persistent-ckpt-type {args.non_persistent_ckpt_type} is not supported with "
-            "--dwm; use a shorter --save-interval, with --save-retain-interval to keep fewer"
-        )
-    if getattr(args, "cuda_graph_impl", "none") not in (None, "none"):
-        found.append(f"--cuda-graph-impl {args.cuda_graph_impl} is not supported with --dwm")
+    for name, none, (why, way_out) in (
+        ("non_persistent_ckpt_type", (None,), _NON_PERSISTENT),
+        ("cuda_graph_impl", (None, "none"), _CUDA_GRAPH),
+    ):
+        value = getattr(args, name, None)
+        if value not in none:
+            found.append(f"{_flag(name)} {value} is not supported with --dwm: {why}; {way_out}")
     return found
 
 
@@ -129,6 +194,37 @@ def _sampling_problems(args: Any) -> list[str]:
             "torch_dist"
         )
     return found
+
+
+def _share_problems(args: Any) -> list[str]:
+    """Returns one line for each share that no blend can have, and for a split without a part."""
+    found = []
+    for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
+        words = getattr(args, name, None)
+        if not words or len(words) == 1 or len(words) % 2:
+            continue
+        for word, prefix in zip(words[::2], words[1::2], strict=True):
+            share = _number(word)
+            if share is not None and not (share > 0 and math.isfinite(share)):
+                found.append(
+                    f"{_flag(name)}: the share of {prefix} is {word}; it must be above 0 and "
+                    "finite: give one, or leave the data set out"
+                )
+    split, evaluates = getattr(args, "split", None), args.eval_iters and args.eval_iters > 0
+    shares = [_number(word) for word in split.split(",")] if split else []
+    if evaluates and getattr(args, "data_path", None) and len(shares) > 1 and shares[1] == 0:
+        found.append(
+            f"--split {split} leaves nothing to validate on, but --eval-iters is "
+            f"{args.eval_iters}; give the second number a share, or --eval-iters 0"
+        )
+    return found
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
 
 
 def _init_problems(config: DWMConfig, args: Any) -> list[str]:
@@ -199,8 +295,11 @@ def _meta_batch_unit(args: Any) -> int:
 
 def default_meta_batch_size(args: Any) -> int:
     """Returns the legal size nearest to a quarter of the global batch."""
-    unit = _meta_batch_unit(args)
-    return max(1, round(args.global_batch_size / 4 / unit)) * unit
+    unit, batch = _meta_batch_unit(args), args.global_batch_size
+    if getattr(args, "step_batch_size_schedule", None):
+        # The trainer's own size is then that of one micro-batch; "0:768 250B:1536" ends with 1536.
+        batch = int(args.step_batch_size_schedule.split()[-1].split(":")[1])
+    return max(1, round(batch / 4 / unit)) * unit
 
 
 def blend_of(paths: list[str] | None, flag: str) -> tuple[list[str], list[float] | None]:
@@ -230,9 +329,11 @@ def training_prefixes(args: Any) -> list[str]:
 def validation_prefixes(args: Any) -> list[str]:
     """Returns the prefixes from which the reported validation loss comes."""
     blend, per_split = get_blend_and_blend_per_split(args)
+    if args.eval_iters == 0 and not args.full_validation:
+        return []
     if per_split is not None:
         return [] if per_split[1] is None else list(per_split[1][0])
-    if blend is None or (args.eval_iters == 0 and not args.full_validation):
+    if blend is None:
         return []
     shares = [float(share) for share in (args.split or "969,30,1").split(",")]
     return list(blend[0]) if len(shares) > 1 and shares[1] > 0 else []

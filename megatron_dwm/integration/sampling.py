@@ -176,8 +176,10 @@ class Sampling:
         for path, digest in digests.items():
             self._weights(path, digest)
         iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
+        # A provider without `is_distributed` is called on the ranks that read data only.
+        datasets = self._train_sets or [None] * len(iterators)
         changed: dict[str, list[Stage]] = {}
-        for dataset, iterator in zip(self._train_sets, iterators, strict=True):
+        for dataset, iterator in zip(datasets, iterators, strict=True):
             # Each chunk of a virtual pipeline has data sets of its own, with the same history.
             changed.update(self._take_over(dataset, digests, everywhere=True))
             if iterator is not None:

@@ -239,7 +239,7 @@ def policy_class(name: str) -> type[WeightPolicy]:
     module, _, attribute = path.partition(":")
     if not module or not attribute:
         raise DWMError(
-            f"--dwm-policy is '{name}'; allowed are learned, {', '.join(BUILT_IN)}, and a policy "
+            f"--dwm-policy is '{name}'; allowed are learned, {', '.join(BUILT_IN)}, and one "
             "of your own as package.module:Class"
         )
     try:

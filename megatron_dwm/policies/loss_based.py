@@ -55,13 +55,14 @@ class LossPolicy(WeightPolicy):
         self._losses.clear()
 
     def weights(self, view: SampleView) -> torch.Tensor:
-        """As `WeightPolicy.weights`; 1 until a step has been seen."""
+        """As `WeightPolicy.weights`; 1 until two steps have been seen."""
         assert view.mask is not None
         parts = moments_over_positions(view.losses.t().unsqueeze(-1), view.mask.t())
         losses = merged(parts, self.context.groups.cp).mean.squeeze(1).double()
         self._losses[view.index] = losses
         weights = self.raw(losses) / self.running[4]
-        usable = torch.isfinite(weights) & (self.running[5] > 0)
+        # The first step finds the losses' range, the second one what the weights of it come to.
+        usable = torch.isfinite(weights) & (self.running[5] > 1)
         self._bad = ~torch.isfinite(losses).all() | self._bad
         return torch.where(usable, weights, 1.0).float()
 
@@ -113,7 +114,10 @@ class LossPolicy(WeightPolicy):
         mean, age = self.running[:5], self.running[5] + 1
         # As long as there is little to average, all of it counts alike.
         new = torch.maximum(torch.full_like(age, 1 - DECAY), 1 / age)
-        updated = torch.cat([mean + new * (seen - mean), age.view(1)])
+        # The normaliser has seen one step less: that of the first was made without a range.
+        of_raw = torch.maximum(torch.full_like(age, 1 - DECAY), 1 / (age - 1).clamp(min=1))
+        news = torch.cat([new.expand(4), torch.where(age > 1, of_raw, 0.0).view(1)])
+        updated = torch.cat([mean + news * (seen - mean), age.view(1)])
         self.running = torch.where(torch.isfinite(updated).all(), updated, self.running)
 
 

@@ -221,11 +221,17 @@ class Model(LearnedPolicy):
 def _error_gradient(
     scores: torch.Tensor | None, targets: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """Returns the gradient of `mean((s - mean(s) - (z - mean(z)))^2)` by the scores, `[N]`."""
+    """Returns the gradient of `mean((s - mean(s) - (z - mean(z)))^2)` by the scores, `[N]`.
+
+    Samples without a finite target are left out.
+    """
     if scores is None or targets is None:
         return None
-    s, z = scores.double(), targets.double()
-    return (2 / s.numel() * (s - s.mean() - (z - z.mean()))).to(scores.dtype)
+    known = torch.isfinite(targets)
+    count = known.sum().clamp(min=1)
+    error = torch.where(known, scores.double() - targets.double(), 0.0)
+    centred = torch.where(known, error - error.sum() / count, 0.0)
+    return (2 / count * centred).to(scores.dtype)
 
 
 class Replay:

@@ -155,7 +155,7 @@ class TestSetup:
         """A flag that was renamed would no longer be refused, without a word."""
         monkeypatch.setattr(sys, "argv", ["x"])
         args = arguments.parse_args()
-        names = [*checks._REFUSED, "context_parallel_size", "cuda_graph_impl", "ckpt_format"]
+        names = [*checks.REFUSED, "context_parallel_size", "cuda_graph_impl", "ckpt_format"]
         names += ["virtual_pipeline_model_parallel_size", "mock_data", "num_experts"]
         names += ["multi_latent_attention", "calculate_per_token_loss", "no_save_optim"]
         missing = [name for name in names if not hasattr(args, name)]

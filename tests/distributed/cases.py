@@ -17,10 +17,14 @@ from tests.functional.harness import MOCK, ROOT, TINY, Run, host_flags, run_all,
 COMMON = [
     *(word for word in TINY if word not in ("--swiglu", "--disable-bias-linear")),
     *MOCK,
-    *"--dwm --dwm-schedule joint --dwm-num-layers 2 --dwm-hidden-size 64".split(),
-    *"--dwm-num-attention-heads 4 --dwm-meta-batch-size 8 --train-iters 20".split(),
-    *"--global-batch-size 8".split(),
+    *"--dwm --dwm-meta-batch-size 8 --train-iters 20 --global-batch-size 8".split(),
 ]
+CHAIN = [
+    *"--dwm-form model --dwm-rule chain --dwm-schedule joint".split(),
+    *"--dwm-num-layers 2 --dwm-hidden-size 64 --dwm-num-attention-heads 4".split(),
+]
+# A meta step in every step, and weights that leave 1 from the first of them.
+HEAD = "--dwm-meta-interval 1 --dwm-gate off".split()
 for name in ("--normalization", "--position-embedding-type"):
     at = COMMON.index(name)
     del COMMON[at : at + 2]
@@ -53,9 +57,9 @@ LAYOUTS = {
 FIRST = "tp1-pp1-dp1"
 
 
-def arguments(flags: str, model: str = "llama") -> list[str]:
+def arguments(flags: str, model: str = "llama", form: list[str] = CHAIN) -> list[str]:
     """Returns the script's arguments: later flags win."""
-    return [*host_flags(), *COMMON, *MODELS[model].split(), *flags.split()]
+    return [*host_flags(), *COMMON, *form, *MODELS[model].split(), *flags.split()]
 
 
 def save_starts(folder: Path) -> None:

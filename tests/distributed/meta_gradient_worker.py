@@ -44,6 +44,7 @@ from megatron_dwm.guards import gathered_parameters  # noqa: E402
 from megatron_dwm.integration.session import Session  # noqa: E402
 from megatron_dwm.meta import collectives, ghost, jacobian, probe  # noqa: E402
 from megatron_dwm.passes import Trainee  # noqa: E402
+from megatron_dwm.policies import features  # noqa: E402
 from tests.functional.torch_norms import torch_norms  # noqa: E402
 
 plain_train_step = Session.train_step
@@ -82,6 +83,12 @@ BREAKS = {
     ),
     # Shards of v are not completed under the distributed optimizer.
     "no-shard-gather": lambda: replaced(collectives, "gather_shards", lambda buffer, group: None),
+    # Each rank takes the moments of its own part of the positions for those of the samples.
+    "states-not-merged": lambda: replaced(features, "merged", lambda parts, group: parts),
+    # Each data-parallel rank learns from its own samples only.
+    "sums-not-reduced": lambda: replaced(
+        collectives, "sum_over_data_parallel", lambda value, group: value.clone()
+    ),
 }
 
 
@@ -92,7 +99,15 @@ ALLOWANCES = {
 }
 
 
-def take_apart(case, self, stock, forward_step, iterator, model, optimizer, scheduler, *rest, **kw):
+def take_apart(case, *args, **kw):
+    """Returns what the case asks for at this step, with what is wrong in all of it."""
+    with BREAKS[case.get("break_all")]():
+        return taken_apart(case, *args, **kw)
+
+
+def taken_apart(
+    case, self, stock, forward_step, iterator, model, optimizer, scheduler, *rest, **kw
+):
     """Returns what the case asks for at this step."""
     config, schedule = rest[:2]
     step = self.step
@@ -103,13 +118,16 @@ def take_apart(case, self, stock, forward_step, iterator, model, optimizer, sche
     def stock_step(data):
         return stock(step.forward_step, data, model, optimizer, scheduler, *rest, **kw)
 
-    scores, weights = step.score(batches, kw["iteration"])
+    weights = step.weights_of(trainee, batches, kw["iteration"])
+    scores = scores_of(step)
     if weights is None:  # every rank needs their number
         count = get_num_microbatches() * step.shape.micro_batch_size * step.groups.dp.size()
         weights = torch.zeros(count)
     probed = probe.ProbedStep(step, trainee, scheduler, stock_step, batches, weights)
     out = {"weights": weights.tolist(), "dp": step.groups.dp.size(), "c": {}}
     out["micro_batch_size"] = step.shape.micro_batch_size
+    if case.get("scores"):
+        out["scores"] = None if scores is None else scores.tolist()
     with BREAKS[case.get("break")]():
         for name in case.get("estimators", ["ghost"]):
             found = probe.influence(probed, name)
@@ -127,6 +145,13 @@ def take_apart(case, self, stock, forward_step, iterator, model, optimizer, sche
     return out
 
 
+def scores_of(step):
+    """Returns the scores [N] of the samples that were weighed last; None where none are seen."""
+    if not step.sees_losses:
+        return None
+    return collectives.gather_samples(step.policy.local_scores(), step.groups.dp)
+
+
 def update(probed, scores, iteration):
     """Takes the whole step; tells what it did to the scores, and to the LLM."""
     step, state = probed.step, probed.state()
@@ -141,7 +166,8 @@ def update(probed, scores, iteration):
     )
     flag = torch.tensor(float(left_alone), device=host.device())
     torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
-    after, _ = step.score(probed.batches, iteration)
+    step.weights_of(probed.trainee, probed.batches, iteration)
+    after = scores_of(step)
     change = None if scores is None else (after - scores).tolist()
     return {
         "left_alone": bool(flag.item()),

@@ -24,7 +24,8 @@ TINY = """
 """.split()
 MOCK = ["--mock-data"]
 DWM = """
---dwm --dwm-schedule joint --dwm-num-layers 2 --dwm-hidden-size 64 --dwm-num-attention-heads 4
+--dwm --dwm-form model --dwm-rule chain --dwm-schedule joint
+--dwm-num-layers 2 --dwm-hidden-size 64 --dwm-num-attention-heads 4
 """.split()
 
 

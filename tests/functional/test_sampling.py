@@ -122,7 +122,8 @@ def results(folder: Path, data: dict[str, str]) -> dict[int, list[Results]]:
     weigh(data["a"], 300, folder / "a_second.weights")
     chain, target = [data["chain"]], Path(f"{data['chain']}.weights")
     blend = ["0.7", data["layouts"], "0.3", data["alone"]]
-    learned = "--dwm-policy learned --dwm-schedule joint --dwm-num-layers 1 --dwm-hidden-size 64 "
+    learned = "--dwm-policy learned --dwm-form model --dwm-rule chain --dwm-schedule joint "
+    learned += "--dwm-num-layers 1 --dwm-hidden-size 64 "
     learned += f"--dwm-meta-batch-size 4 --dwm-meta-data-path {data['other']} --train-iters 6 "
     out = folder / "out"
     out.mkdir()

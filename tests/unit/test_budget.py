@@ -302,7 +302,7 @@ class Clock:
 
     def __init__(self, monkeypatch, others=(0.0, 0.0)):
         self.now, self.others = 0.0, torch.tensor(others, dtype=torch.float64)
-        monkeypatch.setattr(module, "_now", lambda: self.now)
+        monkeypatch.setattr(module, "now", lambda: self.now)
         monkeypatch.setattr(module.torch.distributed, "group", type("G", (), {"WORLD": None}))
         monkeypatch.setattr(module.collectives, "largest", self.largest)
 
@@ -363,7 +363,7 @@ class TestMeter:
         def refuse(*args):
             raise AssertionError("neither clock nor collective without a budget")
 
-        monkeypatch.setattr(module, "_now", refuse)
+        monkeypatch.setattr(module, "now", refuse)
         monkeypatch.setattr(module.collectives, "largest", refuse)
         meter = NoMeter()
         assert meter.admitted(PLAN) is PLAN and meter.own(refuse) is refuse

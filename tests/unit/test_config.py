@@ -7,13 +7,25 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_dwm.arguments import add_dwm_args
-from megatron_dwm.config import DWMConfig, attribute_name, flag, raise_all
+from megatron_dwm.config import MODEL_ONLY, DWMConfig, attribute_name, flag, raise_all
 from megatron_dwm.errors import DWMError
 
 FIELDS = {spec.name: spec for spec in dataclasses.fields(DWMConfig)}
 
 BAD_VALUES = [
     ("policy", "random"),
+    ("form", "tree"),
+    ("rule", "guess"),
+    ("map", "linear"),
+    ("gate", "ajar"),
+    ("teacher", "nobody"),
+    ("slope", 0.0),
+    ("meta_dense_steps", -1),
+    ("forgetting", 0.0),
+    ("forgetting", 1.5),
+    ("ridge", -0.1),
+    ("replay", -1),
+    ("replay_steps", -1),
     ("schedule", "cosine"),
     ("estimator", "magic"),
     ("lookahead", "previous"),
@@ -63,11 +75,22 @@ BAD_VALUES = [
 OTHER_VALUES = {
     "enabled": True,
     "policy": "shuffled",
+    "form": "model",
+    "rule": "chain",
+    "map": "softmax",
+    "slope": 2.0,
+    "gate": "on",
+    "forgetting": 0.5,
+    "ridge": 0.25,
+    "replay": 3,
+    "replay_steps": 1,
+    "teacher": "none",
     "schedule": "joint",
     "stages": 3,
     "stage_meta_steps": 17,
     "warmup_steps": 9,
     "meta_interval": 2,
+    "meta_dense_steps": 40,
     "meta_data_path": ["0.3", "data/a", "0.7", "data/b"],
     "meta_batch_size": 16,
     "estimator": "ghost",
@@ -105,6 +128,13 @@ OTHER_VALUES = {
 }
 
 
+def config_with(**values) -> DWMConfig:
+    """Returns settings in which the values are asked for at all."""
+    if set(values) & {*MODEL_ONLY, "temperature"}:
+        values = {"form": "model", "rule": "chain", **values}
+    return DWMConfig(**values)
+
+
 def parser_of_flags() -> argparse.ArgumentParser:
     return add_dwm_args(argparse.ArgumentParser(allow_abbrev=False))
 
@@ -127,21 +157,27 @@ class TestProblems:
         assert DWMConfig().problems() == []
 
     def test_every_other_value_is_fine(self):
-        assert DWMConfig(**OTHER_VALUES).problems() == []
+        values = {k: v for k, v in OTHER_VALUES.items() if k != "slope"}
+        assert DWMConfig(**values).problems() == []
+        assert DWMConfig(slope=OTHER_VALUES["slope"]).problems() == []
 
     @pytest.mark.parametrize(("name", "value"), BAD_VALUES)
     def test_a_bad_value_is_one_line_with_its_flag_and_the_value_found(self, name, value):
-        (problem,) = DWMConfig(**{name: value}).problems()
+        (problem,) = config_with(**{name: value}).problems()
         assert problem.startswith(f"{flag(name)} is ")
         assert str(value) in problem and "\n" not in problem
 
     @pytest.mark.parametrize(
         ("name", "allowed"),
         [
-            ("policy", "learned, uniform, shuffled"),
+            ("policy", "learned, uniform, shuffled, head, model, linupper, truncation, influence"),
+            ("form", "head, model"),
+            ("rule", "regression, chain"),
+            ("map", "sigmoid, softmax"),
+            ("gate", "on, off"),
             ("schedule", "staged, joint, frozen"),
             ("estimator", "auto, ghost, finite_difference"),
-            ("lookahead", "next, current"),
+            ("lookahead", "auto, next, current"),
             ("jacobian", "exact, identity"),
         ],
     )
@@ -209,6 +245,9 @@ class TestProblems:
         ("policy", "schedule", "scores", "trains"),
         [
             ("learned", "staged", True, True),
+            ("head", "joint", True, True),
+            ("linupper", "joint", True, False),
+            ("influence", "joint", True, False),
             ("shuffled", "joint", True, True),
             ("learned", "frozen", True, False),
             ("uniform", "staged", False, False),
@@ -217,6 +256,58 @@ class TestProblems:
     def test_what_is_built_follows_policy_and_schedule(self, policy, schedule, scores, trains):
         config = DWMConfig(policy=policy, schedule=schedule)
         assert (config.scores, config.trains) == (scores, trains)
+        assert config.uses_meta_set == (trains or policy == "influence")
+
+    @pytest.mark.parametrize("name", MODEL_ONLY)
+    def test_what_only_the_separate_model_has_is_refused_with_the_head(self, name):
+        (problem,) = DWMConfig(**{name: OTHER_VALUES[name]}).problems()
+        assert problem.startswith(f"{flag(name)}: about the separate model, but --dwm-form is head")
+        assert "--dwm-form model" in problem
+
+    @pytest.mark.parametrize(
+        ("values", "words"),
+        [
+            ({"rule": "chain"}, "--dwm-rule chain is the rule of a separate model"),
+            ({"map": "softmax"}, "--dwm-map softmax needs the scores of the whole batch"),
+            ({"temperature": 2.0}, "--dwm-temperature is about --dwm-map softmax, but the map is"),
+            (
+                {"form": "model", "rule": "chain", "slope": 2.0},
+                "--dwm-slope is about --dwm-map sigmoid, but the map is softmax",
+            ),
+            ({"policy": "head", "form": "model"}, "--dwm-policy head contradicts --dwm-form model"),
+        ],
+    )
+    def test_what_does_not_go_together_is_refused(self, values, words):
+        (problem,) = DWMConfig(**values).problems()
+        assert problem.startswith(words)
+
+    def test_defaults_follow_from_form_and_rule(self):
+        names = ("form", "rule", "map", "gate", "schedule", "lookahead")
+        names += ("meta_interval", "meta_dense_steps")
+
+        def resolved(**values):
+            config = DWMConfig(**values).with_defaults()
+            assert config == config.with_defaults()
+            return tuple(getattr(config, name) for name in names)
+
+        shared = ("regression", "sigmoid", "on", "joint", "auto", 16, 128)
+        assert resolved() == ("head", *shared)
+        assert resolved(form="model") == resolved(policy="model") == ("model", *shared)
+        # The paper's form and rule, as before.
+        chain = ("model", "chain", "softmax", "off", "staged", "next", 1, 0)
+        assert resolved(form="model", rule="chain") == chain
+
+    @pytest.mark.parametrize(
+        ("name", "words"),
+        [
+            ("no_such_module:Policy", "the module no_such_module cannot be imported"),
+            ("megatron_dwm.errors:Nothing", "megatron_dwm.errors has no Nothing"),
+            ("megatron_dwm.errors:DWMError", "is not a subclass of"),
+        ],
+    )
+    def test_a_policy_by_path_that_is_none_is_named(self, name, words):
+        (problem,) = DWMConfig(policy=name).problems()
+        assert problem.startswith(f"--dwm-policy {name}") and words in problem
 
 
 class TestShapes:

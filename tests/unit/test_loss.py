@@ -11,6 +11,7 @@ one of D data-parallel ranks (context parallelism of size C is part of D):
 What these tests do not exercise: Megatron's schedules and real data-parallel ranks.
 """
 
+import contextlib
 import functools
 
 import pytest
@@ -309,7 +310,12 @@ class TestTokenCounts:
 
     @staticmethod
     def modes(step):
-        return {"weighted": lambda: step.weighted(random_weights(2)), "counted": step.counted}
+        @contextlib.contextmanager
+        def weighted():
+            with step.weighted(random_weights(2)) as applied:
+                yield applied.num_tokens
+
+        return {"weighted": weighted, "counted": step.counted}
 
     @pytest.mark.parametrize("mode", ["weighted", "counted"])
     def test_one_of_each_micro_batch_in_order(self, mode):
@@ -333,26 +339,28 @@ class TestTokenCounts:
         """The schedule sums the counts of the micro-batches in place."""
         batches = micro_batches(1)
         step = WeightedForwardStep(forward_step_of(three_values))
-        with step.weighted(torch.ones(1, B)) as num_tokens:
+        with step.weighted(torch.ones(1, B)) as applied:
             ((_, tokens, _),) = run(step, ToyModel(), batches)
             tokens += 1000
-        assert int(num_tokens[0]) == int(batches[0]["mask"].sum())
+        assert int(applied.num_tokens[0]) == int(batches[0]["mask"].sum())
 
     def test_passes_that_are_taken_again_count_once(self):
         """Megatron's rerun machine; the last passes are those that the step is made of."""
         first, second = micro_batches(2), micro_batches(2, seed=3)
         step = WeightedForwardStep(forward_step_of(three_values))
-        with step.weighted(random_weights(2)) as num_tokens:
+        weights = random_weights(2)
+        with step.weighted(weights) as applied:
             run(step, ToyModel(), first)
             run(step, ToyModel(), second)
         expected = [int(batch["mask"].sum()) for batch in second]
-        assert [int(t) for t in num_tokens] == expected
+        assert [int(t) for t in applied.num_tokens] == expected
+        assert torch.equal(applied.weights, weights.view(-1))
         assert expected != [int(batch["mask"].sum()) for batch in first]
 
     def test_none_are_collected_on_ranks_that_see_no_losses(self):
         step = WeightedForwardStep(forward_step_of(three_values))
-        with step.weighted(None) as num_tokens:
-            assert num_tokens == []
+        with step.weighted(None) as applied:
+            assert applied.num_tokens == [] and applied.weights is None
 
     @FORMS
     def test_counted_is_the_stock_forward_step_and_ends_with_its_context(self, loss_func):

@@ -30,3 +30,36 @@ def test_named_files_exist() -> None:
     assert len(named) > 5
     for name in named:
         assert (ROOT / name).exists() or (ROOT / f"{name}.py").exists(), name
+
+
+def test_list_of_refusals_is_the_codes() -> None:
+    """Every flag that is refused by name stands there, with the reason and the way out."""
+    from megatron_dwm import host
+
+    host.install()
+    from megatron_dwm.integration.checks import refusals
+
+    table = README.split("| refused | why | what to do |\n|---|---|---|\n")[1].split("\n\n")[0]
+    expected = []
+    for flag_name, why, way_out in refusals():
+        name, _, rest = flag_name.partition(" ")
+        expected.append(f"| `{name}`{' ' + rest if rest else ''} | {why} | {way_out} |")
+    assert table.split("\n") == expected
+
+
+def test_tables_are_tables_for_a_reader() -> None:
+    """Every row of a table follows a header and a rule of as many columns."""
+    lines = README.split("\n")
+    inside = False
+    columns = 0
+    for k, line in enumerate(lines):
+        if line.startswith("```"):
+            inside = not inside
+        if inside or not line.startswith("|"):
+            columns = 0
+            continue
+        count = len(re.findall(r"(?<!\\)\|", re.sub(r"`[^`]*`", "", line)))
+        if not columns:
+            columns = count
+            assert re.fullmatch(r"\|(-+\|)+", lines[k + 1]), f"line {k + 1} has no rule below"
+        assert count == columns, f"line {k + 1}: {count} bars, the header has {columns}"

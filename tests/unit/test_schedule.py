@@ -56,6 +56,13 @@ class TestStaged:
         found = plans(20, stages=4, stage_meta_steps=2, warmup_steps=7)
         assert letters(found) == "wwwwwwwMMf" + "MMfffMMfff"
 
+    def test_meta_steps_are_denser_at_the_start(self):
+        found = plans(22, schedule="joint", meta_interval=8, meta_dense_steps=4, warmup_steps=2)
+        assert letters(found) == "ww" + "MmMm" + "Mmmmmmmm" * 2
+        # No step has more than one.
+        found = plans(8, schedule="joint", meta_interval=2, meta_dense_steps=4)
+        assert letters(found) == "MMMM" + "MmMm"
+
     def test_meta_interval_thins_the_meta_steps_and_leaves_the_windows(self):
         assert letters(plans(12, stages=2, stage_meta_steps=4, meta_interval=2)) == ("MmMmff" * 2)
 
@@ -114,6 +121,7 @@ def settings_of_runs(draw):
         "stage_meta_steps": draw(st.none() | st.integers(1, 40)),
         "warmup_steps": draw(st.integers(0, 140)),
         "meta_interval": draw(st.integers(1, 7)),
+        "meta_dense_steps": draw(st.integers(0, 30)),
     }
     return train_iters, options
 

@@ -65,6 +65,16 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def is_idle() -> bool:
+    """Returns whether the device has done all that it was given, without waiting for it."""
+    if _State.installed:
+        return True
+    try:
+        return torch.cuda.current_stream().query()
+    except RuntimeError:  # what it was given has failed
+        return False
+
+
 def default_flags() -> list[str]:
     """Returns the trainer flags that the current host needs: none where there is a GPU."""
     return list(CPU_FLAGS) if wanted() else []

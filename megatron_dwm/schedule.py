@@ -15,7 +15,8 @@ class StepPlan:
 
     Attributes:
         stage: 0-based stage.
-        window: `warmup`, `meta` or `frozen`.
+        window: `warmup`, `meta` or `frozen`; where nothing is learned, so that there are no such
+            windows, `uniform` (every weight is 1) or `weighted`.
         weighted: whether the DWM's weights apply (else w = 1).
         meta_step: whether the DWM is updated in this step.
         ends_stage: whether this is the stage's last step (a snapshot is taken after it).
@@ -26,6 +27,11 @@ class StepPlan:
     weighted: bool
     meta_step: bool
     ends_stage: bool
+
+    @property
+    def staged(self) -> bool:
+        """Whether the step's stage means something for the weights."""
+        return self.window not in ("uniform", "weighted")
 
 
 class Schedule:
@@ -48,10 +54,10 @@ class Schedule:
         position = min(max(iteration, 0), self.train_iters - 1)
         stage = next(k for k in range(self.stages) if position < self.bounds[k + 1])
         ends_stage = iteration + 1 == self.bounds[stage + 1]
-        if iteration < config.warmup_steps:
-            return StepPlan(stage, "warmup", False, False, ends_stage and config.scores)
         if not config.scores:
-            return StepPlan(stage, "frozen", False, False, False)
+            return StepPlan(stage, "uniform", False, False, False)
+        if iteration < config.warmup_steps:
+            return StepPlan(stage, "warmup", False, False, ends_stage)
         window = self._window(stage, iteration)
         due = self._due_before(iteration + 1) > self._due_before(iteration)
         return StepPlan(stage, window, True, config.trains and window == "meta" and due, ends_stage)
@@ -69,6 +75,8 @@ class Schedule:
         }
 
     def _window(self, stage: int, iteration: int) -> str:
+        if not self.config.learned and not self.config.trains:
+            return "weighted"
         if self.config.schedule == "frozen":
             return "frozen"
         return "meta" if iteration < self._meta_window(stage)[1] else "frozen"

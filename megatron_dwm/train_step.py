@@ -29,6 +29,7 @@ from megatron_dwm.budget import NoMeter, Overhead, OverheadBudget, StepMeter, no
 from megatron_dwm.config import DWMConfig
 from megatron_dwm.guards import gathered_parameters, quiet, restore_rng
 from megatron_dwm.influence import Influence, MetaGradient, StockStep, Weighing
+from megatron_dwm.logs.time_share import TimeShare
 from megatron_dwm.meta import collectives
 from megatron_dwm.passes import Passes, Trainee
 from megatron_dwm.policies.base import SampleView, StepView, WeightPolicy
@@ -79,6 +80,7 @@ class StepRecord:
         bad_steps: the run's bad steps by cause, this one among them.
         figures: what the policy says of the step.
         notices: lines for the user.
+        time_share: estimate of the weighting's share of the time, at meta steps, see `TimeShare`.
     """
 
     iteration: int
@@ -93,6 +95,7 @@ class StepRecord:
     bad_steps: dict[str, int] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
+    time_share: float | None = None
 
 
 class DWMTrainStep:
@@ -124,6 +127,7 @@ class DWMTrainStep:
         self.meta_gradient = MetaGradient(config, passes)
         self.budget = OverheadBudget.from_config(config)
         self.bad_steps = BadSteps(config.max_bad_steps)
+        self.time_share = TimeShare()
         self.meta_steps_taken = 0
         self.warm_started = warm_start is None
 
@@ -145,6 +149,7 @@ class DWMTrainStep:
         Returns:
             The trainer's own result, and the record for the log.
         """
+        self.time_share.begin()
         # Spaces and times meta steps under --dwm-overhead-budget; else it does nothing.
         meter = NoMeter() if self.budget is None else StepMeter(self.budget, self.shape.device)
         plan = meter.admitted(self.schedule.plan(iteration))
@@ -182,7 +187,9 @@ class DWMTrainStep:
         tried = meta is not None and (meta.updated or bool(causes))
         self.bad_steps.note(causes, plan.weighted and looked, tried)
         overhead = meter.finish(meta is not None)
-        return result, self._record(step, plan, meta, loss, overhead, causes)
+        record = self._record(step, plan, meta, loss, overhead, causes)
+        record.time_share = self.time_share.end(meta is not None)
+        return result, record
 
     # ------------------------------------------------------------------ A
 
@@ -327,7 +334,8 @@ class DWMTrainStep:
             name = "domain_id" if "domain_id" in chunk[0] else "dataset_id"
             if name in chunk[0]:
                 local = torch.cat([batch[name].view(-1).long().cpu() for batch in chunk])
-        local = local.to(self.shape.device)
+        # Only the log needs them at once, and it waits for nothing.
+        local = local.to(self.shape.device, non_blocking=True)
         if self.groups.tp.size() > 1:
             local = collectives.broadcast_from_first_tensor_rank(
                 local, tuple(local.shape), self.groups.tp, self.shape.device

@@ -3,7 +3,8 @@
 
 python tools/report.py --run RUN [--log RUN.log] [--stock-log STOCK.log] [--bad-domain corrupt]
 
-RUN is the run's --save folder with `dwm_log.jsonl`; the logs are what the trainer printed.
+RUN is the run's --save folder with `dwm_log.jsonl` and its older parts; the logs are what the
+trainer printed.
 """
 
 from __future__ import annotations
@@ -13,13 +14,9 @@ import os
 import re
 import sys
 
-from megatron_dwm.analysis.log_file import FILE_NAME, read_log
-from megatron_dwm.analysis.report import (
-    domain_weights_by_stage,
-    format_table,
-    mean_over_last_stage,
-)
 from megatron_dwm.errors import DWMError
+from megatron_dwm.logs.log_file import FILE_NAME, iterate_log, parts
+from megatron_dwm.logs.report import domain_weights_by_stage, format_table
 
 _VALIDATION = re.compile(r"validation loss at (.+?) \| lm loss value: ([\d.E+-]+)")
 _STEP_TIME = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+)")
@@ -48,30 +45,33 @@ def mean_step_seconds(path: str) -> float:
 def report(args: argparse.Namespace) -> str:
     """Returns the whole report as text."""
     path = os.path.join(args.run, FILE_NAME)
-    if not os.path.isfile(path):
+    if not parts(path):
         raise DWMError(f"{path}: no such file; --run is the --save folder of a run with --dwm")
-    log = read_log(path)
-    parts = [format_table(domain_weights_by_stage(log))]
+    try:
+        by_stage = domain_weights_by_stage(iterate_log(path))
+    except DWMError as error:
+        raise DWMError(f"{path}: {error}") from None
+    texts = [format_table(by_stage)]
     if args.log and args.stock_log:
         learned, stock = last_validation_loss(args.log), last_validation_loss(args.stock_log)
-        parts.append(
+        texts.append(
             f"validation loss on the held-out target, equal tokens\n"
             f"  stock trainer            {stock:.4f}\n"
             f"  data weighting model     {learned:.4f}   ({learned - stock:+.4f})\n"
             f"mean step time, DWM over stock: "
             f"{mean_step_seconds(args.log) / mean_step_seconds(args.stock_log):.2f}"
         )
-    last = mean_over_last_stage(log)
+    last = list(by_stage.values())[-1] if by_stage else {}
     good = {name: last[name] for name in args.good_domains or () if name in last}
     if args.bad_domain in last and good:
         bad = last[args.bad_domain]
         lowest = min(good, key=good.__getitem__)
-        parts.append(
+        texts.append(
             f"the known-bad domain '{args.bad_domain}' ends at mean weight {bad:.3f}, "
             f"{'below' if bad < good[lowest] else 'NOT below'} every good domain "
             f"(lowest: {lowest}, {good[lowest]:.3f})"
         )
-    return "\n\n".join(parts)
+    return "\n\n".join(texts)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -74,6 +74,7 @@ def _rebind_trainer(stack: contextlib.ExitStack, add_arguments: bool) -> None:
     from megatron_dwm.integration.session import Session
 
     session = Session()
+    stack.push(session.end_log)
     if add_arguments:
         stack.enter_context(
             rebound(arguments, "parse_args", ("extra_args_provider",), _parse_with_dwm_flags)

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import checkpointing, get_args, print_rank_0, print_rank_last
-from megatron.training.global_vars import get_tensorboard_writer
+from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
-from megatron_dwm import checkpoint
-from megatron_dwm.analysis.weight_log import WeightLog
+from megatron_dwm import checkpoint, host
 from megatron_dwm.config import DWMConfig, flag
 from megatron_dwm.errors import DWMError
 from megatron_dwm.integration.build import build_train_step, resolve_shapes
@@ -24,6 +23,8 @@ from megatron_dwm.integration.cut_short import forget_unfinished, mend_tracker
 from megatron_dwm.integration.load_check import check_checkpoint
 from megatron_dwm.integration.sampling import Sampling
 from megatron_dwm.integration.verification import Verifier, log_fields
+from megatron_dwm.logs.sinks import open_sinks
+from megatron_dwm.logs.weight_log import WeightLog
 from megatron_dwm.passes import Trainee
 from megatron_dwm.train_step import DWMTrainStep, StepRecord
 
@@ -44,7 +45,8 @@ class Session:
     def setup_model_and_optimizer(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
         """Checks the arguments, lets the trainer build and load, then builds and loads the DWM."""
         # One attach() may see several runs; each starts without a DWM.
-        self.step, self.log, self.verifier, self.stage_loaded = None, None, None, None
+        self.end_log()
+        self.step, self.verifier, self.stage_loaded = None, None, None
         self.sampling, self.stage_sampled = None, None
         run = get_args()
         config = DWMConfig.from_args(run)
@@ -68,16 +70,19 @@ class Session:
         self.verifier = Verifier(self.step, run, print_rank_last, pending)
         domains = [os.path.basename(p) for p in training_prefixes(run)]
         self.sampling = self._sampling(config, run)
-        self.log = WeightLog(
-            folder=run.save,
-            domains=domains if self.sampling is None else self.sampling.domain_names,
-            writer=get_tensorboard_writer(),
-            log_interval=run.log_interval,
-            first_iteration=run.iteration,
-            samples=config.log_samples,
-            printer=print_rank_last,
-            writes=run.rank == run.world_size - 1,
-        )
+        sinks = None
+        if run.rank == run.world_size - 1:
+            sinks = open_sinks(
+                folder=run.save,
+                first_iteration=run.iteration,
+                tensorboard=get_tensorboard_writer(),
+                wandb=get_wandb_writer(),
+                log_interval=run.log_interval,
+                printer=print_rank_last,
+            )
+        if self.sampling is not None:
+            domains = self.sampling.domain_names
+        self.log = WeightLog(sinks, domains, run.log_interval, config.log_samples)
         print_rank_0(self._summary(config))
         return model, optimizer, scheduler
 
@@ -113,6 +118,8 @@ class Session:
         result, record = self.step(stock_step, trainee, done)
         self.log.write(record, log_fields(found))
         problem = self.step.bad_steps.problem(record.iteration)
+        if problem is not None or _may_be_last(record.iteration):
+            self.log.flush()
         if problem is not None:
             raise DWMError(problem)
         self._snapshot(record)
@@ -129,6 +136,9 @@ class Session:
         state = stock(*args, **kwargs)
         loading = (kwargs.get("optim_sd_kwargs") or {}).get("is_loading", False)
         run = get_args()
+        if self.log is not None and not loading:
+            # A run that continues from this checkpoint continues the log from here.
+            self.log.flush()
         if self.step is not None and not loading and run.ckpt_format == "torch_dist":
             metadata = (kwargs.get("model_sd_kwargs") or {}).get("metadata")
             _on_first_rank(partial(forget_unfinished, run, kwargs.get("iteration")))
@@ -141,6 +151,20 @@ class Session:
                 sampling=None if self.sampling is None else self.sampling.state_dict(),
             )
         return state
+
+    def end_log(self, failure: type[BaseException] | None = None, *_: Any) -> None:
+        """Writes what waits for the log, and closes it.
+
+        After a failure only where nothing has to be waited for: a device whose collectives the
+        other ranks have left may never be done, and the error would not be seen.
+
+        Args:
+            failure: what has ended the run early, if something has.
+        """
+        log, self.log = self.log, None
+        if log is not None:
+            whole = failure is None or issubclass(failure, SystemExit)
+            log.close(wait=whole or host.is_idle())
 
     def _load(self, config: DWMConfig, run: Any) -> bool:
         """Loads the DWM; returns whether a verification was still due when it was saved."""
@@ -238,6 +262,18 @@ class Session:
                 f"jacobian {config.jacobian}, meta batch {config.meta_batch_size}"
             )
         return "; ".join(parts)
+
+
+def _may_be_last(iteration: int) -> bool:
+    """Whether the trainer may end, or be continued from, here: nothing must wait for later.
+
+    Weights & Biases is closed by the trainer before it returns, and the older checkpoint formats
+    do not ask every rank for its state.
+    """
+    run = get_args()
+    intervals = (run.exit_interval, run.save_interval)
+    at = any(every and iteration % every == 0 for every in intervals)
+    return at or iteration >= run.train_iters
 
 
 def started_as() -> dict[str, Any]:

@@ -382,10 +382,10 @@ def compare(chain, whole, log):
 
 def step_log(chain):
     """Returns the lines of the run's log without what depends on the clock."""
-    from megatron_dwm.analysis.log_file import FILE_NAME, read_log
+    from megatron_dwm.logs.log_file import CLOCK_FIGURES, FILE_NAME, read_log
 
     lines = read_log(f"{chain.folder}/run/{FILE_NAME}")
-    return [{k: v for k, v in line.items() if k != "meta_seconds"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in CLOCK_FIGURES} for line in lines]
 
 
 class Campaign:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dwm.analysis.log_file import FILE_NAME, read_log
+from megatron_dwm.logs.log_file import FILE_NAME, read_log
 from tests.functional.harness import (
     DWM,
     MOCK,

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_dwm.analysis.log_file import FILE_NAME, read_log
 from megatron_dwm.data.weight_file import read_weights
+from megatron_dwm.logs.log_file import FILE_NAME, read_log
 from tests.distributed.cases import arguments, correlation, relative_error, take_apart
 from tests.functional.corpus import write_dataset
 from tests.functional.harness import DWM, MOCK, ROOT, TINY, Results, Run, run_all, torchrun

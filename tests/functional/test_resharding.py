@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_dwm.analysis.log_file import FILE_NAME, read_log
+from megatron_dwm.logs.log_file import FILE_NAME, read_log
 from tests.functional.corpus import write_dataset
 from tests.functional.harness import DWM, TINY, Run, run_all
 

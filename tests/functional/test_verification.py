@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dwm.analysis.log_file import FILE_NAME, read_log
+from megatron_dwm.logs.log_file import CLOCK_FIGURES, FILE_NAME, read_log
 from tests.functional.corpus import write_dataset
 from tests.functional.harness import (
     DWM,
@@ -175,7 +175,7 @@ def contents(folder: Path) -> dict[str, str]:
 def log_of(folder: Path, name: str) -> list[dict]:
     """Returns a run's step log without what differs from time to time."""
     return [
-        {k: v for k, v in x.items() if k != "meta_seconds"}
+        {k: v for k, v in x.items() if k not in CLOCK_FIGURES}
         for x in read_log(folder / name / FILE_NAME)
     ]
 

@@ -60,6 +60,43 @@ def test_report(
     assert verdict in out
 
 
+def test_parts_of_a_log_are_read_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Means over all of them; the newest may be missing, after a kill."""
+    run = write_log(tmp_path / "run", 0.25)
+    (run / "dwm_log.jsonl").rename(run / "dwm_log.1.jsonl")
+    assert report.main(["--run", str(run)]) == 0
+    alone = capsys.readouterr().out
+    assert "0.250" in alone
+    write_log(run, 0.75)
+    assert report.main(["--run", str(run)]) == 0
+    assert "0.500" in capsys.readouterr().out
+
+
+def test_uniform_run_has_no_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its domains stand under the window's name."""
+    run = write_log(tmp_path / "run", 0.25)
+    lines = [json.loads(line) for line in (run / "dwm_log.jsonl").open()]
+    for line in lines:
+        del line["stage"]
+        line["window"] = "uniform"
+    (run / "dwm_log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    assert report.main(["--run", str(run)]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["mean", "weight", "uniform"]
+    assert [row.split()[0] for row in rows] == ["books", "corrupt"]
+
+
+def test_other_json_lines_are_one_line_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file of that name that something else has written."""
+    (tmp_path / "dwm_log.jsonl").write_text('{"iteration": 1, "loss": 2.0}\n')
+    assert report.main(["--run", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "dwm_log.jsonl: the line of iteration 1 has no window, domain_weight" in error
+    assert error.count("\n") == 1
+
+
 def test_missing_log_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The file is named, and there is no traceback."""
     assert report.main(["--run", str(tmp_path)]) == 2

@@ -85,6 +85,14 @@ class TestOtherSchedules:
     def test_uniform_is_never_weighted_and_takes_no_snapshot(self, schedule):
         found = plans(10, policy="uniform", schedule=schedule, warmup_steps=3, load="x")
         assert not any(plan.weighted or plan.meta_step or plan.ends_stage for plan in found)
+        assert {(plan.window, plan.staged) for plan in found} == {("uniform", False)}
+
+    @pytest.mark.parametrize("policy", ["linupper", "truncation", "influence"])
+    @pytest.mark.parametrize("schedule", ["staged", "joint"])
+    def test_policies_that_do_not_learn_have_no_windows_to_name(self, policy, schedule):
+        found = plans(10, policy=policy, schedule=schedule, warmup_steps=3, load="x")
+        windows = [(plan.window, plan.staged, plan.weighted) for plan in found]
+        assert windows == [("warmup", True, False)] * 3 + [("weighted", False, True)] * 7
 
     def test_shuffled_takes_the_meta_steps_of_learned(self):
         """The control differs in the order of the weights alone."""
@@ -138,10 +146,13 @@ class TestProperties:
         for i, plan in enumerate(found[:-1]):
             assert not plan.ends_stage or found[i + 1].stage == plan.stage + 1
 
-        # Warm-up is the beginning and nothing else; it is stock training.
-        warm = [plan.window == "warmup" for plan in found]
-        assert warm == [i < options["warmup_steps"] for i in range(train_iters)]
-        assert [plan.weighted for plan in found] == [config.scores and not w for w in warm]
+        # Warm-up is the beginning and nothing else; it is stock training, as all of a uniform run.
+        stock = "warmup" if config.scores else "uniform"
+        warm = [plan.window == stock for plan in found]
+        length = options["warmup_steps"] if config.scores else train_iters
+        assert warm == [i < length for i in range(train_iters)]
+        assert [plan.weighted for plan in found] == [not w for w in warm]
+        assert all(plan.staged == config.scores for plan in found)
 
         # Meta steps are taken in meta windows only, by policies that learn only.
         assert all(plan.window == "meta" for plan in found if plan.meta_step)

@@ -1,4 +1,4 @@
-"""The step log: its lines, what a resumed run keeps of them, the console line and TensorBoard."""
+"""The step log: its lines, when they are written, and what a resumed run keeps of them."""
 
 import json
 import math
@@ -10,17 +10,15 @@ from megatron_dwm import host
 
 host.install()
 
-from megatron_dwm.analysis.weight_log import (  # noqa: E402
-    FILE_NAME,
-    WeightLog,
-    console_line,
-    describe,
-    read_log,
-)
 from megatron_dwm.budget import Overhead  # noqa: E402
+from megatron_dwm.logs.console import console_line  # noqa: E402
+from megatron_dwm.logs.lines import describe  # noqa: E402
+from megatron_dwm.logs.log_file import FILE_NAME, read_log  # noqa: E402
+from megatron_dwm.logs.sinks import open_sinks  # noqa: E402
+from megatron_dwm.logs.weight_log import MOST_WAITING, WeightLog  # noqa: E402
+from megatron_dwm.policies.maps import Mapped  # noqa: E402
 from megatron_dwm.schedule import StepPlan  # noqa: E402
 from megatron_dwm.train_step import MetaResult, StepRecord  # noqa: E402
-from megatron_dwm.weighting.weights import BatchWeights  # noqa: E402
 
 WEIGHTS = torch.tensor([2.0, 0.5, 1.0, 0.5])
 DOMAINS = torch.tensor([0, 1, 0, -1])
@@ -44,28 +42,35 @@ def record(
 
 class Writer:
     def __init__(self):
-        self.scalars = {}
+        self.scalars, self.texts = {}, {}
 
     def add_scalar(self, name, value, iteration):
         self.scalars[name, iteration] = value
+
+    def add_text(self, name, text, iteration):
+        self.texts[name, iteration] = text
+
+    def flush(self):
+        pass
 
 
 class Log:
     """A `WeightLog` in a folder, with what it printed and what it wrote."""
 
-    def __init__(self, folder, first_iteration=0, log_interval=1, **options):
+    def __init__(self, folder, first_iteration=0, log_interval=1, samples=False, writes=True):
         self.printed, self.writer = [], Writer()
-        arguments = {
-            "folder": None if folder is None else str(folder), "domains": NAMES,
-            "writer": self.writer, "log_interval": log_interval, "samples": False,
-            "first_iteration": first_iteration, "printer": self.printed.append, "writes": True,
-        }  # fmt: skip
-        self.log = WeightLog(**{**arguments, **options})
+        path = None if folder is None else str(folder)
+        sinks = None
+        if writes:
+            sinks = open_sinks(
+                path, first_iteration, self.writer, None, log_interval, self.printed.append
+            )
+        self.log = WeightLog(sinks, NAMES, log_interval, samples)
         self.path = None if folder is None else folder / FILE_NAME
 
-    def write(self, *iterations):
+    def write(self, *iterations, meta=True):
         for iteration in iterations:
-            self.log.write(record(iteration))
+            self.log.write(record(iteration, meta=meta))
         return self
 
     def iterations(self):
@@ -149,7 +154,7 @@ class TestQuality:
         assert self.GOOD.items() <= describe(record(quality=self.GOOD), NAMES).items()
         log = Log(None)
         log.log.write(record(quality=self.GOOD))
-        assert log.writer.scalars["dwm/fd_signal_to_noise", 7] == 7.5
+        assert log.writer.scalars["dwm/evidence/fd_signal_to_noise", 7] == 7.5
 
     def test_an_estimator_without_any_adds_nothing(self):
         assert not [name for name in describe(record(), NAMES) if name.startswith("fd_")]
@@ -198,7 +203,8 @@ class TestOverheadBudget:
     def test_tensorboard_gets_all_three(self):
         log = Log(None)
         log.log.write(record(meta=False, overhead=self.PUT_OFF))
-        found = [log.writer.scalars[f"dwm/{name}", 7] for name in self.FIGURES]
+        names = ("budget_spent", "budget", "meta_put_off")
+        found = [log.writer.scalars[f"dwm/time/{name}", 7] for name in names]
         assert found == [0.04321, 0.05, 1]
 
     def test_a_notice_is_printed_whatever_the_log_interval(self):
@@ -222,15 +228,14 @@ class TestWriting:
 
     def test_tensorboard_gets_numbers_and_domain_weights(self):
         scalars = Log(None).write(7).writer.scalars
-        assert scalars["dwm/lm_loss", 7] == 3.25 and scalars["dwm/domain_weight/web", 7] == 1.5
+        assert scalars["dwm/loss/lm", 7] == 3.25 and scalars["dwm/domain_weight/web", 7] == 1.5
         assert {type(value) for value in scalars.values()} <= {int, float}
-        assert ("dwm/window", 7) not in scalars and ("dwm/iteration", 7) not in scalars
+        assert not [name for name, _ in scalars if "iteration" in name or "stage" in name]
 
     def test_tensorboard_gets_no_missing_values(self):
         log = Log(None, log_interval=10)
         log.log.write(record(lm_loss=NAN, loss=NAN))
-        assert ("dwm/lm_loss", 7) not in log.writer.scalars
-        assert ("dwm/meta_loss", 7) not in log.writer.scalars
+        assert not [name for name, _ in log.writer.scalars if "loss" in name]
 
     def test_other_ranks_write_nothing_and_make_no_file(self, tmp_path):
         log = Log(tmp_path / "run", writes=False).write(1)
@@ -244,6 +249,218 @@ class TestWriting:
 
     def test_the_folder_is_made(self, tmp_path):
         assert Log(tmp_path / "a" / "b").write(1).iterations() == [1]
+
+
+class TestWaiting:
+    """A plain step is not read, as that would wait for the device, until something else waits."""
+
+    def unreadable(self, iteration):
+        """A plain step on torch's device without data: whatever reads a value of it is an error."""
+        nowhere = {"device": "meta"}
+        found = record(
+            iteration, meta=False, weights=torch.empty(4, **nowhere),
+            domains=torch.empty(4, dtype=torch.long, **nowhere), lm_loss=torch.empty((), **nowhere),
+        )  # fmt: skip
+        found.figures = {"mine": torch.empty((), **nowhere)}
+        found.batch = Mapped(*(torch.empty((), **nowhere) for _ in range(4)))
+        return found
+
+    def test_plain_steps_are_not_read(self, tmp_path):
+        log = Log(tmp_path, log_interval=100)
+        for iteration in range(1, MOST_WAITING):
+            log.log.write(self.unreadable(iteration))
+        assert len(log.log.waiting) == MOST_WAITING - 1 and log.iterations() == []
+
+    def test_reading_them_is_what_the_test_above_forbids(self, tmp_path):
+        """The control: the same steps cannot be flushed."""
+        log = Log(tmp_path, log_interval=100)
+        log.log.write(self.unreadable(1))
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            log.log.flush()
+
+    def test_a_meta_step_writes_what_waits_and_itself(self, tmp_path):
+        log = Log(tmp_path, log_interval=100).write(1, 2, 3, meta=False)
+        assert log.iterations() == []
+        assert log.write(4, meta=True).iterations() == [1, 2, 3, 4]
+
+    def test_so_does_the_log_interval(self, tmp_path):
+        log = Log(tmp_path, log_interval=3).write(1, 2, meta=False)
+        assert log.iterations() == [] and log.printed == []
+        assert log.write(3, 4, meta=False).iterations() == [1, 2, 3]
+        assert [int(line.split()[2]) for line in log.printed] == [3]
+
+    def test_and_a_limit_to_how_many_wait(self, tmp_path):
+        log = Log(tmp_path, log_interval=10**6).write(*range(1, MOST_WAITING), meta=False)
+        assert log.iterations() == []
+        log.write(MOST_WAITING, meta=False)
+        assert log.iterations() == list(range(1, MOST_WAITING + 1)) and MOST_WAITING == 64
+
+    @pytest.mark.parametrize("kind", ["causes", "notices", "overhead"])
+    def test_and_what_is_to_be_said_at_once(self, tmp_path, kind):
+        log = Log(tmp_path, log_interval=100).write(1, meta=False)
+        found = record(2, meta=False)
+        if kind == "causes":
+            found.causes, found.bad_steps = ["loss"], {"loss": 1}
+        elif kind == "notices":
+            found.notices = ["DWM: a word"]
+        else:
+            found.overhead = TestOverheadBudget.PUT_OFF
+        log.log.write(found)
+        assert log.iterations() == [1, 2] and len(log.printed) == 1
+
+    def test_no_line_is_lost_at_a_normal_end(self, tmp_path):
+        log = Log(tmp_path, log_interval=100).write(*range(1, 78), meta=False)
+        log.log.close()
+        assert log.iterations() == list(range(1, 78))
+        assert ("dwm/loss/lm", 77) in log.writer.scalars
+
+    def test_after_a_failure_nothing_is_read(self, tmp_path):
+        """The device may never be done; the file ends with a whole line."""
+        log = Log(tmp_path, log_interval=100).write(1, meta=True)
+        log.log.write(self.unreadable(2))
+        log.log.close(wait=False)
+        assert log.iterations() == [1]
+
+    def test_after_a_kill_and_a_resume_every_iteration_is_there_once(self, tmp_path):
+        """Saved at 10, 20, ...; killed at any step, with or without lines beyond the checkpoint."""
+        for killed in range(11, 34):
+            folder = tmp_path / str(killed)
+            log = Log(folder, log_interval=7)
+            for iteration in range(1, killed + 1):
+                log.write(iteration, meta=iteration % 5 == 0 and iteration < 20)
+                if iteration % 10 == 0:
+                    log.log.flush()  # as the session does before it saves
+            saved = killed // 10 * 10
+            resumed = Log(folder, first_iteration=saved, log_interval=7)
+            assert resumed.iterations() == list(range(1, saved + 1))
+            resumed.write(*range(saved + 1, 41), meta=False).log.close()
+            assert resumed.iterations() == list(range(1, 41))
+
+    def test_a_figure_that_changes_in_place_is_logged_as_it_was(self, tmp_path):
+        log = Log(tmp_path, log_interval=100)
+        running = torch.zeros(())
+        for iteration in (1, 2, 3):
+            running += 1
+            found = record(iteration, meta=False)
+            found.figures = {"mine": running}
+            log.log.write(found)
+        log.log.close()
+        assert [line["mine"] for line in read_log(log.path)] == [1, 2, 3]
+
+    def test_the_record_of_the_caller_stays_as_it_is(self, tmp_path):
+        running = torch.zeros(())
+        found = record(1)
+        found.figures = {"mine": running}
+        Log(tmp_path).log.write(found)
+        assert found.figures["mine"] is running
+
+
+class TestUniformRun:
+    def record(self, iteration, window="uniform"):
+        found = record(iteration, meta=False, weights=torch.ones(4))
+        found.plan = StepPlan(0, window, window == "weighted", False, False)
+        return found
+
+    @pytest.mark.parametrize("window", ["uniform", "weighted"])
+    def test_names_no_stage_as_there_is_none(self, window):
+        line = describe(self.record(7, window), NAMES)
+        assert line["window"] == window and "stage" not in line
+        text = console_line(line)
+        assert text.startswith(f" dwm iteration        7 | {window} | entropy: 1.0000 |")
+        assert "stage" not in text
+
+    def test_has_its_domains(self):
+        line = describe(self.record(7), NAMES)
+        assert line["domain_weight"] == {"web": 1.0, "code": 1.0}
+        assert line["domain_samples"] == {"web": 2, "code": 1}
+
+    def test_a_warm_up_keeps_its_name(self):
+        assert describe(self.record(7, "warmup"), NAMES)["window"] == "warmup"
+
+
+class TestEvidence:
+    FIGURES = {
+        "score_correlation": 0.41, "score_correlation_mean": 0.3, "score_correlation_error": 0.05,
+        "gate": 0.75,
+    }  # fmt: skip
+
+    def logged(self, folder, notices=()):
+        log = Log(folder)
+        found = record()
+        found.figures, found.notices = dict(self.FIGURES), list(notices)
+        found.time_share = 0.0412345678
+        log.log.write(found)
+        return log, read_log(log.path)[0]
+
+    def test_correlation_and_gate_are_in_line_console_and_tensorboard(self, tmp_path):
+        log, line = self.logged(tmp_path)
+        assert self.FIGURES.items() <= line.items()
+        assert "| score correlation: 0.300 | gate: 0.75 |" in log.printed[0]
+        shown = {name.rpartition("/")[2]: x for (name, _), x in log.writer.scalars.items()}
+        assert self.FIGURES.items() <= shown.items()
+
+    def test_what_the_gate_says_is_in_all_of_them(self, tmp_path):
+        words = "DWM: gate open: because"
+        log, line = self.logged(tmp_path, [words])
+        assert line["notices"] == [words] == log.printed[1:]
+        assert log.writer.texts == {("dwm/notices", 7): words}
+
+    def test_a_step_with_nothing_to_say_has_no_notices(self, tmp_path):
+        log, line = self.logged(tmp_path)
+        assert "notices" not in line and log.writer.texts == {}
+
+    def test_the_share_of_the_time(self, tmp_path):
+        log, line = self.logged(tmp_path)
+        assert line["weighting_time_share"] == 0.041235
+        assert log.writer.scalars["dwm/time/weighting_share", 7] == 0.041235
+        assert "weighting_time_share" not in describe(record(), NAMES)
+
+    def test_figures_and_words_that_are_not_finite_leave_strict_json(self, tmp_path):
+        log = Log(tmp_path)
+        found = record(weights=torch.tensor([NAN, 1.0, 1.0, 1.0]))
+        found.figures = {"score_correlation": NAN, "gate": torch.tensor(math.inf)}
+        log.log.write(found)
+        (line,) = [json.loads(x, parse_constant=pytest.fail) for x in open(log.path)]
+        assert line["score_correlation"] is None and line["gate"] is None
+        assert line["max_weight"] is None and line["domain_weight"] == {"web": None, "code": 1.0}
+        assert "max weight: nan" in log.printed[0]
+
+
+class TestManyDomains:
+    def test_aggregation_does_the_same_work_for_any_number_of_them(self):
+        """The same operations of torch for 2 domains and for 3000."""
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        class Counter(TorchDispatchMode):
+            count = 0
+
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                self.count += 1
+                return func(*args, **(kwargs or {}))
+
+        counts = []
+        for number in (2, 3000):
+            ids = torch.arange(4096) % number
+            found = record(meta=False, weights=torch.ones(4096), domains=ids)
+            with Counter() as counter:
+                line = describe(found, [f"d{k}" for k in range(5000)])
+            assert len(line["domain_weight"]) == number
+            counts.append(counter.count)
+        assert counts[0] == counts[1]
+
+    def test_means_and_counts_are_those_of_a_loop(self):
+        generator = torch.Generator().manual_seed(5)
+        weights = torch.rand(4096, generator=generator) * 3
+        ids = torch.randint(-1, 3000, (4096,), generator=generator)
+        names = [f"d{k}" for k in range(2500)]  # the others are called by their numbers
+        line = describe(record(weights=weights, domains=ids), names)
+        expected = {}
+        for weight, i in zip(weights.tolist(), ids.tolist(), strict=True):
+            if i >= 0:
+                expected.setdefault(f"d{i}" if i < 2500 else str(i), []).append(weight)
+        assert line["domain_samples"] == {k: len(v) for k, v in expected.items()}
+        means = {k: sum(v) / len(v) for k, v in expected.items()}
+        assert line["domain_weight"] == pytest.approx(means, abs=1e-6)
 
 
 class TestResume:
@@ -280,16 +497,15 @@ class TestGuardsAndBadSteps:
     @staticmethod
     def guarded(iteration=7, raised=2.5, capped=3.0, causes=(), counts=None, **kw):
         found = record(iteration, **kw)
-        found.batch = BatchWeights(
-            WEIGHTS, WEIGHTS, torch.tensor(False), 1.0, torch.tensor(raised), torch.tensor(capped)
-        )
+        bad = torch.tensor(False)
+        found.batch = Mapped(WEIGHTS, bad, torch.tensor(raised), torch.tensor(capped))
         found.causes, found.bad_steps = list(causes), counts or {}
         return found
 
     def test_fields_are_there_only_when_a_guard_acted(self):
         line = describe(self.guarded(), NAMES)
         assert line["guard_temperature"] == 2.5 and line["guard_capped"] == 3
-        line = describe(self.guarded(raised=1.0, capped=0.0), NAMES)
+        line = describe(self.guarded(raised=NAN, capped=0.0), NAMES)
         assert not [name for name in line if "guard" in name or "bad" in name]
 
     def test_bad_scores_say_nothing_of_guards(self):
@@ -306,7 +522,7 @@ class TestGuardsAndBadSteps:
     def test_a_guard_is_announced_at_first_and_then_rarely_with_its_count(self, tmp_path):
         log = Log(tmp_path, log_interval=1000)
         for iteration in range(1, 121):
-            log.log.write(self.guarded(iteration, raised=2.5 if iteration > 5 else 1.0))
+            log.log.write(self.guarded(iteration, raised=2.5 if iteration > 5 else NAN))
         floor = [line for line in log.printed if "--dwm-min-effective-samples" in line]
         assert [line.split(";")[1] for line in floor] == [
             " once so far", " 10 times so far", " 100 times so far"

@@ -1,1 +1,0 @@
-"""What the weights were: the step log and what can be read from it."""

@@ -1,0 +1,137 @@
+"""The step log as files: their names, how they are read, and what a resumed run keeps of them.
+
+The newest lines are in `dwm_log.jsonl`. Once it has reached its size limit it becomes a part of its
+own, `dwm_log.1.jsonl`, the next one `dwm_log.2.jsonl`, and so on: the lowest number is the oldest.
+Lines are in the order of iterations throughout. Imports neither torch nor Megatron.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+FILE_NAME = "dwm_log.jsonl"
+# Figures that differ from run to run of the same training.
+CLOCK_FIGURES = ("meta_seconds", "weighting_time_share")
+# What is read at once on the way back from the end.
+_BLOCK = 1 << 16
+
+
+def older_parts(path: str) -> list[str]:
+    """Returns the parts of a step log that are finished, the oldest first.
+
+    Args:
+        path: of `dwm_log.jsonl`.
+    """
+    folder, name = os.path.split(path)
+    stem, ending = os.path.splitext(name)
+    numbered = re.compile(rf"{re.escape(stem)}\.(\d+){re.escape(ending)}")
+    names = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+    found = [match for match in map(numbered.fullmatch, names) if match]
+    found.sort(key=lambda match: int(match[1]))
+    return [os.path.join(folder, match[0]) for match in found]
+
+
+def next_part(path: str) -> str:
+    """Returns the name under which `dwm_log.jsonl` becomes a finished part."""
+    stem, ending = os.path.splitext(path)
+    older = older_parts(path)
+    last = int(older[-1].removesuffix(ending).rpartition(".")[2]) if older else 0
+    return f"{stem}.{last + 1}{ending}"
+
+
+def parts(path: str) -> list[str]:
+    """Returns all files of a step log, the oldest first.
+
+    Args:
+        path: of `dwm_log.jsonl`.
+    """
+    return older_parts(path) + ([path] if os.path.isfile(path) else [])
+
+
+def iterate_log(path: str) -> Iterator[dict[str, Any]]:
+    """Yields the lines of a step log, of all its parts, torn ones left out.
+
+    Args:
+        path: of `dwm_log.jsonl`.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    for part in parts(path) or [path]:
+        with open(part, "rb") as file:
+            for text in file:
+                line = _parsed(text)
+                if line is not None:
+                    yield line
+
+
+def read_log(path: str) -> list[dict[str, Any]]:
+    """Returns the lines of a step log, as `iterate_log` does."""
+    return list(iterate_log(path))
+
+
+def cut_after(path: str, iteration: int) -> None:
+    """Drops the lines of later iterations, and a torn last line.
+
+    Only the end of the last part is read, as far back as its later lines go; nothing that stays is
+    written again. A part that has none but later lines is removed, and the one before it is looked
+    at. Whatever comes first, the log stays whole up to the iteration: a kill loses nothing.
+
+    Args:
+        path: of `dwm_log.jsonl`.
+        iteration: the last that is kept.
+    """
+    for part in reversed(parts(path)):
+        end = _end_of_kept(part, iteration) if iteration > 0 else 0
+        if end > 0:
+            if end < os.path.getsize(part):
+                os.truncate(part, end)
+            return
+        os.remove(part)
+
+
+def _end_of_kept(part: str, iteration: int) -> int:
+    """Returns how many bytes of a part hold lines up to the iteration."""
+    with open(part, "rb") as file:
+        first = _parsed(file.read(_BLOCK).partition(b"\n")[0])
+        if first is not None and first["iteration"] > iteration:
+            return 0
+        for end, text in _lines_from_the_end(file):
+            line = _parsed(text)
+            if line is not None and line["iteration"] <= iteration:
+                return end
+    return 0
+
+
+def _lines_from_the_end(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Yields the complete lines of a file, the last one first, and where each ends."""
+    start = end = file.seek(0, os.SEEK_END)
+    text = b""  # of the file from `start` to `end`
+    while start > 0:
+        size = min(_BLOCK, start)
+        start -= size
+        file.seek(start)
+        text = file.read(size) + text
+        # The line at the beginning of what was read is complete only at the beginning of the file.
+        whole = 0 if start == 0 else text.find(b"\n") + 1
+        if whole == 0 and start > 0:
+            continue
+        *lines, torn = text[whole:].split(b"\n")
+        end -= len(torn)
+        for line in reversed(lines):
+            yield end, line
+            end -= len(line) + 1
+        text = text[:whole]
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    """Returns a line of the log, None for what is none."""
+    try:
+        line = json.loads(text)
+    except ValueError:  # not JSON, or not UTF-8
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("iteration"), int) else None

@@ -1,0 +1,61 @@
+"""What the step log's figures are called in TensorBoard and Weights & Biases: the one table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Of the step log's line -> under dwm/.
+NAMES = {
+    "lm_loss": "loss/lm",
+    "meta_loss": "loss/meta",
+    "entropy": "weights/entropy",
+    "effective_sample_size": "weights/effective_sample_size",
+    "max_weight": "weights/max",
+    "min_weight": "weights/min",
+    "guard_temperature": "weights/guard_temperature",
+    "guard_capped": "weights/guard_capped",
+    "score_correlation": "evidence/score_correlation",
+    "score_correlation_mean": "evidence/score_correlation_mean",
+    "score_correlation_error": "evidence/score_correlation_error",
+    "teacher_correlation_mean": "evidence/teacher_correlation_mean",
+    "gate": "evidence/gate",
+    "meta_gradient_norm": "evidence/meta_gradient_norm",
+    "dwm_grad_norm": "learning/grad_norm",
+    "dwm_updated": "learning/updated",
+    "meta_seconds": "time/meta_seconds",
+    "weighting_time_share": "time/weighting_share",
+    "dwm_time_share": "time/budget_spent",
+    "overhead_budget": "time/budget",
+    "meta_put_off": "time/meta_put_off",
+}
+# Figures of an estimator or a verification, whatever they are: by the beginning of their names.
+_GROUPS = {"fd_": "evidence/", "verify_": "evidence/"}
+# Not figures.
+_OTHERS = ("iteration", "stage")
+DOMAIN_WEIGHT = "dwm/domain_weight/"
+NOTICES = "dwm/notices"
+
+
+def scalars_of(line: dict[str, Any]) -> dict[str, float]:
+    """Returns a line's figures under the names of the table, those that are numbers.
+
+    Figures of a policy that are not in the table are under `dwm/policy/`, the counts of bad steps
+    under `dwm/bad_steps/CAUSE`. Domains are left to `DomainMeans`.
+
+    Args:
+        line: of the step log.
+    """
+    found = {
+        f"dwm/{_name(key)}": value
+        for key, value in line.items()
+        if key not in _OTHERS and isinstance(value, int | float)
+    }
+    counts = line.get("bad_steps", {}).items()
+    return found | {f"dwm/bad_steps/{cause}": count for cause, count in counts}
+
+
+def _name(key: str) -> str:
+    if key in NAMES:
+        return NAMES[key]
+    group = next((g for start, g in _GROUPS.items() if key.startswith(start)), "policy/")
+    return group + key

@@ -1,0 +1,66 @@
+"""How much of the training's time weighting takes, without waiting for the device to find out."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+
+_RECENT = 16  # meta steps that a typical time is taken from
+_ENOUGH = 3  # meta steps that a share may rest on
+
+
+class TimeShare:
+    """What meta steps take beyond plain ones: `(t_meta - t_plain) / (t_meta + n t_plain)`.
+
+    A meta step waits for the device when the influence is read, so the clock at its end and at the
+    beginning of the next one bounds the n plain steps in between, and t_plain is that time over n.
+    All three are medians over the last meta steps, which keeps out what happens between steps now
+    and then: evaluation, saving, a stage without meta steps. Without plain steps in between there
+    is nothing to compare with. What weighting adds to a plain step is not seen: t_plain has it.
+
+    Args:
+        clock: returns seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+        self._meta: deque[float] = deque(maxlen=_RECENT)
+        self._plain: deque[float] = deque(maxlen=_RECENT)
+        self._counts: deque[int] = deque(maxlen=_RECENT)
+        self._begin = 0.0
+        self._last_end: float | None = None  # of a meta step
+        self._since = 0  # plain steps after it
+
+    def begin(self) -> None:
+        """To be called where a step begins."""
+        self._begin = self.clock()
+
+    def end(self, meta_step: bool) -> float | None:
+        """To be called where a step has ended.
+
+        Args:
+            meta_step: whether a meta step was really taken.
+
+        Returns:
+            The share, at meta steps from the first on for which it can be said.
+        """
+        if not meta_step:
+            self._since += 1
+            return None
+        now = self.clock()
+        # The first meta step does what happens once, so it only marks a beginning.
+        if self._last_end is not None and self._since > 0:
+            self._meta.append(now - self._begin)
+            self._plain.append((self._begin - self._last_end) / self._since)
+            self._counts.append(self._since)
+        self._last_end, self._since = now, 0
+        return self._share()
+
+    def _share(self) -> float | None:
+        if len(self._meta) < _ENOUGH:
+            return None
+        meta, plain = statistics.median(self._meta), statistics.median(self._plain)
+        whole = meta + statistics.median(self._counts) * plain
+        return (meta - plain) / whole if whole > 0 else None

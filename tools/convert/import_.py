@@ -15,6 +15,7 @@ from tqdm import tqdm
 from megatron_dwm.conversion import ConversionError
 from megatron_dwm.conversion.checkpoint import TRACKER
 from megatron_dwm.conversion.families.rope import BUILT_IN_ROPE_FACTOR
+from megatron_dwm.conversion.hf_folder import find_weights
 from megatron_dwm.conversion.hf_model import HfModel, padded_vocabulary
 from megatron_dwm.conversion.rules import Rule
 from megatron_dwm.conversion.torch_dist_writer import chunks, write_checkpoint
@@ -126,6 +127,13 @@ def import_model(
             (folder / TOKENIZER).mkdir(exist_ok=True)
             shutil.copyfile(file, folder / TOKENIZER / file.name)
         (folder / TRACKER).write_text(RELEASE, encoding="utf-8")
+    weights = find_weights(hf_path)
+    if weights.unread:
+        print(
+            f"The weights of {weights.chosen.name} are taken, as transformers does; not read: "
+            f"{', '.join(weights.unread)}.",
+            file=sys.stderr,
+        )
     if not files:
         print(f"{hf_path} holds no tokenizer, so none is carried.", file=sys.stderr)
     print(

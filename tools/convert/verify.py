@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megatron_dwm.conversion import ConversionError, find_checkpoint
+from megatron_dwm.conversion.hf_folder import find_weights
 from megatron_dwm.errors import DWMError, in_short
 
 _HELP = """Runs the same tokens through Megatron's model, built from the checkpoint's own arguments
@@ -163,6 +164,7 @@ def compare(folder: Path, hf_path: Path, data: str | None, tokens: int) -> Compa
 def _hugging_face(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise ConversionError(f"--hf-path {folder} has no config.json; give an exported model.")
+    find_weights(folder)
     try:
         from transformers import AutoModelForCausalLM
 

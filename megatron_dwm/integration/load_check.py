@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from typing import Any
 
-from megatron_dwm.conversion.checkpoint_health import last_whole, problems_of, tracked
+from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
+from megatron.training.global_vars import get_tokenizer
+
+from megatron_dwm.conversion.checkpoint_health import (
+    common_state,
+    last_whole,
+    problems_of,
+    tracked,
+)
 from megatron_dwm.conversion.errors import ConversionError
 from megatron_dwm.errors import DWMError
 
@@ -36,6 +45,7 @@ def check_checkpoint(run: Any) -> None:
     # A start with --finetune does not look at the iteration that is written inside.
     problems = problems_of(os.path.join(run.load, name), any_iteration=run.finetune)
     if not problems:
+        check_vocabulary(run, os.path.join(run.load, name), _tokenizer_size())
         return
     shown = "; ".join(problems[:_SHOWN])
     if len(problems) > _SHOWN:
@@ -44,6 +54,48 @@ def check_checkpoint(run: Any) -> None:
     raise DWMError(
         f"--load {run.load}: the checkpoint {name} is damaged: {shown}. {_way_out(run, before)}"
     )
+
+
+def check_vocabulary(run: Any, folder: str, tokenizer_size: int | None) -> None:
+    """Refuses to load a vocabulary of which the trainer would silently drop rows.
+
+    The trainer loads an embedding into one of other rows, as the padding depends on the
+    tensor-parallel size. Rows that are no padding must not get lost that way.
+
+    Args:
+        run: Megatron's arguments.
+        folder: A whole checkpoint.
+        tokenizer_size: Size of the run's tokenizer; None where it is not known.
+
+    Raises:
+        DWMError: The run's model has fewer rows than the checkpoint's has without padding.
+    """
+    saved = common_state(folder).get("args")
+    stored, built = (getattr(a, "padded_vocab_size", None) for a in (saved, run))
+    if not stored or not built or built >= stored:
+        return
+    # An import says how many there are; elsewhere they are what the padding rule does not explain.
+    needed = getattr(saved, "hf_vocab_size", None)
+    if needed is None:
+        padded = stored
+        names = ("make_vocab_size_divisible_by", "tensor_model_parallel_size")
+        factors = {name: getattr(saved, name, None) for name in names}
+        if tokenizer_size is not None and all(factors.values()):
+            rule = argparse.Namespace(**factors, rank=-1)
+            padded = vocab_size_with_padding(tokenizer_size, rule, logging_enabled=False)
+        needed = built if padded == stored else stored
+    if built < needed:
+        raise DWMError(
+            f"--load {run.load}: the checkpoint has {stored} rows of vocabulary, and this run's "
+            f"model {built}, so rows would be dropped; give --padded-vocab-size {stored}"
+        )
+
+
+def _tokenizer_size() -> int | None:
+    try:
+        return get_tokenizer().vocab_size
+    except (AssertionError, AttributeError, NotImplementedError):
+        return None  # There is none, or one that does not say.
 
 
 def _way_out(run: Any, before: int | None) -> str:

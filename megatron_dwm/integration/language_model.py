@@ -25,6 +25,7 @@ from megatron_dwm.conversion.checkpoint import TorchDistCheckpoint
 from megatron_dwm.conversion.errors import ConversionError
 from megatron_dwm.errors import in_short
 from megatron_dwm.scoring.run import start_ranks
+from megatron_dwm.stored_state import load_sharded, load_weights
 
 # One process, and the arithmetic of float32 whatever the run had.
 _HERE: dict[str, Any] = {
@@ -126,7 +127,8 @@ def load_language_model(
     try:
         metadata = dist_checkpointing.load_content_metadata(str(folder)) or {}
         wanted = model.sharded_state_dict(metadata={**metadata, "dp_cp_group": groups.dp_cp})
-        model.load_state_dict(dist_checkpointing.load({"model": wanted}, str(folder))["model"])
+        loaded = load_sharded({"model": wanted}, str(folder))["model"]
+        load_weights(model, loaded, str(folder))
     except Exception as error:  # whatever a damaged or foreign checkpoint makes of it
         raise ConversionError(
             f"{folder}: its language model cannot be loaded ({in_short(error)}); "

@@ -34,7 +34,6 @@ from megatron_dwm.conversion import (  # noqa: E402
     iter_hf_tensors,
 )
 from megatron_dwm.errors import DWMError  # noqa: E402
-from megatron_dwm.integration.load_check import check_vocabulary  # noqa: E402
 from tests import tiny_hf_models  # noqa: E402
 from tools.convert.__main__ import main  # noqa: E402
 
@@ -217,6 +216,8 @@ def test_an_export_after_training_has_all_rows(tmp_path, capsys, rows, tokens):
     ],
 )
 def test_a_run_does_not_drop_rows_silently(tmp_path, saved, built, tokenizer, refused):
+    from megatron_dwm.integration.load_check import check_vocabulary
+
     args = argparse.Namespace(make_vocab_size_divisible_by=128, **saved)
     torch.save({"args": args, "iteration": 1}, tmp_path / "common.pt")
     run = argparse.Namespace(load=str(tmp_path), padded_vocab_size=built)

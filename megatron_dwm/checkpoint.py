@@ -19,9 +19,11 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
+from megatron_dwm import snapshot_swap
 from megatron_dwm.config import flag
 from megatron_dwm.errors import DWMError
 from megatron_dwm.meta.optimizer_view import leaf_optimizers
+from megatron_dwm.stored_state import common_state, load_sharded, load_weights
 from megatron_dwm.train_step import DWMTrainStep
 from megatron_dwm.weighting.scorer import set_hyperparameters
 
@@ -57,7 +59,7 @@ def saved_sampling(folder: str) -> dict[str, Any] | None:
     Args:
         folder: the checkpoint's folder, `.../iter_0000100`.
     """
-    return (dist_checkpointing.load_common_state_dict(folder).get(KEY) or {}).get("sampling")
+    return (common_state(folder).get(KEY) or {}).get("sampling")
 
 
 def saved_run(folder: str) -> dict[str, Any] | None:
@@ -69,7 +71,7 @@ def saved_run(folder: str) -> dict[str, Any] | None:
     Returns:
         The values that were saved; empty for a checkpoint of an older version.
     """
-    found = dist_checkpointing.load_common_state_dict(folder).get(KEY)
+    found = common_state(folder).get(KEY)
     if found is None or found["shape"] is None:
         return None
     return found.get("run") or {}
@@ -145,7 +147,7 @@ def load(step: DWMTrainStep, folder: str, with_optimizer: bool = True) -> str:
     Raises:
         DWMError: the checkpoint's DWM has another shape.
     """
-    found = dist_checkpointing.load_common_state_dict(folder).get(KEY)
+    found = common_state(folder).get(KEY)
     if step.policy.description() is None:
         return f"DWM: policy {step.config.policy}, nothing to load"
     if found is None or found["shape"] is None:
@@ -192,7 +194,7 @@ def _load_sharded(
     names += ["policy"] if with_policy else []
     names += ["policy_of_rank"] if with_policy and with_ranks_own else []
     request = {KEY: {name: wanted[name] for name in names if name in wanted}}
-    state = dist_checkpointing.load(request, folder)[KEY]
+    state = load_sharded(request, folder)[KEY]
     if "policy" in state:
         step.policy.load_state_dict(state["policy"])
     if "policy_of_rank" in state:
@@ -202,7 +204,7 @@ def _load_sharded(
     # A pipeline stage that holds nothing of the DWM asked for nothing and got nothing.
     loaded = state.get("model", {})
     weights = {name.removeprefix(_PREFIX): value for name, value in loaded.items()}
-    step.scorer.module.load_state_dict(weights)
+    load_weights(step.scorer.module, weights, folder)
     if not with_optimizer:
         # With it, the optimizer's own copies come from the checkpoint, more precise than these.
         step.scorer.weights_changed()
@@ -239,14 +241,18 @@ def save_snapshot(step: DWMTrainStep, folder: str) -> None:
 
     Args:
         step: holds the DWM.
-        folder: the snapshot's folder; an older snapshot there is replaced.
+        folder: the snapshot's folder; an older snapshot there is replaced when this one is whole.
     """
-    if torch.distributed.get_rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.makedirs(folder, exist_ok=True)
+    first, new = torch.distributed.get_rank() == 0, snapshot_swap.beside(folder)
+    if first:
+        shutil.rmtree(new, ignore_errors=True)
+        os.makedirs(new, exist_ok=True)
     torch.distributed.barrier()
     state = _sharded_state(step, None, with_optimizer=False, loading=False)
-    dist_checkpointing.save({KEY: state}, folder)
+    dist_checkpointing.save({KEY: state}, new)
+    torch.distributed.barrier()
+    if first:
+        snapshot_swap.swap_in(folder)
 
 
 def load_snapshot(step: DWMTrainStep, folder: str, stage: int | None = None) -> str:
@@ -264,7 +270,7 @@ def load_snapshot(step: DWMTrainStep, folder: str, stage: int | None = None) -> 
         DWMError: no snapshot there, or one of another shape.
     """
     path = find_snapshot(folder, stage)
-    found = dist_checkpointing.load_common_state_dict(path).get(KEY)
+    found = common_state(path).get(KEY)
     if found is None or found["shape"] is None:
         raise DWMError(f"--dwm-load {path} holds no weighting model")
     _check_shape(step, found["shape"], path)
@@ -277,6 +283,7 @@ def find_snapshot(folder: str, stage: int | None = None) -> str:
     """Returns the snapshot of a stage below a folder, or the last one, or the folder itself."""
     if not os.path.isdir(folder):
         raise DWMError(f"--dwm-load {folder}: no such folder")
+    snapshot_swap.mend(folder)
     names = sorted(
         n
         for n in os.listdir(folder)

@@ -20,6 +20,7 @@ from megatron_dwm.conversion.hf_folder import read_hf_config
 from megatron_dwm.conversion.llama_shape import BUILT_IN_ROPE_FACTOR, LLAMA3_ROPE
 from megatron_dwm.conversion.shape import ModelShape
 from megatron_dwm.conversion.stored_model import StoredModel
+from megatron_dwm.snapshot_swap import mend
 
 KEY = "dwm"
 _PREFIX = f"{KEY}."
@@ -49,6 +50,7 @@ def find_snapshots(run: str | os.PathLike) -> list[Path]:
     root = Path(run)
     if not root.is_dir():
         raise ConversionError(f"--megatron-path {root} is no folder; give a run's --save folder.")
+    mend(root)
     found = sorted(p for p in root.iterdir() if re.fullmatch(r"dwm_stage_\d+", p.name))
     if not found:
         raise ConversionError(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -21,7 +22,31 @@ from megatron_dwm.conversion.llama_shape import LlamaShape
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_BIN_FILE = "pytorch_model.bin"
+_BIN_INDEX = "pytorch_model.bin.index.json"
+_ORDER = (SINGLE_FILE, INDEX_FILE, _BIN_FILE, _BIN_INDEX)
+_ADAPTER = "adapter_config.json"
+_DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors$")
+# Names of weights, whether they are read or not.
+_WEIGHTS = re.compile(
+    r"\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack|onnx|onnx_data|index\.json)$", re.IGNORECASE
+)
 LAYER_PREFIX = "model.layers.{index}."
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Where the weights of a Hugging Face folder lie.
+
+    Attributes:
+        chosen: The file, or the index, that transformers takes.
+        files: The files to read, in transformers' order.
+        unread: Names of other weights in the folder.
+    """
+
+    chosen: Path
+    files: list[Path]
+    unread: list[str]
 
 
 def read_hf_config(folder: str | os.PathLike) -> LlamaShape:
@@ -122,30 +147,99 @@ def _read(path: Path, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
         raise ConversionError(f"{path} cannot be read: {error}") from error
 
 
+def find_weights(folder: str | os.PathLike) -> Weights:
+    """Picks the files that hold a folder's weights, in the order of `from_pretrained`.
+
+    Whatever reads weights of a Hugging Face folder asks here. transformers takes the first of: what
+    `transformers_weights` in config.json names, `model.safetensors`, its index,
+    `pytorch_model.bin`, its index. Of an index it reads all tensors of the files that are named.
+
+    Raises:
+        ConversionError: There are none, an index is damaged or names a file that is not there, or
+            the folder holds weights that are no plain model's.
+    """
+    folder = Path(folder)
+    present = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    for name in present:
+        if name == _ADAPTER or _DISTRIBUTED.match(name):
+            what = "an adapter" if name == _ADAPTER else "a distributed checkpoint"
+            raise ConversionError(
+                f"{folder} holds {what} ({name}), which transformers would read; merge it into a "
+                "model, save that with save_pretrained, and give the new folder."
+            )
+    chosen = _named_weights(folder) or next((n for n in _ORDER if (folder / n).is_file()), None)
+    if chosen is None:
+        raise ConversionError(
+            f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors weights are "
+            "read. Save the model with save_pretrained(safe_serialization=True)."
+        )
+    shards = [chosen]
+    if chosen.endswith(".json"):
+        shards = sorted(set(_weight_map(folder / chosen).values()))
+    used = {chosen, *shards}
+    unread = [n for n in present if n not in used and _WEIGHTS.search(n)]
+    return Weights(folder / chosen, [folder / name for name in shards], unread)
+
+
+def _named_weights(folder: Path) -> str | None:
+    """Returns the file that config.json names for transformers, or None."""
+    config = folder / "config.json"
+    named = _read_json(config).get("transformers_weights") if config.is_file() else None
+    if named is None:
+        return None
+    fits = isinstance(named, str) and re.fullmatch(r"[^/\\]+\.safetensors(\.index\.json)?", named)
+    if not fits or not (folder / named).is_file():
+        raise ConversionError(
+            f"{config} has transformers_weights {named!r}, which is no safetensors file beside it; "
+            "take the key out, or put the file there."
+        )
+    return named
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Returns tensor name -> name of the file, of an index whose files are all there."""
+    weight_map = _read_json(index).get("weight_map", {})
+    if not isinstance(weight_map, dict):
+        raise ConversionError(f"{index}: weight_map is no JSON object; download the folder again.")
+    # Shards lie beside their index: an index must not name files elsewhere.
+    ending = "bin" if index.name == _BIN_INDEX else "safetensors"
+    odd = [
+        file
+        for file in weight_map.values()
+        if not (isinstance(file, str) and re.fullmatch(rf"[^/\\]+\.{ending}", file))
+    ]
+    missing = sorted({file for file in weight_map.values() if file not in odd})
+    missing = [file for file in missing if not (index.parent / file).is_file()]
+    if odd or missing or not weight_map:
+        found = f"names {(odd or missing)[0]}, which is not there" if weight_map else "is empty"
+        raise ConversionError(f"{index} {found}; download or export the folder again.")
+    return weight_map
+
+
 def _tensor_files(folder: Path) -> dict[str, Path]:
     """Returns tensor name -> file for a folder, single or sharded."""
-    index = folder / INDEX_FILE
-    if index.is_file():
-        weight_map = _read_json(index).get("weight_map", {})
-        files = {name: folder / file for name, file in weight_map.items()}
-        # Shards lie beside their index: an index must not name files elsewhere.
-        odd = [f for f in weight_map.values() if not re.fullmatch(r"[^/\\]+\.safetensors", f)]
-        missing = sorted({path.name for path in files.values() if not path.is_file()})
-        if odd or missing or not files:
-            found = f"names {(odd or missing)[0]}, which is not there" if files else "is empty"
-            raise ConversionError(f"{index} {found}; download or export the folder again.")
-        return files
-    single = folder / SINGLE_FILE
-    if single.is_file():
+    weights = find_weights(folder)
+    if weights.chosen.name in (_BIN_FILE, _BIN_INDEX):
+        raise ConversionError(
+            f"{folder} has {weights.chosen.name}, and only safetensors weights are read. Save the "
+            "model with save_pretrained(safe_serialization=True)."
+        )
+    files: dict[str, Path] = {}
+    for path in weights.files:
         try:
-            with safe_open(single, framework="pt") as file:
-                return dict.fromkeys(file.keys(), single)
+            with safe_open(path, framework="pt") as file:
+                # Of a tensor that lies in several files, transformers keeps the last.
+                files |= dict.fromkeys(file.keys(), path)
         except (SafetensorError, OSError) as error:
-            raise ConversionError(f"{single} cannot be read: {error}") from error
-    raise ConversionError(
-        f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors weights are read. "
-        "Save the model with save_pretrained(safe_serialization=True)."
-    )
+            raise ConversionError(f"{path} cannot be read: {error}") from error
+    if weights.chosen.name.endswith(".json"):
+        lost = sorted(_weight_map(weights.chosen).keys() - files.keys())
+        if lost:
+            raise ConversionError(
+                f"{weights.chosen} names {lost[0]}, which none of its files holds; download or "
+                "export the folder again."
+            )
+    return files
 
 
 def _read_json(path: Path) -> dict:

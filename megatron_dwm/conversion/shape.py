@@ -31,7 +31,7 @@ class ModelShape:
         num_experts: Experts of a layer; 0 in dense models.
         router_topk: Experts that a token is sent to.
         router_aux_loss: Coefficient of the load-balancing loss.
-        attention_dropout: Dropout of the attention's weights (GPT-2).
+        attention_dropout: Dropout of the attention's weights.
         hidden_dropout: Dropout of embedding and residual branches (GPT-2).
     """
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+# Where an import keeps the flags that it printed, one on each line, quoted for a shell.
+FLAGS_FILE = "trainer_flags.txt"
+
 # Argument -> flag that is given when the argument is true.
 _WHEN_TRUE = {
     "group_query_attention": "--group-query-attention",
@@ -41,6 +44,8 @@ _VALUES = {
     "moe_router_load_balancing_type": "--moe-router-load-balancing-type",
     "moe_aux_loss_coeff": "--moe-aux-loss-coeff",
     "make_vocab_size_divisible_by": "--make-vocab-size-divisible-by",
+    # Megatron's own padding follows from the tokenizer's size, which need not be the model's.
+    "padded_vocab_size": "--padded-vocab-size",
     "tokenizer_type": "--tokenizer-type",
     "tokenizer_model": "--tokenizer-model",
 }

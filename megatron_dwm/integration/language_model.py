@@ -1,8 +1,11 @@
-"""Builds the language model of a checkpoint in this one process, from the checkpoint's own args."""
+"""Builds the language model of a checkpoint in this one process, from its flags or arguments."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import itertools
 import os
 import sys
 from typing import Any
@@ -12,8 +15,9 @@ from megatron.core import dist_checkpointing, mpu
 from megatron.core.extensions import transformer_engine
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.argument_utils import gpt_config_from_args
-from megatron.training.arguments import parse_args
+from megatron.training.arguments import parse_args, validate_args
 from megatron.training.models.gpt import GPTModelBuilder
 
 from megatron_dwm import host
@@ -21,6 +25,7 @@ from megatron_dwm.conversion.checkpoint import TorchDistCheckpoint
 from megatron_dwm.conversion.errors import ConversionError
 from megatron_dwm.errors import in_short
 from megatron_dwm.scoring.run import start_ranks
+from megatron_dwm.stored_state import load_sharded, load_weights
 
 # One process, and the arithmetic of float32 whatever the run had.
 _HERE: dict[str, Any] = {
@@ -80,13 +85,17 @@ _MACHINE = (
 _PLAIN = (bool, int, float, str, type(None))
 
 
-def load_language_model(folder: str | os.PathLike) -> tuple[Any, argparse.Namespace]:
+def load_language_model(
+    folder: str | os.PathLike, flags: list[str] | None = None
+) -> tuple[Any, argparse.Namespace]:
     """Loads a `torch_dist` checkpoint's language model, in float32, on this process's device.
 
     Call `host.install()` before importing this module. Joins a process group of one.
 
     Args:
         folder: The checkpoint, `.../iter_0000100` or `release`.
+        flags: The trainer's flags by which the model is built; None takes the arguments that the
+            checkpoint carries.
 
     Returns:
         The `GPTModel` in evaluation mode, and the checkpoint's arguments.
@@ -94,9 +103,10 @@ def load_language_model(folder: str | os.PathLike) -> tuple[Any, argparse.Namesp
     Raises:
         ConversionError: The checkpoint is damaged, or Megatron cannot build or load its model.
     """
-    saved = TorchDistCheckpoint(folder).args
+    checkpoint = TorchDistCheckpoint(folder)
+    saved = checkpoint.args
     assert saved is not None, "the checkpoint was opened, so it has arguments"
-    args = _here(saved)
+    args = _here(saved) if flags is None else _from_flags(folder, flags)
     if not torch.distributed.is_initialized():
         start_ranks()
     if mpu.model_parallel_is_initialized():
@@ -113,10 +123,12 @@ def load_language_model(folder: str | os.PathLike) -> tuple[Any, argparse.Namesp
             f"{folder}: Megatron cannot build the model that its arguments describe in one process "
             f"({in_short(error)})"
         ) from error
+    _check_rows(folder, model, checkpoint)
     try:
         metadata = dist_checkpointing.load_content_metadata(str(folder)) or {}
         wanted = model.sharded_state_dict(metadata={**metadata, "dp_cp_group": groups.dp_cp})
-        model.load_state_dict(dist_checkpointing.load({"model": wanted}, str(folder))["model"])
+        loaded = load_sharded({"model": wanted}, str(folder))["model"]
+        load_weights(model, loaded, str(folder))
     except Exception as error:  # whatever a damaged or foreign checkpoint makes of it
         raise ConversionError(
             f"{folder}: its language model cannot be loaded ({in_short(error)}); "
@@ -144,6 +156,53 @@ def _here(saved: argparse.Namespace) -> argparse.Namespace:
     # There is no gradient to accumulate.
     args.gradient_accumulation_fusion = False
     return args
+
+
+def _from_flags(folder: str | os.PathLike, flags: list[str]) -> argparse.Namespace:
+    """Returns the arguments that the trainer makes of its flags, for one process on this machine.
+
+    Megatron's own functions parse, derive and pad; only what a run adds to a model is made up.
+    """
+    values = dict(itertools.pairwise(flags))
+    words = [*flags, "--micro-batch-size", "1", "--seq-length"]
+    words.append(values.get("--max-position-embeddings", "1"))
+    # The fused GELU is another function, the approximation by tanh: the model's flags say which.
+    words += [flag for flag in host.default_flags() if flag != "--no-bias-gelu-fusion"]
+    if not transformer_engine.HAVE_TE:
+        words += ["--transformer-impl", "local", "--no-persist-layer-norm"]
+    words.append("--no-gradient-accumulation-fusion")
+    given, sys.argv = sys.argv, ["verify", *words]
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            args = parse_args()
+            validate_args(args)
+            # As the trainer does, where the tokenizer has not been moved away since.
+            if args.tokenizer_model is None or os.path.exists(args.tokenizer_model):
+                build_tokenizer(args)
+    except (Exception, SystemExit) as error:  # whatever Megatron makes of flags it does not know
+        said = printed.getvalue().strip().splitlines()
+        reason = said[-1] if isinstance(error, SystemExit) and said else in_short(error)
+        raise ConversionError(
+            f"{folder}: Megatron does not take the flags that were printed for it ({reason}); "
+            "import the model again"
+        ) from error
+    finally:
+        sys.argv = given
+    for name, value in _HERE.items():
+        setattr(args, name, value)
+    return args
+
+
+def _check_rows(folder: str | os.PathLike, model: Any, checkpoint: TorchDistCheckpoint) -> None:
+    """Refuses a model with other rows than the checkpoint: loading would drop or make up some."""
+    name = "embedding.word_embeddings.weight"
+    built, stored = model.embedding.word_embeddings.weight.size(0), checkpoint.tensors.get(name)
+    if stored is not None and stored.shape[0] != built:
+        raise ConversionError(
+            f"{folder} has {stored.shape[0]} rows of vocabulary, and its flags build {built}; "
+            f"train with --padded-vocab-size {stored.shape[0]}, or import the model again"
+        )
 
 
 def _is_plain(value: Any) -> bool:

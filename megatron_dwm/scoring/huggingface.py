@@ -9,6 +9,7 @@ import torch
 
 from megatron_dwm.conversion.dwm_classifier import LENGTH, TEMPERATURE, read_classifier
 from megatron_dwm.conversion.errors import ConversionError
+from megatron_dwm.conversion.hf_folder import find_weights
 from megatron_dwm.errors import DWMError, in_short
 from megatron_dwm.scoring.identity import digest_of
 from megatron_dwm.weighting.pooling import pool_tokens
@@ -42,6 +43,7 @@ class HuggingFaceScorer:
             raise DWMError(f"--hf {folder} has no config.json; give a folder of save_pretrained")
         try:
             source = read_classifier(folder)
+            find_weights(folder)
         except ConversionError as error:
             raise DWMError(f"--hf {error}") from error
         try:

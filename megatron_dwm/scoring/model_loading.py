@@ -25,6 +25,8 @@ from megatron_dwm.conversion.hf_folder import read_hf_config
 from megatron_dwm.conversion.llama_shape import BUILT_IN_ROPE_FACTOR
 from megatron_dwm.errors import DWMError, in_short
 from megatron_dwm.scoring.identity import digest_of
+from megatron_dwm.snapshot_swap import mend
+from megatron_dwm.stored_state import load_sharded, load_weights
 from megatron_dwm.weighting.model import (
     LAYER_FIELDS,
     DataWeightingModel,
@@ -101,6 +103,7 @@ def find_folder(path: str) -> str:
         raise DWMError(f"--checkpoint {path}: no such folder")
     if os.path.exists(os.path.join(path, "metadata.json")):
         return path
+    mend(path)
     names = sorted(os.listdir(path))
     tracker = os.path.join(path, "latest_checkpointed_iteration.txt")
     wanted = None
@@ -313,8 +316,9 @@ def _load(model: DataWeightingModel, saved: SavedDWM, groups: Any) -> None:
     metadata = {**saved.sharding, "dp_cp_group": groups.dp_cp}
     wanted = model.sharded_state_dict(prefix=_PREFIX, metadata=metadata)
     try:
-        loaded = dist_checkpointing.load({KEY: {"model": wanted}}, saved.folder)[KEY]["model"]
-        model.load_state_dict({n.removeprefix(_PREFIX): value for n, value in loaded.items()})
+        loaded = load_sharded({KEY: {"model": wanted}}, saved.folder)[KEY]["model"]
+        weights = {n.removeprefix(_PREFIX): value for n, value in loaded.items()}
+        load_weights(model, weights, saved.folder)
     except Exception as error:
         raise DWMError(
             f"--checkpoint {saved.folder}: its weighting model cannot be loaded "

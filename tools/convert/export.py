@@ -26,6 +26,7 @@ from megatron_dwm.conversion.hf_folder import INDEX_FILE
 from megatron_dwm.conversion.legacy_checkpoint import LegacyCheckpoint, is_legacy
 from megatron_dwm.conversion.rules import Rule
 from megatron_dwm.conversion.stored_model import StoredModel
+from tools.convert.beside import CONFIG, GENERATION, Carried, find_carried
 from tools.convert.output import check_output, complete_or_nothing
 from tools.convert.tokenizer import Tokenizer, find_tokenizer
 
@@ -119,16 +120,20 @@ def export(
     source = StoredModel(checkpoint, shape)
     source.check()
     tokenizer = find_tokenizer(args, tokenizer_model)
-    size = _true_vocab_size(vocab_size, tokenizer, args, shape.vocab_size)
+    carried, more = _carried(found, args, tokenizer_model, shape)
+    imported = None if carried is None else carried.vocab_size
+    size = _true_vocab_size(vocab_size, tokenizer, args, shape.vocab_size, imported)
     shape = dataclasses.replace(shape, vocab_size=size)
     target = DTYPES[dtype] if dtype else source.dtype()
     zero_centered = getattr(args, "layernorm_zero_centered_gamma", False)
-    notes = [tokenizer.note] if tokenizer.note else []
+    notes = [*([tokenizer.note] if tokenizer.note else []), *more]
 
     with complete_or_nothing(out) as folder:
         _write_weights(folder, source, shape, target, max_shard_size, zero_centered)
-        _write_configs(folder, shape, target, tokenizer)
         warning = tokenizer.write(folder)
+        if carried is not None:
+            carried.write(folder, with_tokenizer=tokenizer_model != "none")
+        _write_configs(folder, shape, target, tokenizer, carried)
         if warning:
             notes.append(f"Warning: {warning}")
         # safetensors writes files that only their owner can read.
@@ -210,12 +215,34 @@ def _write_weights(
 # --------------------------------------------------------------------------- configuration
 
 
-def _true_vocab_size(flag: int | None, tokenizer: Tokenizer, args: object, padded: int) -> int:
+def _carried(
+    checkpoint: Path, args: object, tokenizer: str | None, shape: ModelShape
+) -> tuple[Carried | None, list[str]]:
+    """Returns what the import of this very model has carried, and notes."""
+    carried = find_carried(checkpoint, args, tokenizer)
+    if carried is None and tokenizer not in (None, "none"):
+        if find_carried(checkpoint, args, None) is not None:
+            return None, [
+                f"With --tokenizer-model {tokenizer}, generation_config.json and config.json of "
+                "the import are not carried: their token ids are those of the import's tokenizer."
+            ]
+    if carried is None or carried.fits(shape):
+        return carried, []
+    return None, [
+        f"The files that the import {carried.folder} has carried are another model's: its "
+        "generation_config.json and config.json are left out."
+    ]
+
+
+def _true_vocab_size(
+    flag: int | None, tokenizer: Tokenizer, args: object, padded: int, imported: int | None
+) -> int:
     """Returns the vocabulary size without padding: the flag's, tokenizer's or run's, in order."""
     # Megatron pads from the tokenizer's size; `vocab_size` describes the null tokenizer alone.
     # An import writes down the size that it read.
     known = (
         getattr(args, "hf_vocab_size", None)
+        or imported
         or tokenizer.vocab_size
         or getattr(args, "vocab_size", None)
     )
@@ -241,14 +268,21 @@ def _true_vocab_size(flag: int | None, tokenizer: Tokenizer, args: object, padde
 
 
 def _write_configs(
-    folder: Path, shape: ModelShape, dtype: torch.dtype, tokenizer: Tokenizer
+    folder: Path,
+    shape: ModelShape,
+    dtype: torch.dtype,
+    tokenizer: Tokenizer,
+    carried: Carried | None,
 ) -> None:
-    """Writes `config.json` and `generation_config.json`."""
+    """Writes `config.json`, and `generation_config.json` unless it was carried."""
     ids = {key: tokenizer.ids.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = shape.to_hf_config(str(dtype).removeprefix("torch."))
-    _write_json(folder / "config.json", {**config, **ids})
+    both = {**config, **ids} if carried is None else carried.merged_config(config, ids)
+    _write_json(folder / CONFIG, both)
+    if (folder / GENERATION).exists():
+        return
     known = {key: value for key, value in ids.items() if value is not None}
-    _write_json(folder / "generation_config.json", {"_from_model_config": True, **known})
+    _write_json(folder / GENERATION, {"_from_model_config": True, **known})
 
 
 def _is_model(out: Path) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shlex
-import shutil
 import sys
 from pathlib import Path
 
@@ -15,16 +14,20 @@ from tqdm import tqdm
 from megatron_dwm.conversion import ConversionError
 from megatron_dwm.conversion.checkpoint import TRACKER
 from megatron_dwm.conversion.families.rope import BUILT_IN_ROPE_FACTOR
+from megatron_dwm.conversion.hf_folder import find_weights
 from megatron_dwm.conversion.hf_model import HfModel, padded_vocabulary
 from megatron_dwm.conversion.rules import Rule
 from megatron_dwm.conversion.torch_dist_writer import chunks, write_checkpoint
-from megatron_dwm.conversion.trainer_flags import trainer_flags
+from megatron_dwm.conversion.trainer_flags import FLAGS_FILE, trainer_flags
+from megatron_dwm.errors import in_short
+from tools.convert.beside import FOLDER, GENERATION, carry, sort_out
 from tools.convert.export import DTYPES
 from tools.convert.output import check_output, complete_or_nothing
-from tools.convert.tokenizer import TOKENIZER_FILES
+from tools.convert.tokenizer import largest_id
 
 RELEASE = "release"
-TOKENIZER = "tokenizer"
+# Tensor-parallel sizes are divisors of it, as a rule.
+_USUAL_TENSOR_PARALLEL = 8
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -80,7 +83,8 @@ def import_model(
 
     Args:
         hf_path: Folder with `config.json` and safetensors.
-        megatron_path: Folder to write: `release/`, the tracker file and the tokenizer.
+        megatron_path: Folder to write: `release/`, the tracker file, the trainer's flags, the
+            tokenizer and what else belongs to the model.
         dtype: A key of `DTYPES`; None keeps the folder's.
         make_vocab_size_divisible_by: Padding of the vocabulary, with the next.
         tensor_model_parallel_size: The padded vocabulary is a multiple of the product.
@@ -108,8 +112,11 @@ def import_model(
     padded = padded_vocabulary(
         shape.vocab_size, make_vocab_size_divisible_by, tensor_model_parallel_size
     )
-    kind, files = _tokenizer(Path(hf_path))
-    place = out / TOKENIZER
+    weights = find_weights(hf_path)
+    carried, left = sort_out(Path(hf_path), weights)
+    kind = _tokenizer(carried)
+    notes = _notes(Path(hf_path), kind, shape.vocab_size, padded)
+    place = out / FOLDER
     values = {
         **model.family.to_args(shape),
         "make_vocab_size_divisible_by": make_vocab_size_divisible_by,
@@ -122,18 +129,24 @@ def import_model(
 
     with complete_or_nothing(out) as folder:
         _write(folder / RELEASE, model, padded, target, argparse.Namespace(**values, **_FIXED))
-        for file in files:
-            (folder / TOKENIZER).mkdir(exist_ok=True)
-            shutil.copyfile(file, folder / TOKENIZER / file.name)
+        carry(Path(hf_path), carried, folder / FOLDER, shape.vocab_size)
+        (folder / FLAGS_FILE).write_text(flags_text(out, values), encoding="utf-8")
         (folder / TRACKER).write_text(RELEASE, encoding="utf-8")
-    if not files:
-        print(f"{hf_path} holds no tokenizer, so none is carried.", file=sys.stderr)
+    if weights.unread:
+        notes.append(
+            f"The weights of {weights.chosen.name} are taken, as transformers does; not read: "
+            f"{', '.join(weights.unread)}."
+        )
+    if left:
+        notes.append(f"Not carried, as no part of model or tokenizer: {', '.join(left)}.")
+    for note in notes:
+        print(note, file=sys.stderr)
     print(
         f"Wrote {out}: {model.family.label}, {shape.num_layers} layers, vocabulary "
         f"{shape.vocab_size} in {padded} rows, {str(target).removeprefix('torch.')}. The trainer "
         "needs:\n"
     )
-    print(flags_block(out, values))
+    print(flags_block(flags_text(out, values)))
     if shape.activation == "gelu_new":
         print(
             "\nThis model's GELU is the tanh approximation, which Megatron computes only where it "
@@ -156,11 +169,15 @@ _FIXED = {
 }
 
 
-def flags_block(out: Path, values: dict) -> str:
-    """Returns the trainer's flags as lines of a shell command, with `--load`."""
+def flags_text(out: Path, values: dict) -> str:
+    """Returns the trainer's flags, with `--load`: one on each line, quoted for a shell."""
     flags = [*trainer_flags(values), ["--load", str(out)]]
-    lines = [" ".join(shlex.quote(word) for word in flag) for flag in flags]
-    return " \\\n".join(f"    {line}" for line in lines)
+    return "".join(f"{shlex.join(flag)}\n" for flag in flags)
+
+
+def flags_block(text: str) -> str:
+    """Returns what `flags_text` did as lines of a shell command."""
+    return " \\\n".join(f"    {line}" for line in text.splitlines())
 
 
 def _write(
@@ -207,16 +224,55 @@ def _check_rope(model: HfModel, given: float | None) -> None:
         )
 
 
-def _tokenizer(folder: Path) -> tuple[str, list[Path]]:
-    """Returns Megatron's tokenizer type for a folder, and the files to carry."""
-    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    names = {path.name for path in files}
+def _tokenizer(carried: list[str]) -> str:
+    """Returns Megatron's tokenizer type for the files that a folder has."""
+    names = set(carried)
     if names & {"tokenizer.json", "vocab.json", "vocab.txt", "tokenizer_config.json"}:
-        # transformers tells some tokenizers by the model's configuration.
-        return "HuggingFaceTokenizer", [*files, folder / "config.json"]
-    if "tokenizer.model" in names:
-        return "SentencePieceTokenizer", [folder / "tokenizer.model"]
-    return "NullTokenizer", []
+        return "HuggingFaceTokenizer"
+    return "SentencePieceTokenizer" if "tokenizer.model" in names else "NullTokenizer"
+
+
+def _notes(folder: Path, kind: str, rows: int, padded: int) -> list[str]:
+    """Compares tokenizer and model, and returns what the user should know of both.
+
+    Raises:
+        ConversionError: The tokenizer has ids that the model has no row for.
+    """
+    notes = []
+    if padded % _USUAL_TENSOR_PARALLEL:
+        notes.append(
+            f"The {padded} rows of the vocabulary are split over tensor-parallel ranks: a run's "
+            "--tensor-model-parallel-size must divide them. For another size, import with "
+            "--tensor-model-parallel-size."
+        )
+    if kind == "NullTokenizer":
+        notes.append(f"{folder} holds no tokenizer, so none is carried.")
+        if (folder / GENERATION).is_file():
+            notes.append(
+                f"{GENERATION} is given back by an export of this import; a run that begins here "
+                "has no tokenizer beside which an export of the run would find it."
+            )
+        return notes
+    try:
+        ids = largest_id(folder, kind) + 1
+    except Exception as error:  # whatever a foreign tokenizer makes of its library
+        notes.append(
+            f"The tokenizer could not be loaded here ({in_short(error)}), so its size was not "
+            "compared with the model's."
+        )
+        return notes
+    if ids > rows:
+        raise ConversionError(
+            f"{folder}: the tokenizer has ids up to {ids - 1}, and the model {rows} rows, so some "
+            "tokens have none. Give the model rows with resize_token_embeddings and save it, or "
+            "give its own tokenizer."
+        )
+    if ids < rows:
+        notes.append(
+            f"The model has {rows} rows for the {ids} ids of its tokenizer; all are kept, by "
+            "--padded-vocab-size."
+        )
+    return notes
 
 
 def _tokenizer_path(place: Path, kind: str) -> str | None:

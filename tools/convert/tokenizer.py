@@ -32,6 +32,11 @@ TOKENIZER_FILES = (
     "vocab.txt",
 )
 
+# The same for tokenizers of one family, and of versions of transformers.
+_MORE_FILES = re.compile(r"tokenizer\..+\.json|tekken\.json|.+\.tiktoken|.+\.model(\.v\d+)?")
+# Where further chat templates lie, one file each.
+_TEMPLATES = "additional_chat_templates"
+
 # Texts that tell tokenizers apart: spaces and line breaks in odd places, digits, cases,
 # compatibility characters, scripts without spaces, and characters outside most vocabularies.
 PROBES = (
@@ -67,6 +72,37 @@ class Tokenizer:
     vocab_size: int | None = None
     ids: dict[str, int] = dataclasses.field(default_factory=dict)
     note: str | None = None
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """Returns the names of a folder's tokenizer files and chat templates, relative to it."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    found = [name for name in names if name in TOKENIZER_FILES or _MORE_FILES.fullmatch(name)]
+    templates = sorted((folder / _TEMPLATES).glob("*.jinja"))
+    return [*found, *(f"{_TEMPLATES}/{path.name}" for path in templates)]
+
+
+def largest_id(folder: Path, kind: str) -> int:
+    """Returns the largest id of a folder's tokenizer.
+
+    Args:
+        folder: A Hugging Face folder.
+        kind: Megatron's `--tokenizer-type`, HuggingFaceTokenizer or SentencePieceTokenizer.
+
+    Raises:
+        Exception: Whatever the tokenizer's library raises where it cannot load it.
+    """
+    if kind == "SentencePieceTokenizer":
+        import sentencepiece
+
+        model = str(folder / "tokenizer.model")
+        return sentencepiece.SentencePieceProcessor(model_file=model).get_piece_size() - 1
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+    return max(tokenizer.get_vocab().values(), default=-1)
 
 
 def find_tokenizer(args: Any, flag: str | None) -> Tokenizer:
@@ -109,7 +145,7 @@ def find_tokenizer(args: Any, flag: str | None) -> Tokenizer:
 
 def _hugging_face(folder: Path, origin: str) -> Tokenizer:
     """A folder with Hugging Face tokenizer files, which are copied."""
-    names = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    names = tokenizer_files(folder)
     if not names:
         raise ConversionError(
             f"{origin} is a folder without tokenizer files; expected one of {TOKENIZER_FILES}."
@@ -123,6 +159,7 @@ def _hugging_face(folder: Path, origin: str) -> Tokenizer:
 
     def write(out: Path) -> str | None:
         for name in names:
+            (out / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / name, out / name)
         return None
 

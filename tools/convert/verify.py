@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,16 @@ from typing import Any
 import torch
 
 from megatron_dwm.conversion import ConversionError, find_checkpoint
+from megatron_dwm.conversion.hf_folder import find_weights
+from megatron_dwm.conversion.trainer_flags import FLAGS_FILE
 from megatron_dwm.errors import DWMError, in_short
+from tools.convert.import_ import RELEASE
 
-_HELP = """Runs the same tokens through Megatron's model, built from the checkpoint's own arguments
-in this process, and through transformers, both in float32, and compares the logits position by
-position. The relative difference of a position is its largest absolute one over the largest logit
-there, or over 1 where all are smaller. With --data the language-model loss is compared as well.
+_HELP = """Runs the same tokens through Megatron's model and through transformers, both in float32,
+and compares the logits position by position. Megatron's model is built in this process from the
+checkpoint's own arguments; that of an import, from the flags that the import printed. The relative
+difference of a position is its largest absolute one over the largest logit there, or over 1 where
+all are smaller. With --data the language-model loss is compared as well.
 Both models are in memory at the same time.
 Exit code 0: the largest relative difference is within --tolerance, 1: it is not, 2: bad input."""
 
@@ -125,7 +130,7 @@ def compare(folder: Path, hf_path: Path, data: str | None, tokens: int) -> Compa
     host.install()
     from megatron_dwm.integration.language_model import load_language_model, logits_of
 
-    ours, args = load_language_model(folder)
+    ours, args = load_language_model(folder, _printed_flags(folder))
     size = int(theirs.config.vocab_size)
     # An imported model was trained with no sequence length of its own.
     limits = [
@@ -160,9 +165,21 @@ def compare(folder: Path, hf_path: Path, data: str | None, tokens: int) -> Compa
     return Comparison(absolute, relative, losses)  # type: ignore[arg-type]
 
 
+def _printed_flags(folder: Path) -> list[str] | None:
+    """Returns the trainer's flags that an import printed; None for a run's own checkpoint."""
+    path = folder.absolute().parent / FLAGS_FILE
+    if folder.name != RELEASE or not path.is_file():
+        return None
+    try:
+        return shlex.split(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConversionError(f"{path} is damaged ({error}); import the model again.") from error
+
+
 def _hugging_face(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise ConversionError(f"--hf-path {folder} has no config.json; give an exported model.")
+    find_weights(folder)
     try:
         from transformers import AutoModelForCausalLM
 

@@ -60,7 +60,9 @@ class Llama(Family):
     ) -> tuple[dict[str, Any], list[str]]:
         scaling, issues = rope.scaling_from_args(args, rope_scaling_factor)
         base = float(getattr(args, "rotary_base", self.default_theta))
-        return {"rotary_base": base, "rope_scaling": scaling}, issues
+        dropout = float(getattr(args, "attention_dropout", 0.0))
+        values = {"rotary_base": base, "rope_scaling": scaling, "attention_dropout": dropout}
+        return values, issues
 
     @override
     def own_args(self, shape: ModelShape) -> tuple[dict[str, Any], list[str]]:
@@ -83,6 +85,7 @@ class Llama(Family):
             "rotary_base": base,
             "rope_scaling": scaling,
             "tied": config.get("tie_word_embeddings", False),
+            "attention_dropout": float(config.get("attention_dropout") or 0.0),
         }
 
     @override
@@ -102,7 +105,7 @@ class Llama(Family):
             "rms_norm_eps": shape.layernorm_epsilon,
             **rope.to_config(shape.rotary_base, shape.rope_scaling),
             **self.own_config,
-            "attention_dropout": 0.0,
+            "attention_dropout": shape.attention_dropout,
             "tie_word_embeddings": shape.tied,
             "use_cache": True,
         }

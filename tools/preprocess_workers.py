@@ -134,11 +134,14 @@ class Encoder:
                 yield number, {k: record_text(record, k, batch.path, number) for k in self._keys}
 
     def _encode_text(self, text: str, batch: Batch, line_number: int) -> np.ndarray:
-        if not text or text.isspace():
-            return np.empty(0, self._dtype)
+        # As in Megatron's tool the tokenizer decides: spaces are text, and even an empty string
+        # has a token where the tokenizer puts one in front.
         try:
             ids = np.asarray(self._tokenize(text))
         except Exception as error:
+            if not text:
+                # NullTokenizer, which takes numbers alone.
+                return np.empty(0, self._dtype)
             raise InputError(
                 f"{batch.path}, line {line_number}: the tokenizer cannot take this text "
                 f"({type(error).__name__}: {error})."

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from text_files import InputError, parse_record, record_text
 
+from megatron_dwm.vocabulary import megatron_vocabulary_size
+
 # Batches in flight per worker: enough to keep it busy, few enough to bound the memory.
 BATCHES_PER_WORKER = 4
 
@@ -98,6 +100,7 @@ class Encoder:
         self._keys = args.json_keys
         self._dtype = dtype
         self._max_id = np.iinfo(dtype).max
+        self._vocabulary = megatron_vocabulary_size(tokenizer)
 
     def encode(self, batch: Batch) -> Encoded:
         """Tokenizes a batch.
@@ -151,6 +154,11 @@ class Encoder:
                 f"{batch.path}, line {line_number}: token ids {ids.min()} to {ids.max()} do not "
                 f"fit {np.dtype(self._dtype).name}, the type for this vocabulary size. Check "
                 f"--vocab-size."
+            )
+        if ids.size and ids.max() >= self._vocabulary:
+            raise InputError(
+                f"{batch.path}, line {line_number}: token ids up to {ids.max()} do not fit the "
+                f"vocabulary of {self._vocabulary} ids, which begin at 0. Check --vocab-size."
             )
         return ids.astype(self._dtype, copy=False)
 

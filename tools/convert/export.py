@@ -214,12 +214,8 @@ def _true_vocab_size(flag: int | None, tokenizer: Tokenizer, args: object, padde
     """Returns the vocabulary size without padding: the flag's, tokenizer's or run's, in order."""
     # Megatron pads from the tokenizer's size; `vocab_size` describes the null tokenizer alone.
     # An import writes down the size that it read.
-    known = (
-        getattr(args, "hf_vocab_size", None)
-        or tokenizer.vocab_size
-        or getattr(args, "vocab_size", None)
-    )
-    size = flag or known or padded
+    known = getattr(args, "hf_vocab_size", None) or tokenizer.vocab_size or _null_vocabulary(args)
+    size = flag or max(known or padded, tokenizer.vocab_size or 0)
     if not 0 < size <= padded:
         origin = "--vocab-size" if flag else "the tokenizer's size"
         raise ConversionError(
@@ -228,8 +224,9 @@ def _true_vocab_size(flag: int | None, tokenizer: Tokenizer, args: object, padde
         )
     if flag and tokenizer.vocab_size and flag < tokenizer.vocab_size:
         raise ConversionError(
-            f"--vocab-size is {flag}, and the tokenizer has {tokenizer.vocab_size} tokens; the "
-            "model would lack rows for some. Leave the flag out, or name another tokenizer."
+            f"--vocab-size is {flag}, and the tokenizer has {tokenizer.tokens} tokens with ids up "
+            f"to {tokenizer.vocab_size - 1}; the model would lack rows for some. Leave the flag "
+            "out, or name another tokenizer."
         )
     if not (flag or known):
         print(
@@ -238,6 +235,13 @@ def _true_vocab_size(flag: int | None, tokenizer: Tokenizer, args: object, padde
             file=sys.stderr,
         )
     return size
+
+
+def _null_vocabulary(args: object) -> int | None:
+    """Returns the largest id + 1 of a run without a tokenizer, or None."""
+    size = getattr(args, "vocab_size", None)
+    single = (getattr(args, f"null_tokenizer_{name}_id", None) for name in ("eod", "pad"))
+    return size and max([size, *(number + 1 for number in single if number is not None)])
 
 
 def _write_configs(

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from text_files import InputError, parse_record, record_text
 
+from megatron_dwm.errors import in_short
 from megatron_dwm.vocabulary import megatron_vocabulary_size
 
 # Batches in flight per worker: enough to keep it busy, few enough to bound the memory.
@@ -147,7 +148,7 @@ class Encoder:
                 return np.empty(0, self._dtype)
             raise InputError(
                 f"{batch.path}, line {line_number}: the tokenizer cannot take this text "
-                f"({type(error).__name__}: {error})."
+                f"({in_short(error)})."
             ) from error
         if ids.size and (ids.min() < 0 or ids.max() > self._max_id):
             raise InputError(
@@ -218,7 +219,7 @@ def build_megatron_tokenizer(args: argparse.Namespace) -> Any:
     except Exception as error:
         raise InputError(
             f"--tokenizer-type {args.tokenizer_type} --tokenizer-model {args.tokenizer_model}: "
-            f"Megatron cannot build this tokenizer ({type(error).__name__}: {error})."
+            f"Megatron cannot build this tokenizer ({in_short(error)})."
         ) from error
     if args.append_eod:
         missing = (

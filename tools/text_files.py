@@ -1,7 +1,6 @@
 """Text inputs of the data tools: JSON Lines or plain text, compressed or not."""
 
 import glob
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,8 @@ from compressed_files import (
     decompressed,
     refuse_foreign,
 )
+
+from megatron_dwm.json_files import JsonError, json_type, parse_json
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 TEXT_SUFFIXES = (".txt", ".text", ".md")
@@ -145,19 +146,19 @@ def parse_record(line: bytes, path: Path | str, line_number: int) -> dict | None
         return None
     try:
         # utf-8-sig: editors on Windows put a byte order mark in front of the first line.
-        record = json.loads(line.decode("utf-8-sig" if line_number == 1 else "utf-8"))
+        record = parse_json(line.decode("utf-8-sig" if line_number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path}, line {line_number}: not UTF-8 (byte {error.start + 1}). Convert the file."
         ) from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except JsonError as error:
         raise InputError(
             f"{path}, line {line_number}: not JSON ({error}). "
             f"Every line must be one JSON object; for plain text set --input-format text."
         ) from error
     if not isinstance(record, dict):
         raise InputError(
-            f"{path}, line {line_number}: a JSON {type(record).__name__}, expected an object "
+            f"{path}, line {line_number}: a JSON {json_type(record)}, expected an object "
             f'such as {{"text": "..."}}.'
         )
     return record
@@ -191,7 +192,7 @@ def record_text(record: dict, key: str, path: Path | str, line_number: int) -> l
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return value
     raise InputError(
-        f"{path}, line {line_number}: key '{key}' holds {type(value).__name__}, expected a "
+        f"{path}, line {line_number}: key '{key}' holds {json_type(value)}, expected a "
         f"string or a list of strings."
     )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
+
+from megatron_dwm.json_files import JsonError, parse_object
 
 FILE_NAME = "dwm_log.jsonl"
 
@@ -14,7 +15,9 @@ def read_log(path: str) -> list[dict[str, Any]]:
     with open(path) as file:
         for text in file:
             try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
+                line = parse_object(text)
+            except JsonError:
                 continue
+            if isinstance(line.get("iteration"), int):
+                lines.append(line)
     return lines

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from megatron_dwm.conversion.dwm_classifier import stock_config
 from megatron_dwm.conversion.errors import ConversionError
 from megatron_dwm.conversion.llama import LAYER_NAMES, MODEL_NAMES, hf_layer_to_megatron
 from megatron_dwm.conversion.llama_shape import LlamaShape
+from megatron_dwm.json_files import JsonError, json_type, read_object, shown
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -127,6 +127,13 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     index = folder / INDEX_FILE
     if index.is_file():
         weight_map = _read_json(index).get("weight_map", {})
+        if not isinstance(weight_map, dict):
+            raise ConversionError(
+                f"{index}: weight_map is a JSON {json_type(weight_map)}, no object."
+            )
+        bad = [file for file in weight_map.values() if not isinstance(file, str)]
+        if bad:
+            raise ConversionError(f"{index}: weight_map names the file {shown(bad[0])}, no string.")
         files = {name: folder / file for name, file in weight_map.items()}
         # Shards lie beside their index: an index must not name files elsewhere.
         odd = [f for f in weight_map.values() if not re.fullmatch(r"[^/\\]+\.safetensors", f)]
@@ -152,9 +159,6 @@ def _read_json(path: Path) -> dict:
     if not path.is_file():
         raise ConversionError(f"{path} is missing; give a folder that save_pretrained wrote.")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConversionError(f"{path} is no valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ConversionError(f"{path} must hold a JSON object.")
-    return value
+        return read_object(path)
+    except JsonError as error:
+        raise ConversionError(f"{path} is no valid JSON object: {error}.") from error

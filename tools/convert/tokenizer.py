@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dwm.conversion import ConversionError
+from megatron_dwm.errors import in_short
 from megatron_dwm.vocabulary import vocabulary_size
 
 # The files of a Hugging Face tokenizer; a folder may hold weights beside them.
@@ -125,7 +126,9 @@ def _hugging_face(folder: Path, origin: str, added: list[str]) -> Tokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:
-        raise ConversionError(f"{origin} cannot be loaded by transformers: {error}") from error
+        raise ConversionError(
+            f"{origin} cannot be loaded by transformers: {in_short(error)}"
+        ) from error
 
     def write(out: Path) -> str | None:
         for name in names:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from preprocess_workers import (
     Batch,
@@ -28,6 +29,8 @@ from preprocess_workers import (
     quiet_megatron_import,
 )
 from text_files import InputError, TextFile, expand_inputs, input_format, read_blocks, read_whole
+
+from megatron_dwm.vocabulary import megatron_vocabulary_size
 
 BLOCK_BYTES = 1 << 18
 
@@ -262,7 +265,7 @@ def dataset_builders(prefix: str, keys: list[str], dtype: type) -> Iterator[dict
                 Path(partial + suffix).unlink(missing_ok=True)
 
 
-def preprocess(args: argparse.Namespace, files: list[Path], tokenizer: object) -> None:
+def preprocess(args: argparse.Namespace, files: list[Path], tokenizer: Any) -> None:
     """Writes the datasets.
 
     Raises:
@@ -270,7 +273,8 @@ def preprocess(args: argparse.Namespace, files: list[Path], tokenizer: object) -
     """
     from megatron.core.datasets.indexed_dataset import DType
 
-    dtype = DType.optimal_dtype(tokenizer.vocab_size)
+    vocabulary = megatron_vocabulary_size(tokenizer)
+    dtype = DType.optimal_dtype(vocabulary)
     Path(args.output_prefix).parent.mkdir(parents=True, exist_ok=True)
     progress = Progress(sum(path.stat().st_size for path in files), args.log_interval)
     written = dict.fromkeys(args.json_keys, 0)
@@ -300,15 +304,20 @@ def preprocess(args: argparse.Namespace, files: list[Path], tokenizer: object) -
             f"{tokens[key]} tokens, {empty} empty documents skipped"
         )
     print(f"{progress.seconds():.1f} s with {args.workers} workers ({progress.rate()})")
+    if vocabulary > tokenizer.vocab_size:
+        print(
+            f"NOTE: the tokenizer's ids go up to {vocabulary - 1}, and the trainer pads the "
+            f"vocabulary from {tokenizer.vocab_size}: where that gives fewer than {vocabulary} "
+            f"rows, train with --padded-vocab-size.",
+            file=sys.stderr,
+        )
 
 
-def find_optimal_num_workers(
-    args: argparse.Namespace, files: list[Path], tokenizer: object
-) -> None:
+def find_optimal_num_workers(args: argparse.Namespace, files: list[Path], tokenizer: Any) -> None:
     """Prints the throughput of each number of workers, fastest first."""
     from megatron.core.datasets.indexed_dataset import DType
 
-    dtype = DType.optimal_dtype(tokenizer.vocab_size)
+    dtype = DType.optimal_dtype(megatron_vocabulary_size(tokenizer))
     rates = []
     for workers in args.workers_to_check:
         documents, start = 0, time.perf_counter()

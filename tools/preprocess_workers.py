@@ -18,6 +18,9 @@ from typing import Any
 import numpy as np
 from text_files import InputError, parse_record, record_text
 
+from megatron_dwm.errors import in_short
+from megatron_dwm.vocabulary import megatron_vocabulary_size
+
 # Batches in flight per worker: enough to keep it busy, few enough to bound the memory.
 BATCHES_PER_WORKER = 4
 
@@ -98,6 +101,7 @@ class Encoder:
         self._keys = args.json_keys
         self._dtype = dtype
         self._max_id = np.iinfo(dtype).max
+        self._vocabulary = megatron_vocabulary_size(tokenizer)
 
     def encode(self, batch: Batch) -> Encoded:
         """Tokenizes a batch.
@@ -134,20 +138,28 @@ class Encoder:
                 yield number, {k: record_text(record, k, batch.path, number) for k in self._keys}
 
     def _encode_text(self, text: str, batch: Batch, line_number: int) -> np.ndarray:
-        if not text or text.isspace():
-            return np.empty(0, self._dtype)
+        # As in Megatron's tool the tokenizer decides: spaces are text, and even an empty string
+        # has a token where the tokenizer puts one in front.
         try:
             ids = np.asarray(self._tokenize(text))
         except Exception as error:
+            if not text:
+                # NullTokenizer, which takes numbers alone.
+                return np.empty(0, self._dtype)
             raise InputError(
                 f"{batch.path}, line {line_number}: the tokenizer cannot take this text "
-                f"({type(error).__name__}: {error})."
+                f"({in_short(error)})."
             ) from error
         if ids.size and (ids.min() < 0 or ids.max() > self._max_id):
             raise InputError(
                 f"{batch.path}, line {line_number}: token ids {ids.min()} to {ids.max()} do not "
                 f"fit {np.dtype(self._dtype).name}, the type for this vocabulary size. Check "
                 f"--vocab-size."
+            )
+        if ids.size and ids.max() >= self._vocabulary:
+            raise InputError(
+                f"{batch.path}, line {line_number}: token ids up to {ids.max()} do not fit the "
+                f"vocabulary of {self._vocabulary} ids, which begin at 0. Check --vocab-size."
             )
         return ids.astype(self._dtype, copy=False)
 
@@ -207,7 +219,7 @@ def build_megatron_tokenizer(args: argparse.Namespace) -> Any:
     except Exception as error:
         raise InputError(
             f"--tokenizer-type {args.tokenizer_type} --tokenizer-model {args.tokenizer_model}: "
-            f"Megatron cannot build this tokenizer ({type(error).__name__}: {error})."
+            f"Megatron cannot build this tokenizer ({in_short(error)})."
         ) from error
     if args.append_eod:
         missing = (

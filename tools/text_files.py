@@ -1,23 +1,24 @@
 """Text inputs of the data tools: JSON Lines or plain text, compressed or not."""
 
-import bz2
 import glob
-import gzip
-import io
-import json
-import lzma
 import os
-import zlib
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+
+from compressed_files import (
+    HEAD_BYTES,
+    FileFormatError,
+    codec_of,
+    decompressed,
+    refuse_foreign,
+)
+
+from megatron_dwm.json_files import JsonError, json_type, parse_json
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 TEXT_SUFFIXES = (".txt", ".text", ".md")
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
-
-# What the decompressors raise on a damaged or truncated file.
-READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error)
 
 
 class InputError(ValueError):
@@ -26,6 +27,9 @@ class InputError(ValueError):
 
 def expand_inputs(patterns: Sequence[str], flag: str = "--input") -> list[Path]:
     """Expands file names and glob patterns.
+
+    A file that is named again, by another spelling or by a link as well, is taken once; a line on
+    standard error says so.
 
     Args:
         patterns: File names or glob patterns, taken in the order given.
@@ -37,7 +41,7 @@ def expand_inputs(patterns: Sequence[str], flag: str = "--input") -> list[Path]:
     Raises:
         InputError: A pattern matches no file, or names a directory.
     """
-    files: dict[Path, None] = {}
+    files: dict[tuple[int, int], Path] = {}
     for pattern in patterns:
         # A file may carry glob characters in its name, so try the name itself first.
         names = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
@@ -46,8 +50,12 @@ def expand_inputs(patterns: Sequence[str], flag: str = "--input") -> list[Path]:
         for name in names:
             if not os.path.isfile(name):
                 raise InputError(f"{flag} {name}: not a file. For a directory give '{name}/*'.")
-            files[Path(name)] = None
-    return list(files)
+            status = os.stat(name)
+            first = files.setdefault((status.st_dev, status.st_ino), path := Path(name))
+            if first is not path:
+                how = "named twice" if first == path else f"the same file as {first}"
+                print(f"NOTE: {flag} {name}: {how}; it is read once.", file=sys.stderr)
+    return list(files.values())
 
 
 def input_format(path: Path, override: str = "auto") -> str:
@@ -83,15 +91,17 @@ class TextFile:
     """A possibly compressed file, read as bytes.
 
     Attributes:
+        path: Its name.
         stream: Decompressed content.
+        compressed: Whether it is compressed, as its first bytes tell.
         size: Bytes of the file on disk.
     """
 
     def __init__(self, path: Path):
-        """Opens `path`; the suffix (.gz .bz2 .xz .zst) names the compression.
+        """Opens `path`; its first bytes tell the compression, whatever its name says.
 
         Raises:
-            InputError: The file cannot be opened, or `zstandard` is needed and missing.
+            InputError: The file cannot be opened, or it is of a format that cannot be read.
         """
         self.path = path
         try:
@@ -99,7 +109,12 @@ class TextFile:
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}.") from error
         self.size = os.fstat(self._raw.fileno()).st_size
-        self.stream = _decompressed(self._raw, path)
+        try:
+            self.stream, codec = decompressed(self._raw, path.suffix.lower())
+        except OSError as error:
+            self._raw.close()
+            raise InputError(f"{path}: {error}.") from error
+        self.compressed = codec is not None
 
     def __enter__(self) -> "TextFile":
         return self
@@ -111,27 +126,6 @@ class TextFile:
     def tell(self) -> int:
         """Bytes of the file on disk that were read so far, for progress bars."""
         return self._raw.tell()
-
-
-def _decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw))
-    if suffix == ".bz2":
-        return bz2.BZ2File(raw)
-    if suffix == ".xz":
-        return lzma.LZMAFile(raw)
-    if suffix == ".zst":
-        try:
-            import zstandard
-        except ImportError as error:
-            raise InputError(
-                f"{path}: reading .zst needs the package zstandard. Install it "
-                f"(pip install zstandard) or decompress the file first."
-            ) from error
-        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return io.BufferedReader(reader, 1 << 20)
-    return raw
 
 
 def parse_record(line: bytes, path: Path | str, line_number: int) -> dict | None:
@@ -152,19 +146,19 @@ def parse_record(line: bytes, path: Path | str, line_number: int) -> dict | None
         return None
     try:
         # utf-8-sig: editors on Windows put a byte order mark in front of the first line.
-        record = json.loads(line.decode("utf-8-sig" if line_number == 1 else "utf-8"))
+        record = parse_json(line.decode("utf-8-sig" if line_number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path}, line {line_number}: not UTF-8 (byte {error.start + 1}). Convert the file."
         ) from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except JsonError as error:
         raise InputError(
             f"{path}, line {line_number}: not JSON ({error}). "
             f"Every line must be one JSON object; for plain text set --input-format text."
         ) from error
     if not isinstance(record, dict):
         raise InputError(
-            f"{path}, line {line_number}: a JSON {type(record).__name__}, expected an object "
+            f"{path}, line {line_number}: a JSON {json_type(record)}, expected an object "
             f'such as {{"text": "..."}}.'
         )
     return record
@@ -198,7 +192,7 @@ def record_text(record: dict, key: str, path: Path | str, line_number: int) -> l
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return value
     raise InputError(
-        f"{path}, line {line_number}: key '{key}' holds {type(value).__name__}, expected a "
+        f"{path}, line {line_number}: key '{key}' holds {json_type(value)}, expected a "
         f"string or a list of strings."
     )
 
@@ -222,18 +216,30 @@ def read_blocks(file: TextFile, block_bytes: int) -> Iterator[tuple[int, bytes]]
             block = file.stream.read(block_bytes)
             if block and not block.endswith(b"\n"):
                 block += file.stream.readline()
-        except Exception as error:
-            # zstandard has an exception class of its own that cannot be named without it.
-            if isinstance(error, READ_ERRORS) or type(error).__name__ == "ZstdError":
-                raise InputError(
-                    f"{file.path}: damaged or truncated after line {first_line - 1} "
-                    f"({error or type(error).__name__}). Fetch or compress it again."
-                ) from error
-            raise
+        except FileFormatError as error:
+            raise InputError(f"{file.path}: {error}.") from error
+        except OSError as error:
+            raise InputError(
+                f"{file.path}: damaged or truncated after line {first_line - 1} ({error}). "
+                f"Fetch or compress it again."
+            ) from error
         if not block:
             return
+        if first_line == 1 and file.compressed:
+            _check_content(file.path, block[:HEAD_BYTES])
         yield first_line, block
         first_line += block.count(b"\n")
+
+
+def _check_content(path: Path, head: bytes) -> None:
+    """Refuses what lies in a compressed file and is no text."""
+    codec = codec_of(head)
+    if codec is not None:
+        raise InputError(f"{path}: compressed twice ({codec.name} inside); decompress it once.")
+    try:
+        refuse_foreign(head)
+    except FileFormatError as error:
+        raise InputError(f"{path}: compressed, and inside {error}.") from error
 
 
 def read_whole(file: TextFile) -> str:

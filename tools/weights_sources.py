@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import tokenize
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 from text_files import COMPRESSED_SUFFIXES, InputError, TextFile, read_blocks
 
 from megatron_dwm.data import IndexSummary
+from megatron_dwm.json_files import JsonError, json_type, parse_json, repeated_keys, shown
 
 DOCUMENT = "document"
 _BATCH_ROWS = 1 << 16
@@ -208,6 +208,7 @@ def _place(path: Path, header: list[str], name: str) -> int:
 
 def _jsonl_batches(path: Path, columns: Columns) -> Iterator[_Batch]:
     keys = [name for name in (columns.weight, columns.domain) if name is not None]
+    names = [*keys, DOCUMENT]
     with_documents: bool | None = None
     with TextFile(path) as file:
         for first_line, text in _texts(file):
@@ -215,7 +216,7 @@ def _jsonl_batches(path: Path, columns: Columns) -> Iterator[_Batch]:
             for line, content in enumerate(text.split("\n"), first_line):
                 if content and not content.isspace():
                     lines.append(line)
-                    records.append(_record(path, line, content))
+                    records.append(_record(path, line, content, names))
             if not records:
                 continue
             if with_documents is None:
@@ -246,16 +247,21 @@ def _check_keys(
             )
 
 
-def _record(path: Path, line: int, content: str) -> dict:
+def _record(path: Path, line: int, content: str, names: Sequence[str]) -> dict:
     try:
-        record = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        record = parse_json(content)
+    except JsonError as error:
         raise InputError(f"{path}, line {line}: not JSON ({error})") from error
     if not isinstance(record, dict):
         raise InputError(
-            f"{path}, line {line}: a JSON {type(record).__name__}, expected an object such as "
+            f"{path}, line {line}: a JSON {json_type(record)}, expected an object such as "
             f'{{"weight": 1.5}}'
         )
+    # Looked for only where the text can have any, as it costs another pass.
+    if "\\" in content or any(content.count(f'"{name}"') > 1 for name in names):
+        twice = sorted(repeated_keys(content) & set(names))
+        if twice:
+            raise InputError(f"{path}, line {line}: {twice[0]!r} is there twice; give it once")
     return record
 
 
@@ -306,7 +312,9 @@ def _convert_one(
     try:
         function(cell)
     except _CELL_ERRORS as error:
-        raise InputError(f"{path}, line {line}: {name!r} is {cell!r}, expected {what}") from error
+        raise InputError(
+            f"{path}, line {line}: {name!r} is {shown(cell)}, expected {what}"
+        ) from error
 
 
 def _json_number(value: object) -> float:

@@ -23,7 +23,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 import math
 import os
 import re
@@ -39,6 +38,7 @@ from torch.distributed.checkpoint import metadata as dcp
 
 from megatron_dwm.conversion.checkpoint import TRACKER, _read_metadata, load_restricted
 from megatron_dwm.conversion.errors import ConversionError
+from megatron_dwm.json_files import JsonError, json_type, read_object, shown
 
 MARKER = "metadata.json"
 INDEX = ".metadata"
@@ -186,16 +186,14 @@ def common_state(folder: str | os.PathLike, metadata: dcp.Metadata | None = None
 
 def _marker_problems(path: Path) -> list[str]:
     try:
-        value = json.loads(path.read_bytes())
-        if not isinstance(value, dict):
-            raise ValueError("no JSON object")
+        value = read_object(path)
         for name in ("sharded_backend", "sharded_backend_version"):
             if name not in value:
                 raise ValueError(f"{name} is missing")
         # What a later version says beside it does not matter here.
         for name, found in value.items():
             if found not in _MARKER_VALUES.get(name, (found,)):
-                raise ValueError(f"{name!r} is {found!r}")
+                raise ValueError(f"{name!r} is {shown(found)}")
     except ValueError as error:
         return [f"{path.name} is damaged, or not of a torch_dist checkpoint ({_short(error)})"]
     return []
@@ -206,11 +204,13 @@ def _manifest_problems(folder: Path, deep: bool) -> list[str]:
     if not path.is_file():
         return []
     try:
-        value = json.loads(path.read_bytes())
-        digests = dict(value["files"])
+        value = read_object(path)
+        digests = value.get("files")
+        if not isinstance(digests, dict):
+            raise JsonError(f"files is a JSON {json_type(digests)}, no object")
         if str(value.get("algorithm", "sha256")).lower() != "sha256":
-            return [f"{MANIFEST} names the unknown algorithm {value['algorithm']!r}"]
-    except (ValueError, KeyError, TypeError) as error:
+            return [f"{MANIFEST} names the unknown algorithm {shown(value['algorithm'])}"]
+    except JsonError as error:
         return [f"{MANIFEST} is damaged ({_short(error)})"]
     found = []
     for name, digest in digests.items():

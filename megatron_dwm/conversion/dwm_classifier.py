@@ -8,14 +8,16 @@ transformers would load the folder without the module and, silently, score by th
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from megatron_dwm.conversion.errors import ConversionError
+from megatron_dwm.conversion.families.config_types import is_count, is_number
 from megatron_dwm.conversion.shape import ModelShape
+from megatron_dwm.json_files import JsonError, read_object, shown
 
 MODULE = "modeling_dwm.py"
 # Keys of config.json that are this project's.
@@ -30,6 +32,19 @@ _MEAN_TYPE = "dwm_mean_"
 # model_type -> the stem of transformers' class names.
 _STEMS = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 _LABEL = "weight"
+_COUNT = "a positive number", is_count
+# Keys of config.json that this module and the scorer take values from.
+_OWN_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "architectures": (
+        "a list of strings",
+        lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
+    ),
+    "id2label": ("an object", lambda value: isinstance(value, dict)),
+    "num_labels": _COUNT,
+    VOCABULARY: _COUNT,
+    LENGTH: _COUNT,
+    TEMPERATURE: ("a number above 0", lambda value: is_number(value) and value > 0),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,20 +130,22 @@ def read_classifier(folder: str | os.PathLike) -> Classifier:
     if not path.is_file():
         raise ConversionError(f"{path} is missing; give a folder that save_pretrained wrote.")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("no JSON object")
-    except ValueError as error:
+        config = read_object(path)
+    except JsonError as error:
         raise ConversionError(f"{path} is damaged: {error}") from error
     config = stock_config(config)
+    for name, (what, fits) in _OWN_TYPES.items():
+        value = config.get(name)
+        if value is not None and not fits(value):
+            raise ConversionError(f"{path}: {name} is {shown(value)}, needs {what}.")
     architectures = config.get("architectures") or [""]
     labels = 0
-    if str(architectures[0]).endswith("ForSequenceClassification"):
+    if architectures[0].endswith("ForSequenceClassification"):
         # transformers leaves out what is its default, two labels.
-        labels = len(config.get("id2label") or ()) or int(config.get("num_labels") or 2)
+        labels = len(config.get("id2label") or ()) or config.get("num_labels") or 2
     pooling = config.get(POOLING, "last")
     if pooling not in ("last", "mean"):
-        raise ConversionError(f"{path}: {POOLING} is {pooling!r}; last and mean are known.")
+        raise ConversionError(f"{path}: {POOLING} is {shown(pooling)}; last and mean are known.")
     return Classifier(config, labels, pooling, config.get(VOCABULARY))
 
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from megatron_dwm.conversion.dwm_classifier import stock_config
 from megatron_dwm.conversion.errors import ConversionError
 from megatron_dwm.conversion.llama import LAYER_NAMES, MODEL_NAMES, hf_layer_to_megatron
 from megatron_dwm.conversion.llama_shape import LlamaShape
+from megatron_dwm.json_files import JsonError, json_type, read_object, shown
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -200,9 +200,15 @@ def _weight_map(index: Path) -> dict[str, str]:
     """Returns tensor name -> name of the file, of an index whose files are all there."""
     weight_map = _read_json(index).get("weight_map", {})
     if not isinstance(weight_map, dict):
-        raise ConversionError(f"{index}: weight_map is no JSON object; download the folder again.")
+        raise ConversionError(
+            f"{index}: weight_map is a JSON {json_type(weight_map)}, no object; download the "
+            "folder again."
+        )
     # Shards lie beside their index: an index must not name files elsewhere.
     ending = "bin" if index.name == _BIN_INDEX else "safetensors"
+    bad = [file for file in weight_map.values() if not isinstance(file, str)]
+    if bad:
+        raise ConversionError(f"{index}: weight_map names the file {shown(bad[0])}, no string.")
     odd = [
         file
         for file in weight_map.values()
@@ -246,9 +252,6 @@ def _read_json(path: Path) -> dict:
     if not path.is_file():
         raise ConversionError(f"{path} is missing; give a folder that save_pretrained wrote.")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConversionError(f"{path} is no valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ConversionError(f"{path} must hold a JSON object.")
-    return value
+        return read_object(path)
+    except JsonError as error:
+        raise ConversionError(f"{path} is no valid JSON object: {error}.") from error

@@ -41,8 +41,13 @@ class HfModel:
         self.config = _read_json(self.folder / "config.json")
         self.shape = ModelShape.from_hf_config(self.config)
         self.family = FAMILIES[self.shape.family]
-        self.rules = self.family.rules(self.shape)
         self._files = _tensor_files(self.folder)
+        if self.shape.num_layers * max(self.shape.num_experts, 1) > len(self._files):
+            raise ConversionError(
+                f"{self.folder} does not hold the {self.family.label} that its config.json "
+                f"describes: {len(self._files)} tensors for {self.shape.num_layers} layers."
+            )
+        self.rules = self.family.rules(self.shape)
         self._names = {self._full_name(name): name for name in self._files}
         if len(self._names) != len(self._files):
             files = self._files

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_dwm.data.epoch_plan import Corpus, Segment
+from megatron_dwm.json_files import read_object
 
 _ARRAYS = ("documents", "starts", "stops", "is_piece", "seen", "sample_index")
 _NUMBERS = ("start", "stage", "first_epoch", "entry_bounds", "token_bounds")
@@ -41,6 +42,13 @@ def save_segment(path: str, segment: Segment) -> None:
     os.replace(temporary, f"{path}.json")
 
 
+def _is_plan(stored: dict[str, Any]) -> bool:
+    whole = all(type(stored.get(name)) is int for name in ("start", "stage", "first_epoch"))
+    lists = [stored.get(name) for name in ("entry_bounds", "token_bounds")]
+    bounds = all(isinstance(v, list) and all(type(n) is int for n in v) for v in lists)
+    return whole and bounds and isinstance(stored.get("arrays"), list)
+
+
 def load_segment(path: str, corpus: Corpus) -> Segment | None:
     """Returns a plan with memory-mapped arrays; None where there is none, or not all of it.
 
@@ -51,8 +59,9 @@ def load_segment(path: str, corpus: Corpus) -> Segment | None:
     if not os.path.isfile(f"{path}.json"):
         return None
     try:
-        with open(f"{path}.json") as file:
-            stored = json.load(file)
+        stored = read_object(f"{path}.json")
+        if not _is_plan(stored):
+            return None
         arrays: dict[str, Any] = {
             name: np.load(f"{path}-{name}.npy", mmap_mode="r", allow_pickle=False)
             if name in stored["arrays"]

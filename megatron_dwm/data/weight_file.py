@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_dwm.data.index import DatasetError, IndexSummary
+from megatron_dwm.json_files import JsonError, parse_json
 
 _MAGIC = b"DWMWGT\x00\x00"
 _VERSION = 1
@@ -318,8 +319,8 @@ def _check_domains(path: str, domains: np.ndarray, names: Sequence[str]) -> None
 
 def _read_names(path: str, encoded: bytes) -> tuple[str, ...]:
     try:
-        names = json.loads(encoded.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+        names = parse_json(encoded)
+    except JsonError as error:
         raise DatasetError(
             f"{path}: the domain names are no JSON list ({error}): the file is damaged; {_REMAKE}"
         ) from error

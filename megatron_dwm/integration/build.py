@@ -38,6 +38,7 @@ from megatron_dwm.passes import Passes, RunShape
 from megatron_dwm.policies.base import PolicyContext, policy_class
 from megatron_dwm.schedule import Schedule
 from megatron_dwm.train_step import DWMTrainStep
+from megatron_dwm.vocabulary import megatron_vocabulary_size
 from megatron_dwm.weighting.loss import WeightedForwardStep
 from megatron_dwm.weighting.model import (
     DataWeightingModel,
@@ -201,7 +202,7 @@ def _description(config: DWMConfig, scorer: Scorer) -> dict[str, Any]:
         "rope_scaling": embedding.rope_scaling,
         "rope_scaling_factor": float(embedding.rope_scaling_factor),
         # Not the padded size, which depends on the tensor-parallel size.
-        "vocab_size": int(tokenizer.vocab_size),
+        "vocab_size": min(megatron_vocabulary_size(tokenizer), embedding.vocab_size),
     }
 
 

@@ -7,11 +7,12 @@ Lines are in the order of iterations throughout. Imports neither torch nor Megat
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
+
+from megatron_dwm.json_files import JsonError, parse_object
 
 FILE_NAME = "dwm_log.jsonl"
 # Figures that differ from run to run of the same training.
@@ -131,7 +132,7 @@ def _lines_from_the_end(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 def _parsed(text: bytes) -> dict[str, Any] | None:
     """Returns a line of the log, None for what is none."""
     try:
-        line = json.loads(text)
-    except ValueError:  # not JSON, or not UTF-8
+        line = parse_object(text)
+    except JsonError:
         return None
-    return line if isinstance(line, dict) and isinstance(line.get("iteration"), int) else None
+    return line if isinstance(line.get("iteration"), int) else None

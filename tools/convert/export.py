@@ -244,9 +244,9 @@ def _true_vocab_size(
         getattr(args, "hf_vocab_size", None)
         or imported
         or tokenizer.vocab_size
-        or getattr(args, "vocab_size", None)
+        or _null_vocabulary(args)
     )
-    size = flag or known or padded
+    size = flag or max(known or padded, tokenizer.vocab_size or 0)
     if not 0 < size <= padded:
         origin = "--vocab-size" if flag else "the tokenizer's size"
         raise ConversionError(
@@ -255,8 +255,9 @@ def _true_vocab_size(
         )
     if flag and tokenizer.vocab_size and flag < tokenizer.vocab_size:
         raise ConversionError(
-            f"--vocab-size is {flag}, and the tokenizer has {tokenizer.vocab_size} tokens; the "
-            "model would lack rows for some. Leave the flag out, or name another tokenizer."
+            f"--vocab-size is {flag}, and the tokenizer has {tokenizer.tokens} tokens with ids up "
+            f"to {tokenizer.vocab_size - 1}; the model would lack rows for some. Leave the flag "
+            "out, or name another tokenizer."
         )
     if not (flag or known):
         print(
@@ -265,6 +266,13 @@ def _true_vocab_size(
             file=sys.stderr,
         )
     return size
+
+
+def _null_vocabulary(args: object) -> int | None:
+    """Returns the largest id + 1 of a run without a tokenizer, or None."""
+    size = getattr(args, "vocab_size", None)
+    single = (getattr(args, f"null_tokenizer_{name}_id", None) for name in ("eod", "pad"))
+    return size and max([size, *(number + 1 for number in single if number is not None)])
 
 
 def _write_configs(

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dwm.conversion import ConversionError
+from megatron_dwm.errors import in_short
+from megatron_dwm.vocabulary import vocabulary_size
 
 # The files of a Hugging Face tokenizer; a folder may hold weights beside them.
 TOKENIZER_FILES = (
@@ -63,13 +65,16 @@ class Tokenizer:
 
     Attributes:
         write: Writes the tokenizer's files into a folder; returns a warning or None.
-        vocab_size: Number of tokens, or None when there is no tokenizer.
+        vocab_size: Rows that its ids need, the largest id + 1, with the special tokens of the
+            run; None when there is no tokenizer.
+        tokens: Number of tokens, which is less where ids have gaps.
         ids: `bos_token_id`, `eos_token_id` and `pad_token_id`, as far as they exist.
         note: A line for the user, or None.
     """
 
     write: Callable[[Path], str | None] = lambda folder: None
     vocab_size: int | None = None
+    tokens: int | None = None
     ids: dict[str, int] = dataclasses.field(default_factory=dict)
     note: str | None = None
 
@@ -134,16 +139,18 @@ def find_tokenizer(args: Any, flag: str | None) -> Tokenizer:
             f"The run's --tokenizer-type {kind} names no file that could be carried. {remedy}"
         )
     path = Path(named)
+    # --tokenizer-special-tokens, which Megatron adds to the tokenizer that it has read.
+    added = list(dict.fromkeys(getattr(args, "special_tokens", None) or ()))
     if path.is_dir():
-        return _hugging_face(path, origin)
+        return _hugging_face(path, origin, added)
     if not path.is_file():
         raise ConversionError(f"{origin} was not found on this machine. {remedy}")
     if path.name in ("tokenizer.json", "tokenizer_config.json"):
-        return _hugging_face(path.parent, origin)
-    return _sentencepiece(path, origin, remedy)
+        return _hugging_face(path.parent, origin, added)
+    return _sentencepiece(path, origin, remedy, added)
 
 
-def _hugging_face(folder: Path, origin: str) -> Tokenizer:
+def _hugging_face(folder: Path, origin: str, added: list[str]) -> Tokenizer:
     """A folder with Hugging Face tokenizer files, which are copied."""
     names = tokenizer_files(folder)
     if not names:
@@ -155,7 +162,9 @@ def _hugging_face(folder: Path, origin: str) -> Tokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:
-        raise ConversionError(f"{origin} cannot be loaded by transformers: {error}") from error
+        raise ConversionError(
+            f"{origin} cannot be loaded by transformers: {in_short(error)}"
+        ) from error
 
     def write(out: Path) -> str | None:
         for name in names:
@@ -165,10 +174,24 @@ def _hugging_face(folder: Path, origin: str) -> Tokenizer:
 
     keys = ("bos_token_id", "eos_token_id", "pad_token_id")
     ids = {key: getattr(tokenizer, key) for key in keys}
-    return Tokenizer(write, len(tokenizer), {k: v for k, v in ids.items() if v is not None})
+    ids = {key: value for key, value in ids.items() if value is not None}
+    vocabulary = tokenizer.get_vocab()
+    new = [token for token in added if token not in vocabulary]
+    tokenizer.add_tokens(new, special_tokens=True)
+    return Tokenizer(write, vocabulary_size(tokenizer), len(tokenizer), ids, _note_of(new))
 
 
-def _sentencepiece(path: Path, origin: str, remedy: str) -> Tokenizer:
+def _note_of(new: list[str]) -> str | None:
+    """Returns a note of tokens that the run has added to its tokenizer."""
+    if not new:
+        return None
+    return (
+        f"The model has rows for {', '.join(new)} of the run's --tokenizer-special-tokens, which "
+        "the tokenizer's files do not have."
+    )
+
+
+def _sentencepiece(path: Path, origin: str, remedy: str, added: list[str]) -> Tokenizer:
     """A SentencePiece model, which is copied and rebuilt as `tokenizer.json`."""
     import sentencepiece
 
@@ -215,7 +238,9 @@ def _sentencepiece(path: Path, origin: str, remedy: str) -> Tokenizer:
         (out / "tokenizer_config.json").write_text(text, encoding="utf-8")
         return None
 
-    return Tokenizer(write, processor.get_piece_size(), ids)
+    new = [token for token in added if processor.piece_to_id(token) == processor.unk_id()]
+    size = processor.get_piece_size() + len(new)
+    return Tokenizer(write, size, size, ids, _note_of(new))
 
 
 def rebuild(processor: Any) -> Any:

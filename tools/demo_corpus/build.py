@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_dwm.json_files import JsonError, read_object
+
 from .corruption import corrupt
 from .packages import Package, PackageError, fetch
 from .readers import Document
@@ -83,9 +85,12 @@ class CorpusBuilder:
             return False
         if manifest.get("arguments") != self.arguments.as_json():
             return False
-        return all(
-            (self.out / name).is_file() and (self.out / name).stat().st_size == entry["bytes"]
-            for name, entry in manifest["files"].items()
+        files = manifest.get("files")
+        return isinstance(files, dict) and all(
+            isinstance(entry, dict)
+            and (self.out / name).is_file()
+            and (self.out / name).stat().st_size == entry.get("bytes")
+            for name, entry in files.items()
         )
 
     def build(self, progress: Callable[[Iterable], Iterable] = iter) -> dict:
@@ -251,10 +256,9 @@ def rows(domain: str, documents: Iterable[Document]) -> list[Row]:
 def read_manifest(out: Path) -> dict:
     """The manifest of a corpus, empty if there is none or it cannot be read."""
     try:
-        manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(out / "manifest.json")
+    except (OSError, JsonError):
         return {}
-    return manifest if isinstance(manifest, dict) else {}
 
 
 def write_atomically(path: Path, lines: Iterable[str]) -> str:

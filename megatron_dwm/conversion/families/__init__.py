@@ -9,6 +9,7 @@ from megatron_dwm.conversion.errors import ConversionError
 from megatron_dwm.conversion.families.base import Family
 from megatron_dwm.conversion.families.gpt2 import GPT2
 from megatron_dwm.conversion.families.llama import Llama, Mixtral, Qwen2, Qwen3
+from megatron_dwm.json_files import shown
 
 FAMILIES: dict[str, Family] = {
     family.name: family for family in (Llama(), Qwen2(), Qwen3(), Mixtral(), GPT2())
@@ -42,8 +43,8 @@ def family_of_config(config: Mapping[str, Any]) -> Family:
         ConversionError: No family has this `model_type`.
     """
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ConversionError(
-            f"config.json has model_type {kind!r}; {', '.join(FAMILIES)} can be converted."
+            f"config.json has model_type {shown(kind)}; {', '.join(FAMILIES)} can be converted."
         )
     return FAMILIES[kind]

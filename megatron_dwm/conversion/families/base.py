@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_dwm.conversion.errors import ConversionError
+from megatron_dwm.conversion.families.config_types import is_count, type_issues
 from megatron_dwm.conversion.rules import Rule
 from megatron_dwm.conversion.shape import ModelShape
+from megatron_dwm.json_files import shown
 
 # Flags that are not spelled as their argument.
 FLAG_NAMES = {
@@ -196,23 +198,41 @@ class Family(abc.ABC):
         Raises:
             ConversionError: The model is none of the family, or a number is missing.
         """
+        issues = type_issues(config)
         fits = {"model_type": (self.name,), "quantization_config": (None,), **self.config_fits}
-        issues = [
-            f"{name} is {config.get(name)!r}, needs {values[0]!r}"
+        issues += [
+            f"{name} is {shown(config.get(name))}, needs {values[0]!r}"
             for name, values in fits.items()
             if config.get(name, None if name == "model_type" else values[0]) not in values
         ]
         issues += [f"{name} is missing" for name in self.config_needs if name not in config]
         issues += [
-            f"{name} is {config[name]!r}, needs a positive number"
+            f"{name} is {shown(config[name])}, needs a positive number"
             for name in self.config_needs
-            if name in config and not _counts(config[name])
+            if name in config and not is_count(config[name])
         ]
-        if "sliding_attention" in (config.get("layer_types") or ()):
-            issues.append("layer_types has sliding_attention, needs full_attention")
+        if not issues:
+            issues = self._layer_type_issues(config) + self.own_config_issues(config)
         if issues:
+            issues = list(dict.fromkeys(issues))
             raise ConversionError(f"config.json is no {self.label}: {'; '.join(issues)}.")
         return {"family": self.name, **self.own_values_from_config(config)}
+
+    def _layer_type_issues(self, config: Mapping[str, Any]) -> list[str]:
+        types = config.get("layer_types")
+        if types is None:
+            return []
+        others = [kind for kind in types if kind != "full_attention"]
+        if others:
+            return [f"layer_types has {others[0][:60]}, needs full_attention"]
+        layers = config.get("num_hidden_layers", config.get("n_layer"))
+        if len(types) != layers:
+            return [f"layer_types names {len(types)} layers, and there are {layers}"]
+        return []
+
+    def own_config_issues(self, config: Mapping[str, Any]) -> list[str]:
+        """Returns what only this family refuses, in a config.json whose types fit."""
+        return []
 
     @abc.abstractmethod
     def own_values_from_config(self, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,6 +51,8 @@ class Llama(Family):
     ignored = ("rotary_emb.inv_freq",)
     default_theta = 10000.0
     default_epsilon = 1e-6
+    # Whether transformers' configuration of the family has types of layers.
+    knows_layer_types = False
     # Keys of config.json that only this family has.
     own_config: Mapping[str, Any] = {"attention_bias": False, "mlp_bias": False}
 
@@ -67,6 +69,18 @@ class Llama(Family):
     @override
     def own_args(self, shape: ModelShape) -> tuple[dict[str, Any], list[str]]:
         return rope.args_of(shape.rotary_base, shape.rope_scaling)
+
+    @override
+    def own_config_issues(self, config: Mapping[str, Any]) -> list[str]:
+        given = {"rope_theta": self.default_theta, **config}
+        issues = rope.config_issues(given, self.knows_layer_types)
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        if not config.get("head_dim") and hidden % heads:
+            issues.append(f"hidden_size {hidden} is no multiple of the {heads} heads")
+        groups = config.get("num_key_value_heads") or heads
+        if heads % groups:
+            issues.append(f"the {heads} heads do not divide into the groups, of which are {groups}")
+        return issues
 
     @override
     def own_values_from_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,6 +184,7 @@ class Qwen2(Llama):
     name = "qwen2"
     label = "dense Qwen2"
     architecture = "Qwen2ForCausalLM"
+    knows_layer_types = True
     required = {**Llama.required, "add_qkv_bias": (True,)}
     unused = {"qk_layernorm": (False,), "rotary_percent": (1.0,), **_NO_EXPERTS}
     config_fits = {
@@ -198,6 +213,7 @@ class Qwen3(Llama):
     name = "qwen3"
     label = "dense Qwen3"
     architecture = "Qwen3ForCausalLM"
+    knows_layer_types = True
     required = {**Llama.required, "qk_layernorm": (True,)}
     unused = {"add_qkv_bias": (False,), "rotary_percent": (1.0,), **_NO_EXPERTS}
     config_fits = {

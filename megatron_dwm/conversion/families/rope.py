@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_dwm.conversion.families.config_types import is_number
+from megatron_dwm.json_files import shown
+
 # The factor that Megatron's own model builders train with, whatever --rope-scaling-factor says:
 # they take the flag and do not hand it to the model (seen in 0.19.2).
 BUILT_IN_ROPE_FACTOR = 8.0
@@ -60,7 +63,7 @@ def args_of(base: float, scaling: Mapping[str, Any] | None) -> tuple[dict[str, A
         issues.append(f"rope_theta is {base}, and Megatron's --rotary-base takes integers")
     values["rotary_base"] = int(base)
     kind = (scaling or {}).get("rope_type")
-    factor = float((scaling or {}).get("factor", 1.0))
+    factor = float((scaling or {}).get("factor", 1.0)) if kind in _NEEDED else 1.0
     if scaling is not None and kind == "llama3":
         values |= {"use_rope_scaling": True, "rope_scaling_factor": factor}
         issues += [
@@ -80,13 +83,67 @@ def args_of(base: float, scaling: Mapping[str, Any] | None) -> tuple[dict[str, A
     return values, issues
 
 
+# What a kind of scaling must have, as transformers asks for it.
+_NEEDED = {"linear": ("factor",), "llama3": ("factor", *LLAMA3_ROPE)}
+
+
 def from_config(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """Returns theta and `rope_scaling` (None for plain RoPE), from either spelling."""
-    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    base = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    rope.pop("type", None)
+    """Returns theta and `rope_scaling` (None for plain RoPE), from either spelling.
+
+    Args:
+        config: A config.json of which `config_issues` has found nothing.
+    """
+    rope = _described(config)
+    base = rope.pop("rope_theta")
+    kind = rope.pop("rope_type")
     return float(base), None if kind == "default" else {"rope_type": kind, **rope}
+
+
+def config_issues(config: Mapping[str, Any], by_layer_type: bool) -> list[str]:
+    """Returns what no RoPE can be read from, where transformers has none either.
+
+    Args:
+        config: A config.json with `rope_theta`.
+        by_layer_type: Whether the family's configuration knows types of layers; transformers then
+            takes a description with their names for several.
+    """
+    given = config.get("rope_scaling")
+    if given and not isinstance(given, dict):
+        return [f"rope_scaling is {shown(given)}, needs an object"]
+    rope = _described(config)
+    theta, kind = rope["rope_theta"], rope["rope_type"]
+    issues = []
+    if by_layer_type and "full_attention" in rope:
+        issues.append("the RoPE parameters are those of layer types, needs one set for all layers")
+    if not is_number(theta) or theta <= 0:
+        issues.append(f"rope_theta is {shown(theta)}, needs a number above 0")
+    if not isinstance(kind, str):
+        issues.append(f"rope_type is {shown(kind)}, needs a string")
+    elif kind != "default":
+        for name in _NEEDED.get(kind, ()):
+            if name not in rope:
+                issues.append(f"{name} of the RoPE scaling {kind} is missing")
+            elif not is_number(rope[name]) or rope[name] <= 0:
+                issues.append(f"{name} of RoPE is {shown(rope[name])}, needs a number above 0")
+    share = rope.get("partial_rotary_factor")
+    if share is not None and (not is_number(share) or share != 1):
+        issues.append(f"partial_rotary_factor of RoPE is {shown(share)}, needs 1.0")
+    return issues
+
+
+def _described(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the RoPE of a config.json with its theta and type, as transformers completes it."""
+    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    rope["rope_type"] = rope.get("rope_type", rope.pop("type", "default"))
+    rope.pop("type", None)
+    original = "original_max_position_embeddings"
+    if rope["rope_type"] == "llama3":
+        if original in config:
+            rope[original] = config[original]
+        elif "max_position_embeddings" in config:
+            rope.setdefault(original, config["max_position_embeddings"])
+    return rope
 
 
 def to_config(base: float, scaling: Mapping[str, Any] | None) -> dict[str, Any]:

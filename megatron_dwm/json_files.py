@@ -1,0 +1,92 @@
+"""JSON that someone else wrote: read and checked for its type before anything is taken out of it.
+
+Python's own reader raises three kinds of errors on bad JSON, of which two do not say so: a
+`ValueError` on integers of more than 4,300 digits, and a `RecursionError` on deep nesting.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+# Characters of a value that a message shows.
+_SHOWN = 60
+
+
+class JsonError(ValueError):
+    """What is wrong with a JSON text, in one line that does not name the file."""
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parses a JSON text.
+
+    Args:
+        text: The text; bytes are UTF-8.
+
+    Raises:
+        JsonError: It is no JSON, or none that can be held.
+    """
+    try:
+        return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
+    except UnicodeDecodeError as error:
+        raise JsonError(f"not UTF-8 (byte {error.start + 1})") from error
+    except json.JSONDecodeError as error:
+        raise JsonError(str(error)) from error
+    except RecursionError as error:
+        raise JsonError("nested too deeply") from error
+    except ValueError as error:
+        raise JsonError("it has an integer of several thousand digits") from error
+
+
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """Parses a JSON text that must be an object.
+
+    Raises:
+        JsonError: It is no JSON, or no object.
+    """
+    value = parse_json(text)
+    if not isinstance(value, dict):
+        raise JsonError(f"no JSON object, but a {json_type(value)}")
+    return value
+
+
+def read_object(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads a file that holds one JSON object.
+
+    Raises:
+        JsonError: It holds no JSON, or no object.
+        OSError: It cannot be read.
+    """
+    with open(path, "rb") as file:
+        return parse_object(file.read())
+
+
+def repeated_keys(text: str) -> set[str]:
+    """Returns the keys that an object has twice; all readers of JSON take the last.
+
+    Args:
+        text: A JSON object that parses.
+    """
+    objects: list[list[str]] = []
+
+    def keep(pairs: list[tuple[str, Any]]) -> None:
+        objects.append([name for name, _ in pairs])
+
+    json.loads(text, object_pairs_hook=keep)
+    # The outermost object ends last.
+    return {name for name in objects[-1] if objects[-1].count(name) > 1}
+
+
+def json_type(value: object) -> str:
+    """Returns the name of a parsed value's type, as messages say it."""
+    return "null" if value is None else type(value).__name__
+
+
+def shown(value: object) -> str:
+    """Returns the beginning of a value, for a message of one line."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        text = f"a {json_type(value)} too large to show"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

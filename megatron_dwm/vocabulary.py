@@ -1,0 +1,45 @@
+"""How many rows a tokenizer needs: its largest id + 1, special tokens included.
+
+The number of tokens is less where ids have gaps, as after tokens were removed or added by hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+# The single tokens of a Megatron tokenizer, of which some have none and raise.
+_SINGLE = ("eod", "bos", "eos", "pad", "unk", "mask", "cls", "sep")
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """Returns the largest id + 1 of a Hugging Face tokenizer."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def megatron_vocabulary_size(tokenizer: Any) -> int:
+    """Returns the largest id + 1 of a Megatron tokenizer, and not less than its `vocab_size`.
+
+    Megatron pads the vocabulary from `vocab_size`, which for some tokenizers is the number of
+    tokens, for NullTokenizer what the flag says.
+    """
+    return max([int(tokenizer.vocab_size), *(number + 1 for number in _ids(tokenizer))])
+
+
+def _ids(tokenizer: Any) -> Iterator[int]:
+    tables: list[Any] = []
+    with contextlib.suppress(Exception):
+        tables.append(tokenizer.inv_vocab)
+    # SFTTokenizer has no such table, but keeps the Hugging Face tokenizer.
+    with contextlib.suppress(Exception):
+        words = tokenizer._tokenizer._tokenizer.get_vocab()
+        tables.append(dict.fromkeys(words.values()))
+    for table in tables:
+        if isinstance(table, Mapping):
+            yield from (number for number in table if isinstance(number, int))
+    for name in _SINGLE:
+        with contextlib.suppress(Exception):
+            number = getattr(tokenizer, name)
+            if isinstance(number, int):
+                yield number

@@ -80,6 +80,7 @@ class StepRecord:
         bad_steps: the run's bad steps by cause, this one among them.
         figures: what the policy says of the step.
         notices: lines for the user.
+        scores: `[N]` that the weights were made of, where samples are logged and there are any.
         time_share: estimate of the weighting's share of the time, at meta steps, see `TimeShare`.
     """
 
@@ -96,6 +97,7 @@ class StepRecord:
     figures: dict[str, Any] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     time_share: float | None = None
+    scores: torch.Tensor | None = None
 
 
 class DWMTrainStep:
@@ -310,6 +312,8 @@ class DWMTrainStep:
         if self.sees_losses and plan.weighted:
             record.batch = getattr(self.policy, "batch", None)
             record.figures, record.notices = self.policy.figures(), self.policy.notices()
+            if self.config.log_samples:
+                record.scores = self._gathered(self.policy.local_scores())
         return record
 
     def _gathered(self, local: torch.Tensor | None) -> torch.Tensor | None:

@@ -59,6 +59,8 @@ def describe(record: StepRecord, domains: list[str], samples: bool = False) -> d
         line["notices"] = notices
     if samples:
         line["weights"] = [_finite(round(w, 6)) for w in weights.tolist()]
+        if record.scores is not None:
+            line["scores"] = [_finite(score) for score in record.scores.tolist()]
         if record.domains is not None:
             line["domains"] = record.domains.tolist()
         if record.meta is not None:

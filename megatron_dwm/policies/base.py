@@ -190,6 +190,10 @@ class WeightPolicy(abc.ABC):
         """Whether `bad_scores` must be looked at in every step, at the price of a wait."""
         return False
 
+    def local_scores(self) -> torch.Tensor | None:
+        """Returns the scores `[n]` of the last step's local samples; None where there are none."""
+        return None
+
     def figures(self) -> dict[str, Any]:
         """Returns figures of the last step for the log: numbers, or scalar tensors."""
         return {}

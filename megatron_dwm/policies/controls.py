@@ -81,6 +81,10 @@ class Shuffled(WeightPolicy):
         """What the guards did to the learned weights."""
         return getattr(self.inner, "batch", None)
 
+    def local_scores(self) -> torch.Tensor | None:
+        """As `WeightPolicy.local_scores`."""
+        return self.inner.local_scores()
+
     def broken(self) -> torch.Tensor | bool:
         """As `WeightPolicy.broken`."""
         return self.inner.broken()

@@ -1,0 +1,146 @@
+"""Policies in the real trainer: stop and resume, transfer, one's own, what a plain step sends.
+
+Two ranks take all runs. A resumed run must have the losses, gradient norms, parameters and log lines
+of one that was never stopped.
+
+Not exercised here: GPUs; other layouts (tests/distributed/test_head.py); kills in the middle of a
+save (test_faults).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_dwm.logs.log_file import CLOCK_FIGURES, FILE_NAME, read_log
+from tests.functional.corpus import write_dataset
+from tests.functional.harness import DWM, TINY, Results, Run, run_all
+
+MODEL = DWM[: DWM.index("--dwm-rule")] + DWM[DWM.index("--dwm-rule") + 2 :]
+DP2 = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --lr 1e-2"
+# Flags of runs that are stopped after step 8 of 14 and resumed.
+RESUMED = {
+    "head-dp2": f"--dwm {DP2} --dwm-meta-interval 2 --dwm-gate off --dwm-log-samples",
+    "head-pp2-gate": "--dwm --pipeline-model-parallel-size 2 --dwm-meta-interval 1",
+    "head-tp2": "--dwm --tensor-model-parallel-size 2 --dwm-meta-interval 2 --dwm-gate off",
+    "shuffled-dp2": f"--dwm {DP2} --dwm-policy shuffled --dwm-meta-interval 2 --dwm-gate off",
+    "linupper-dp2": f"--dwm {DP2} --dwm-policy linupper",
+    "truncation-pp2": "--dwm --pipeline-model-parallel-size 2 --dwm-policy truncation",
+    "influence-dp2": f"--dwm {DP2} --dwm-policy influence",
+    "model-dp2": f"{' '.join(MODEL)} {DP2} --dwm-meta-interval 3 --dwm-gate off",
+    "model-pp2": f"{' '.join(MODEL)} --pipeline-model-parallel-size 2 --dwm-meta-interval 3 "
+    "--dwm-gate off --dwm-map softmax",
+    "head-bf16": f"--dwm --bf16 {DP2} --dwm-meta-interval 2 --dwm-gate off",
+}
+STEPS, STOP = 14, 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("policies")
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> Results:
+    names = ("good", "odd", "meta", "valid")
+    data = {name: write_dataset(folder / name, seed) for seed, name in enumerate(names)}
+    at = TINY.index("--split")
+    base = [
+        *(*TINY[:at], *TINY[at + 2 :], "--train-iters", str(STEPS), "--ckpt-format", "torch_dist"),
+        *("--train-data-path", "0.5", data["good"], "0.5", data["odd"]),
+        *("--valid-data-path", data["valid"], "--data-cache-path", str(folder / "cache")),
+        *("--dwm-meta-data-path", data["meta"], "--save-interval", str(STOP)),
+    ]
+    runs = []
+    for name, flags in RESUMED.items():
+        common = [*base, *flags.split()]
+        parts = str(folder / f"{name}-parts")
+        runs.append(Run(f"{name}-whole", [*common, "--save", str(folder / f"{name}-whole")]))
+        runs.append(Run(f"{name}-first", [*common, "--save", parts, "--exit-interval", str(STOP)]))
+        runs.append(Run(f"{name}-second", [*common, "--save", parts, "--load", parts]))
+    head = [*base, "--dwm", *DP2.split()]
+    saved = ["--dwm-load", str(folder / "head-dp2-whole")]
+    runs += [
+        Run("frozen", [*head, "--dwm-schedule", "frozen", *saved, "--dwm-gate", "off"]),
+        Run("frozen-without", [*head, "--dwm-schedule", "frozen"]),
+        Run("other-form", [*base, *MODEL, *DP2.split(), "--load", str(folder / "head-dp2-whole")]),
+        Run("own", [*head, "--dwm-policy", "tests.functional.own_policy:ByDomain"]),
+        Run("own-missing", [*head, "--dwm-policy", "tests.functional.own_policy:Nobody"]),
+        Run("model-flag", [*head, "--dwm-init", "llm:2"]),
+        Run("uniform-start", [*head, "--dwm-policy", "uniform"]),
+    ]
+    runs[-4].args += ["--save", str(folder / "own")]
+    return run_all(2, runs, folder)
+
+
+def log_of(folder: Path, name: str) -> list[dict[str, Any]]:
+    """Returns the step log without what depends on the clock."""
+    lines = read_log(str(folder / name / FILE_NAME))
+    return [{k: v for k, v in line.items() if k not in CLOCK_FIGURES} for line in lines]
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_is_the_run_that_was_not_stopped(
+    results: Results, folder: Path, name: str
+) -> None:
+    whole = results.succeeded(f"{name}-whole")
+    first, second = results.succeeded(f"{name}-first"), results.succeeded(f"{name}-second")
+    for rank in range(2):
+        assert first[rank]["steps"] + second[rank]["steps"] == whole[rank]["steps"]
+        assert second[rank]["parameters"] == whole[rank]["parameters"]
+    lines = log_of(folder, f"{name}-parts")
+    assert [line["iteration"] for line in lines] == list(range(1, STEPS + 1))
+    assert lines == log_of(folder, f"{name}-whole")
+    if "gate" not in name:  # weights did leave 1, so that there was something to compare
+        assert lines[-1]["max_weight"] > 1.005
+
+
+def test_scores_are_in_the_log_where_samples_are(folder: Path, results: Results) -> None:
+    results.succeeded("head-dp2-whole")
+    line = log_of(folder, "head-dp2-whole")[-1]
+    assert len(line["scores"]) == len(line["weights"]) == 16
+    order = sorted(range(16), key=lambda i: line["scores"][i])
+    weights = [line["weights"][i] for i in order]
+    assert weights == sorted(weights)
+
+
+def test_a_head_that_was_saved_weighs_without_meta_steps(results: Results) -> None:
+    out = results.succeeded("frozen")
+    assert "DWM: weights from" in out[0]["stdout"]
+    assert "meta loss" not in out[-1]["stdout"]
+    lines = [line for line in out[-1]["stdout"].splitlines() if " dwm iteration " in line]
+    assert all("max weight: 1.000" not in line for line in lines[2:])
+
+
+def test_own_policy_by_its_path(results: Results, folder: Path) -> None:
+    results.succeeded("own")
+    for line in log_of(folder, "own"):
+        assert line["domain_weight"] == {"good": 1.5, "odd": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("frozen-without", ["--dwm-schedule frozen needs --dwm-load"]),
+        ("other-form", ["of the form head", "this run's is model", "--dwm-form"]),
+        ("own-missing", ["tests.functional.own_policy has no Nobody"]),
+        ("model-flag", ["--dwm-init", "--dwm-form is head", "--dwm-form model"]),
+    ],
+)
+def test_what_does_not_fit_is_one_line(results: Results, name: str, words: list[str]) -> None:
+    found = results[name]
+    assert [rank["code"] for rank in found] == [2, 2]
+    lines = [line for line in found[0]["stderr"].splitlines() if "megatron_dwm: error" in line]
+    assert len(lines) == 1 and all(word in lines[0] for word in words), lines
+    assert all("Traceback" not in rank["stderr"] for rank in found)
+
+
+def test_the_gate_says_in_words_when_it_opens(results: Results) -> None:
+    """Nothing is to be learned from random tokens: it stays closed and every weight 1."""
+    out = results.succeeded("head-pp2-gate-whole")[-1]["stdout"]
+    closed = results.succeeded("uniform-start")
+    assert "gate: 0.00" in out and closed
+    assert json.dumps("gate open") not in out

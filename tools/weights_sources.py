@@ -14,7 +14,7 @@ import numpy as np
 from text_files import COMPRESSED_SUFFIXES, InputError, TextFile, read_blocks
 
 from megatron_dwm.data import IndexSummary
-from megatron_dwm.json_files import JsonError, json_type, parse_json, repeated_keys, shown
+from megatron_dwm.json_files import JsonError, json_type, parse_json, repeated_keys
 
 DOCUMENT = "document"
 _BATCH_ROWS = 1 << 16
@@ -312,9 +312,7 @@ def _convert_one(
     try:
         function(cell)
     except _CELL_ERRORS as error:
-        raise InputError(
-            f"{path}, line {line}: {name!r} is {shown(cell)}, expected {what}"
-        ) from error
+        raise InputError(f"{path}, line {line}: {name!r} is {cell!r}, expected {what}") from error
 
 
 def _json_number(value: object) -> float:

@@ -96,13 +96,16 @@ class Gate:
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as plain numbers."""
         names = ("weight", "weight2", "first", "second", "seen", "opening")
-        return {name: getattr(self, name) for name in names} | {"said": self._said}
+        last = self.last if math.isfinite(self.last) else None
+        return {name: getattr(self, name) for name in names} | {"said": self._said, "last": last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state."""
         for name in ("weight", "weight2", "first", "second", "seen", "opening"):
             setattr(self, name, state[name])
         self._said = state["said"]
+        last = state.get("last")
+        self.last = math.nan if last is None else last
 
 
 def correlation(a: torch.Tensor, b: torch.Tensor) -> float:

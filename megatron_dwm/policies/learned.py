@@ -117,6 +117,7 @@ class LearnedPolicy(WeightPolicy):
             "map": self.map.state_dict(),
             "gate": None if self.gate is None else self.gate.state_dict(),
             "targets": self.targets.state_dict(),
+            "samples": self._samples,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -125,6 +126,7 @@ class LearnedPolicy(WeightPolicy):
         if self.gate is not None and state["gate"] is not None:
             self.gate.load_state_dict(state["gate"])
         self.targets.load_state_dict(state["targets"])
+        self._samples = state.get("samples", self._samples)
 
 
 class Targets:

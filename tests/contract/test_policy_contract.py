@@ -214,4 +214,6 @@ def test_a_saved_state_goes_on_bit_for_bit(groups, values):
     second.policy.load_local_state_dict(local)
     if second.policy.scorer is not None:  # saved beside, by Megatron's own means
         second.policy.scorer.table = first.policy.scorer.table.clone()
+    # As text, since a figure that is not known yet is NaN.
+    assert str(second.policy.figures()) == str(first.policy.figures())
     assert torch.equal(second.run(9, 16), expected[9:])

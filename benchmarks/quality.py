@@ -1,0 +1,98 @@
+#!/usr/bin/env python
+"""What weighting is worth: every policy against uniform weights, on the project's real trainer.
+
+    python benchmarks/quality.py [--small] [--jobs 2]
+
+builds the data, trains every arm of every regime, and prints a table. It can be stopped at any
+time: a finished run is kept in --out, and a second call takes the others. Regimes:
+
+    a  shuffled  half of the samples are prose with its tokens shuffled
+    b  noise     OCR errors, boilerplate, near-duplicates, wrong language: 15% in all
+    c  target    clean domains, one of them the target's
+    d  nothing   nothing to win
+    e  scarce    as c, with so little of the target's domain that it is read many times
+
+The loss is that on held-out prose, on the same samples at every evaluation. `--only a/head/1` (or
+`shuffled/head`, or `a`) takes some of the runs; `--variant 'head-16=head --dwm-meta-interval 16'`
+adds an arm with other flags; `--tune` compares learning rates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+from quality import data, plan, runner  # noqa: E402 - the path must be set first
+
+
+def get_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--size", choices=plan.SIZES, default="toy", help="17m is for a GPU")
+    add("--small", action="store_true", help="fewer arms, shorter runs: 20 minutes on two cores")
+    add("--tune", action="store_true", help="uniform and head at three learning rates")
+    add("--only", nargs="+", default=[], metavar="REGIME[/ARM[/SEED]]", help="some of the runs")
+    add("--variant", nargs="+", default=[], metavar="NAME=ARM FLAGS", help="more arms")
+    add("--variant-seeds", type=int, default=1, help="seeds of each variant, default 1")
+    add("--variant-regimes", nargs="+", choices=plan.REGIMES, default=["shuffled"])
+    add("--jobs", type=int, default=1, help="runs at a time, default 1")
+    add("--steps", type=int, help="steps of a run; an --out of its own is best")
+    add("--lr", type=float, help="highest learning rate")
+    add("--micro-batch", type=int, help="samples of a micro-batch")
+    add("--out", type=Path, default=Path("quality_out"), help="where all of it goes")
+    add("--corpus", type=Path, help="a finished corpus; default: it is built in --out")
+    add("--data", action="store_true", help="build the data only")
+    add("--list", action="store_true", help="name the runs and whether they are done")
+    return parser.parse_args(argv)
+
+
+def planned(args: argparse.Namespace, size: plan.Size) -> list[plan.Run]:
+    """Returns the runs that are asked for."""
+    if args.variant:
+        runs = plan.variants(size, args.variant, args.variant_seeds, args.variant_regimes)
+    elif args.tune:
+        runs = plan.tuning_plan(size)
+    else:
+        runs = plan.small_plan(size) if args.small else plan.full_plan(size)
+    return [run for run in runs if run.chosen(args.only)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    args = get_args(argv)
+    size = plan.SIZES[args.size]
+    if args.small:
+        size = plan.scaled(size, steps=plan.SMALL_STEPS)
+    size = plan.scaled(size, steps=args.steps, lr=args.lr, micro_batch=args.micro_batch)
+    name = f"{args.size}-small" if args.small else args.size
+    out = args.out.resolve()
+    place = runner.Place(out / name / "runs", out / name / "work", out / name / "data")
+    try:
+        runs = planned(args, size)
+        if not runs:
+            raise ValueError(f"--only {' '.join(args.only)} names none of the runs; see --list")
+        corpus = data.prepare(place.data, args.corpus, size)["corpus"]
+        if args.data:
+            return 0
+        if args.list:
+            for run in runs:
+                done = runner.finished(place, size, run, corpus)
+                print(f"{run.key:40} {run.steps} steps{'  done' if done else ''}")
+            return 0
+        failed = runner.take(place, size, runs, corpus, args.jobs)
+    except (data.DataError, runner.RunError, ValueError) as error:
+        print(f"quality: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("quality: stopped; the same command goes on", file=sys.stderr)
+        return 130
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

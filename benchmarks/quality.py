@@ -14,7 +14,7 @@ time: a finished run is kept in --out, and a second call takes the others. Regim
 
 The loss is that on held-out prose, on the same samples at every evaluation. `--only a/head/1` (or
 `shuffled/head`, or `a`) takes some of the runs; `--variant 'head-16=head --dwm-meta-interval 16'`
-adds an arm with other flags; `--tune` compares learning rates.
+adds an arm with other flags; `--tune` compares learning rates; `--table` tabulates what is there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
-from quality import data, plan, runner  # noqa: E402 - the path must be set first
+from quality import data, figures, plan, plots, runner, tables  # noqa: E402 - the path must be set first
 
 
 def get_args(argv: list[str] | None) -> argparse.Namespace:
@@ -48,6 +48,8 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
     add("--corpus", type=Path, help="a finished corpus; default: it is built in --out")
     add("--data", action="store_true", help="build the data only")
     add("--list", action="store_true", help="name the runs and whether they are done")
+    add("--table", action="store_true", help="train nothing, tabulate what is there")
+    add("--write", action="store_true", help="put table and plot beside this script as well")
     return parser.parse_args(argv)
 
 
@@ -62,6 +64,20 @@ def planned(args: argparse.Namespace, size: plan.Size) -> list[plan.Run]:
     return [run for run in runs if run.chosen(args.only)]
 
 
+def check(args: argparse.Namespace, size: plan.Size) -> None:
+    """Raises `ValueError` for numbers that cannot work."""
+    for name in ("jobs", "variant_seeds", "steps", "lr", "micro_batch"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
+    if size.steps < plan.EVALUATIONS:
+        raise ValueError(f"--steps is {size.steps}; {plan.EVALUATIONS} evaluations need as many")
+    if size.batch % size.micro_batch:
+        raise ValueError(
+            f"--micro-batch is {size.micro_batch}; it must divide the batch of {size.batch}"
+        )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     args = get_args(argv)
@@ -73,25 +89,54 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out.resolve()
     place = runner.Place(out / name / "runs", out / name / "work", out / name / "data")
     try:
+        check(args, size)
         runs = planned(args, size)
         if not runs:
             raise ValueError(f"--only {' '.join(args.only)} names none of the runs; see --list")
-        corpus = data.prepare(place.data, args.corpus, size)["corpus"]
-        if args.data:
+        if args.table:
+            tabulate(place, name, args.write)
             return 0
         if args.list:
             for run in runs:
-                done = runner.finished(place, size, run, corpus)
+                done = place.result(run).exists()
                 print(f"{run.key:40} {run.steps} steps{'  done' if done else ''}")
             return 0
+        corpus = data.prepare(place.data, args.corpus, size)["corpus"]
+        if args.data:
+            return 0
         failed = runner.take(place, size, runs, corpus, args.jobs)
-    except (data.DataError, runner.RunError, ValueError) as error:
+        tabulate(place, name, args.write)
+    except (data.DataError, runner.RunError, ValueError, OSError) as error:
         print(f"quality: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("quality: stopped; the same command goes on", file=sys.stderr)
         return 130
     return int(failed > 0)
+
+
+def tabulate(place: runner.Place, name: str, write: bool) -> None:
+    """Prints the tables of all results, and writes table and plot."""
+    found = runner.read_all(place.runs)
+    if not found:
+        raise ValueError(f"no results in {place.runs}; run without --table first, or give --out")
+    results = figures.Results(found)
+    text = tables.report(results)
+    print(text)
+    targets = [place.runs.parent / "quality.md"]
+    if write:
+        targets.append(
+            Path(__file__).with_name("quality.md" if name == "toy" else f"quality_{name}.md")
+        )
+    for target in targets:
+        picture = target.with_suffix(".png")
+        target.write_text(
+            f"# benchmarks/quality.py, size {name}\n\n![curves]({picture.name})\n\n{text}"
+        )
+        try:
+            plots.draw(results, picture)
+        except ImportError as error:
+            print(f"quality: no plot ({error}); install matplotlib", file=sys.stderr)
 
 
 if __name__ == "__main__":

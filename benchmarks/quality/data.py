@@ -58,7 +58,10 @@ def prepare(folder: Path, corpus: Path | None, size: Size) -> dict[str, Any]:
             f"{done} is of other runs ({ {n: found.get(n) for n in wanted} }, now {wanted}); give "
             "another --out, or remove the folder"
         )
-    corpus = build_corpus(folder.parent / "corpus" if corpus is None else corpus)
+    if corpus is None:
+        corpus = folder.parents[1] / "corpus"
+        build_corpus(corpus)
+    check_corpus(corpus)
     folder.mkdir(parents=True, exist_ok=True)
     encode, eod = encoder(folder, corpus, size)
     made: dict[str, Any] = {**wanted, "corpus": digest(corpus), "sets": {}}
@@ -71,20 +74,24 @@ def prepare(folder: Path, corpus: Path | None, size: Size) -> dict[str, Any]:
     return made
 
 
-def build_corpus(folder: Path) -> Path:
-    """Builds the corpus unless it is there; returns its folder."""
+def build_corpus(folder: Path) -> None:
+    """Builds the corpus unless it is there."""
     if not (folder / "manifest.json").exists():
         command = [sys.executable, str(TOOLS / "build_demo_corpus.py"), "--out", str(folder)]
         if subprocess.run(command, check=False).returncode:
             raise DataError(f"the corpus could not be built in {folder}; see above")
-    needed = [f"train/{n}" for n in (*PROSE, *OTHERS)] + ["target/meta", "target/valid"]
-    missing = [name for name in needed if not (folder / f"{name}.jsonl").exists()]
+
+
+def check_corpus(folder: Path) -> None:
+    """Refuses a folder that is not a corpus with all domains."""
+    needed = [f"train/{n}.jsonl" for n in (*PROSE, *OTHERS)]
+    needed += ["target/meta.jsonl", "target/valid.jsonl", "manifest.json"]
+    missing = [name for name in needed if not (folder / name).exists()]
     if missing:
         raise DataError(
-            f"{folder} lacks {', '.join(missing)}; build the corpus with all domains: "
+            f"--corpus {folder} lacks {', '.join(missing)}; build it with all domains: "
             f"tools/build_demo_corpus.py --out {folder}"
         )
-    return folder
 
 
 def digest(corpus: Path) -> str:

@@ -87,7 +87,7 @@ def finished(place: Place, size: Size, run: Run, corpus: str) -> bool:
     path = place.result(run)
     if not path.exists():
         return False
-    found, wanted = json.loads(path.read_text())["settings"], settings(size, run, corpus)
+    found, wanted = read(path)["settings"], settings(size, run, corpus)
     other = [name for name, value in wanted.items() if found.get(name) != value]
     if other:
         raise RunError(
@@ -95,6 +95,26 @@ def finished(place: Place, size: Size, run: Run, corpus: str) -> bool:
             f"remove it to run it again"
         )
     return True
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Returns a result.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict) or not found.keys() >= {"settings", "final", "curve"}:
+            raise ValueError("not a result of this command")
+    except ValueError as error:
+        raise RunError(f"{path}: {error}; remove it to run it again") from None
+    return found
+
+
+def read_all(runs: Path) -> list[dict[str, Any]]:
+    """Returns every result of a folder, `REGIME/ARM/SEED.json`."""
+    return [read(path) for path in sorted(runs.glob("*/*/*.json"))]
 
 
 def take(place: Place, size: Size, runs: list[Run], corpus: str, jobs: int) -> int:
@@ -231,7 +251,11 @@ def summary(
         "final": measured["final"],
         "seconds": sum(seconds for _, seconds in measured["steps"]),
         "kinds": {
-            kind: {"steps": len(values), "median": statistics.median(values)}
+            kind: {
+                "steps": len(values),
+                "median": statistics.median(values),
+                "low": sorted(values)[len(values) // 4],
+            }
             for kind, values in kinds.items()
         },
         "weights": of_weights(lines, run),

@@ -20,6 +20,7 @@ adds an arm with other flags; `--tune` compares learning rates; `--table` tabula
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -81,6 +82,8 @@ def check(args: argparse.Namespace, size: plan.Size) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     args = get_args(argv)
+    # As an exit, so that the runs under way end with this command.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     size = plan.SIZES[args.size]
     if args.small:
         size = plan.scaled(size, steps=plan.SMALL_STEPS)

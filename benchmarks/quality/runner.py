@@ -158,10 +158,17 @@ def begin(place: Place, size: Size, run: Run) -> Started | None:
     # What a killed run has left.
     for name in ("save", "cache"):
         shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / "result.json").unlink(missing_ok=True)
     log = folder / "log.txt"
     with open(log, "w") as out:
         process = subprocess.Popen(
-            command(place, size, run), env=environment(run), stdout=out, stderr=out, cwd=ROOT
+            command(place, size, run),
+            env=environment(run),
+            stdout=out,
+            stderr=out,
+            cwd=ROOT,
+            # Held by the worker too: one that outlives this command keeps the run.
+            pass_fds=(lock.fileno(),),
         )
     return Started(run, process, lock, log)
 

@@ -71,13 +71,13 @@ class Run:
     clock: StepTimes = field(default_factory=StepTimes)
     processor: StepTimes = field(default_factory=StepTimes)
 
-    def amount(self, iteration: int) -> float:
-        """Returns what was read until an iteration: tokens, or samples (see `unit`)."""
+    def samples_until(self, iteration: int) -> int:
+        """Returns the samples read until an iteration, also where no line says it."""
         known = self.samples.get(iteration)
         if known is None:
             last = max(self.samples)
             known = round(iteration * self.samples[last] / last)
-        return known * (self.sequence_length or 1)
+        return known
 
 
 def read_run(name: str, path: str) -> Run:
@@ -153,7 +153,7 @@ class Curve:
 
     name: str
     losses: list[float]
-    amounts: list[float]
+    amounts: list[int]
     seconds: list[float]
 
 
@@ -176,9 +176,6 @@ class Comparison:
         """Takes processor time where all runs have it, and tokens where all lengths are known."""
         processor = all(run.processor.known for run in runs)
         known = all(run.sequence_length for run in runs)
-        if not known:
-            for run in runs:
-                run.sequence_length = None
         return cls(runs, "processor" if processor else "clock", "tokens" if known else "samples")
 
     def curves(self) -> list[Curve]:
@@ -186,12 +183,13 @@ class Comparison:
         found = []
         for run in self.runs:
             times: StepTimes = getattr(run, self.clock)
+            length = (run.sequence_length or 1) if self.unit == "tokens" else 1
             steps = sorted(run.losses)
             found.append(
                 Curve(
                     run.name,
                     [run.losses[step] for step in steps],
-                    [run.amount(step) for step in steps],
+                    [run.samples_until(step) * length for step in steps],
                     [times.until(step) for step in steps],
                 )
             )

@@ -68,8 +68,8 @@ def check_plot(path: str) -> None:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
         raise DWMError(
-            "--plot needs matplotlib, which is not installed: run `pip install matplotlib`, or "
-            "leave --plot out"
+            "--plot needs matplotlib, which is not installed; leave --plot out, or "
+            "pip install 'megatron-dwm[plot]'"
         ) from None
     known = FigureCanvasBase.get_supported_filetypes()
     ending = os.path.splitext(path)[1].lstrip(".").lower()

@@ -277,7 +277,7 @@ def test_without_matplotlib_the_error_says_what_to_do(
     outputs = {"stock": process_output(LOSSES)}
     assert compare(tmp_path, outputs, "--plot", str(tmp_path / "a.png")) == 2
     error = capsys.readouterr().err
-    assert "--plot needs matplotlib" in error and "pip install matplotlib" in error
+    assert "--plot needs matplotlib" in error and "pip install 'megatron-dwm[plot]'" in error
     assert len(error.splitlines()) == 1
     # What needs no plot needs no matplotlib.
     assert compare(tmp_path, outputs) == 0

@@ -130,7 +130,7 @@ def _processor_times(text: str) -> dict[int, float]:
                 known.update(dict.fromkeys(steps, float(seconds) / len(steps)))
             seen.add(rank)
     common = set.intersection(*(set(known) for known in by_rank.values())) if by_rank else set()
-    return {s: sum(known[s] for known in by_rank.values()) / len(by_rank) for s in common}
+    return {s: sum(known[s] for known in by_rank.values()) / len(by_rank) for s in sorted(common)}
 
 
 def _number(text: str) -> float:

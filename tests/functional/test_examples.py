@@ -21,6 +21,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dwm.analysis.compare import read_run
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 LAUNCHER = EXAMPLES / "pretrain_dwm.sh"
 SCRIPT = EXAMPLES / "pretrain_dwm.py"
@@ -470,7 +472,8 @@ def reported(text: str) -> list[tuple[str, str]]:
 @pytest.mark.slow
 def test_two_nodes_train_and_uniform_weights_change_nothing(corpora, tmp_path):
     stock = train_on_two_nodes(corpora, tmp_path, DWM="0")
-    uniform = train_on_two_nodes(corpora, tmp_path, DWM="1", DWM_POLICY="uniform")
+    timed = str(EXAMPLES / "demo_train.py")
+    uniform = train_on_two_nodes(corpora, tmp_path, DWM="1", DWM_POLICY="uniform", SCRIPT=timed)
 
     flags = flags_of(
         DWM="0",
@@ -490,3 +493,14 @@ def test_two_nodes_train_and_uniform_weights_change_nothing(corpora, tmp_path):
     assert len([loss for loss in losses if loss[0] != "validation"]) == 4
     assert any(loss[0] == "validation" for loss in losses)
     assert reported(uniform) == losses
+
+    # What the report reads of it.
+    (tmp_path / "uniform.log").write_text(uniform)
+    run = read_run("uniform", str(tmp_path / "uniform.log"))
+    assert run.sequence_length == 16
+    assert run.samples == {1: 8, 2: 16, 3: 24, 4: 32}
+    assert list(run.losses) == [4] and 3 < run.losses[4] < 5, "of 63 tokens at random"
+    for times in (run.clock, run.processor):
+        assert sorted(times.known) == [2, 3, 4], "the first step is left out"
+        assert all(0 < seconds < 60 for seconds in times.known.values())
+    assert "processor time" not in stock

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # The whole journey on a plain Linux machine without a GPU: build a corpus of real text with one
-# known-corrupt domain, pre-train a small Llama on two ranks with a data weighting model that is
-# itself learning, pre-train the same model with the stock trainer on the same tokens, export,
-# generate, and report what the weights were. `make demo` calls it; a second call goes on where
-# the first one stopped.
+# known-corrupt domain; pre-train a small Llama on two ranks three times on the same samples in the
+# same order (by the stock trainer, with weights that follow from the loss, and with the data
+# weighting model); export, generate, and compare the three at equal tokens and at equal time.
+# `make demo` calls it; a second call goes on where the first one stopped.
 #
 #   DEMO_DIR=demo_out     where everything goes
 #   DEMO_ITERS=300        steps of each run
+#   DEMO_SEED=1234        of the models and of the data's order; another one has a folder of its own
 #   DEMO_APT=1            add the domains that come from Debian packages
 
 set -euo pipefail
@@ -15,27 +16,51 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 OUT=${DEMO_DIR:-demo_out}
 ITERS=${DEMO_ITERS:-300}
+SEED=${DEMO_SEED:-1234}
 CORPUS=$OUT/corpus
 DATA=$OUT/data
+RUNS=$OUT
+[[ "$SEED" == 1234 ]] || RUNS=$OUT/seed_$SEED
 APT=--no-apt
 [[ "${DEMO_APT:-0}" == 1 ]] && APT=
 START=$SECONDS
 export OMP_NUM_THREADS=1
-mkdir -p "$DATA"
+
+die() {
+    echo "demo.sh: $*" >&2
+    exit 2
+}
+
+for NAME in ITERS SEED; do
+    [[ "${!NAME}" =~ ^[1-9][0-9]{0,8}$ ]] ||
+        die "DEMO_$NAME is '${!NAME}'; give a whole number above 0."
+done
+# Runs of other settings can be neither resumed nor compared with.
+SETTINGS="DEMO_ITERS=$ITERS DEMO_APT=${DEMO_APT:-0}"
+FOUND=$(cat "$RUNS/settings.txt" 2>/dev/null || true)
+if [[ "$FOUND" != "$SETTINGS" ]]; then
+    for NAME in stock loss_based dwm; do
+        [[ ! -e "$RUNS/$NAME" ]] ||
+            die "$RUNS/$NAME is a run with ${FOUND:-other settings}, but now $SETTINGS;" \
+                "remove $RUNS, or set DEMO_DIR to another folder."
+    done
+fi
+mkdir -p "$DATA" "$RUNS"
+echo "$SETTINGS" >"$RUNS/settings.txt"
 
 step() {
     printf '\n== [%3d s] %s\n' "$((SECONDS - START))" "$*"
 }
 
-step "1/6 corpus: real text of several domains, one of them corrupted on purpose"
+step "1/7 corpus: real text of several domains, one of them corrupted on purpose"
 # shellcheck disable=SC2086
 "$PYTHON" tools/build_demo_corpus.py --out "$CORPUS" $APT
 
-step "2/6 tokenizer: SentencePiece, 2048 pieces"
+step "2/7 tokenizer: SentencePiece, 2048 pieces"
 "$PYTHON" tools/train_tokenizer.py --input "$CORPUS"/train/*.jsonl --out "$CORPUS/tokenizer" \
     --vocab-size 2048 --skip-existing
 
-step "3/6 Megatron data sets, with weight files: one for each domain, the meta and validation sets"
+step "3/7 Megatron data sets: one for each domain, the meta and validation sets"
 "$PYTHON" examples/demo_data.py "$CORPUS" "$DATA"
 
 # Every good domain alike, and a third of all samples corrupt: enough for the weights to matter.
@@ -47,54 +72,63 @@ for FILE in "$CORPUS"/train/*.jsonl; do
     BLEND+=("$WEIGHT" "$DATA/$NAME")
 done
 
-# A small Llama: 4 layers of 128. llm:2 starts the weighting model from the language model's own
-# first layers, once those have learned something.
-export GPUS_PER_NODE=2 MASTER_PORT=${MASTER_PORT:-29541}
+# A small Llama: 4 layers of 128.
+export GPUS_PER_NODE=2 MASTER_PORT=${MASTER_PORT:-29541} SCRIPT=examples/demo_train.py
 export NUM_LAYERS=4 HIDDEN_SIZE=128 FFN_HIDDEN_SIZE=384 NUM_HEADS=4 NUM_QUERY_GROUPS=2
-export SEQ_LENGTH=128 MICRO_BATCH_SIZE=8 GLOBAL_BATCH_SIZE=16
-export TRAIN_ITERS=$ITERS LR=3e-3 MIN_LR=3e-4 LR_WARMUP_ITERS=20
-export EVAL_INTERVAL=100 EVAL_ITERS=20 LOG_INTERVAL=10 SAVE_INTERVAL=100
+export SEQ_LENGTH=128 MICRO_BATCH_SIZE=8 GLOBAL_BATCH_SIZE=32
+export TRAIN_ITERS=$ITERS LR=3e-3 MIN_LR=3e-4 LR_WARMUP_ITERS=$((ITERS / 15)) SEED
+export EVAL_INTERVAL=50 EVAL_ITERS=15 LOG_INTERVAL=10 SAVE_INTERVAL=100
 export DATA_PATH="${BLEND[*]}" VALID_DATA_PATH="$DATA/valid" META_DATA_PATH="$DATA/meta"
 export DATA_CACHE_DIR="$OUT/cache" TOKENIZER_MODEL="$CORPUS/tokenizer.model"
-export DWM_INIT=llm:2 DWM_POOLING=mean DWM_STAGES=2 DWM_WARMUP_STEPS=$((ITERS / 4))
-export DWM_META_BATCH_SIZE=16 DWM_HEAD_LR=${DWM_HEAD_LR:-3e-3} DWM_BACKBONE_LR=${DWM_BACKBONE_LR:-2e-4}
 
-# run NAME [flags]: trains unless the run's last checkpoint is there, showing the main lines.
+# run NAME: trains unless the run's last checkpoint is there, showing the main lines.
 run() {
-    local name=$1
-    shift
-    if [[ "$(cat "$OUT/$name/latest_checkpointed_iteration.txt" 2>/dev/null)" == "$ITERS" ]]; then
-        echo "$OUT/$name is complete; remove it to train again"
+    local name=$1 last=''
+    local lines='^ *(\[[^]]*\] )?(dwm )?iteration +[0-9]|validation loss|^DWM|error:'
+    last=$(cat "$RUNS/$name/latest_checkpointed_iteration.txt" 2>/dev/null || true)
+    if [[ "$last" == "$ITERS" ]]; then
+        echo "$RUNS/$name is complete; remove it to train again"
         return
     fi
-    if ! SAVE_DIR="$OUT/$name" TENSORBOARD_DIR="$OUT/$name/tensorboard" \
-        bash examples/pretrain_dwm.sh --ckpt-format torch_dist --num-workers 0 "$@" 2>&1 |
-        tee "$OUT/$name.log" |
-        grep --line-buffered -E '^ *(\[[^]]*\] )?(dwm )?iteration +[0-9]|validation loss|^DWM|error:'; then
-        echo "The run failed; its whole output is in $OUT/$name.log" >&2
+    # A run that is resumed adds to its log.
+    [[ -n "$last" ]] || rm -f "$RUNS/$name.log"
+    if ! SAVE_DIR="$RUNS/$name" TENSORBOARD_DIR="$RUNS/$name/tensorboard" \
+        bash examples/pretrain_dwm.sh --ckpt-format torch_dist --num-workers 0 2>&1 |
+        tee -a "$RUNS/$name.log" |
+        grep --line-buffered -E "$lines"; then
+        echo "The run failed; its whole output is in $RUNS/$name.log" >&2
         exit 1
     fi
 }
 
-step "4/6 pre-training with the data weighting model, $ITERS steps on two ranks"
-DWM=1 run dwm --dwm-log-samples --dwm-sampling weights
-
-step "5/6 the stock trainer on the same tokens"
+step "4/7 the stock trainer, $ITERS steps on two ranks"
 DWM=0 run stock
 
-step "6/6 export to Hugging Face, and a sample"
-"$PYTHON" tools/convert export --megatron-path "$OUT/dwm" --hf-path "$OUT/hf" --force
-"$PYTHON" examples/generate.py "$OUT/hf" "The people of the United States" | tee "$OUT/sample.txt"
+step "5/7 the same samples, weighted by their loss (--dwm-policy truncation)"
+DWM=1 DWM_POLICY=truncation run loss_based
+
+step "6/7 the same samples, weighted by the data weighting model"
+# So short a run has few meta steps to learn from, each of 32 samples. The regression is held back
+# by more (ridge), which makes scores smaller, and the map takes that back (slope).
+DWM=1 DWM_WARMUP_STEPS=$LR_WARMUP_ITERS DWM_META_BATCH_SIZE=16 DWM_META_INTERVAL=16 \
+    DWM_META_DENSE_STEPS=64 DWM_RIDGE=10 DWM_SLOPE=10 DWM_SEED=$SEED run dwm
+
+step "7/7 export to Hugging Face, and a sample"
+"$PYTHON" tools/convert export --megatron-path "$RUNS/dwm" --hf-path "$RUNS/hf" --force
+"$PYTHON" examples/generate.py "$RUNS/hf" "The people of the United States" | tee "$RUNS/sample.txt"
 
 step "summary"
-"$PYTHON" tools/report.py --run "$OUT/dwm" --log "$OUT/dwm.log" --stock-log "$OUT/stock.log" \
-    --good-domains books encyclopedia recipes speeches | tee "$OUT/summary.txt"
+"$PYTHON" tools/report.py --run "$RUNS/dwm" --compare "stock trainer=$RUNS/stock.log" \
+    --compare "loss-based=$RUNS/loss_based.log" --compare "DWM=$RUNS/dwm.log" \
+    --plot "$RUNS/report.png" --good-domains books encyclopedia recipes speeches |
+    tee "$RUNS/summary.txt"
 cat <<END
 
-checkpoint           $OUT/dwm  (stage snapshots of the DWM: $OUT/dwm/dwm_stage_*)
-Hugging Face model   $OUT/hf
-generated sample     $OUT/sample.txt
-log of the weights   $OUT/dwm/dwm_log.jsonl, TensorBoard in $OUT/dwm/tensorboard
-whole output         $OUT/dwm.log, $OUT/stock.log
+plot                 $RUNS/report.png
+checkpoint           $RUNS/dwm  (stage snapshots of the DWM: $RUNS/dwm/dwm_stage_*)
+Hugging Face model   $RUNS/hf
+generated sample     $RUNS/sample.txt
+log of the weights   $RUNS/dwm/dwm_log.jsonl, TensorBoard in $RUNS/dwm/tensorboard
+whole output         $RUNS/stock.log, $RUNS/loss_based.log, $RUNS/dwm.log
 done in $((SECONDS - START)) s
 END

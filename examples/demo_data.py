@@ -2,9 +2,7 @@
 
     python examples/demo_data.py CORPUS DATA
 
-Each is what `tools/preprocess_data.py --input FILE --output-prefix DATA/NAME ...` makes. Training
-domains get a weight file: all documents alike, under the domain's name (as made by
-`tools/weights.py make DATA/NAME --equal --domain NAME`).
+Each is what `tools/preprocess_data.py --input FILE --output-prefix DATA/NAME ...` makes.
 """
 
 from __future__ import annotations
@@ -15,11 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "tools"))
 
-import numpy
 import preprocess_data
 
 from megatron_dwm.data.index import num_packed_samples, read_index
-from megatron_dwm.data.weight_file import weights_path, write_weights
 
 SEQUENCE_LENGTH = 128
 
@@ -47,11 +43,6 @@ def main(corpus: Path, data: Path) -> int:
             return code
         for ending in (".bin", ".idx"):
             os.replace(f"{target}_text_document{ending}", f"{target}{ending}")
-    for file in (corpus / "train").glob("*.jsonl"):
-        index = read_index(data / file.stem)
-        equal = numpy.ones(index.documents, dtype=numpy.float32)
-        domain = numpy.zeros(index.documents, dtype=numpy.int32)
-        write_weights(weights_path(data / file.stem), equal, index, domain, [file.stem])
     print(
         f"{'data set':<14} {'documents':>9} {'tokens':>10} {'samples':>8}  (of {SEQUENCE_LENGTH})"
     )

@@ -7,8 +7,9 @@
 # Everything is set by environment variables; the sections below name them with their defaults.
 # Words after the script's name are appended to the command, so they win over what is set here.
 #
-#   DWM=0       the stock trainer on the same data, without sample weights
-#   DRY_RUN=1   print the command and exit
+#   DWM=0         the stock trainer on the same data, without sample weights
+#   DRY_RUN=1     print the command and exit
+#   SCRIPT=FILE   another training script that takes the same flags
 #
 # On several nodes start it once on each, with the same MASTER_ADDR and MASTER_PORT, and with
 # NODE_RANK 0, 1, ... (pretrain_dwm.slurm does that). Without a GPU it trains on the CPU.
@@ -138,37 +139,53 @@ else
     DATA_ARGS+=(--tokenizer-type "${TOKENIZER_TYPE:-$FOUND}" --tokenizer-model "$TOKENIZER_MODEL")
 fi
 
-# --------------------------------------------------------------------- data weighting model
+# -------------------------------------------------------------------------- data weighting
 
+# DWM_POLICY: learned, another policy of `--dwm-policy`, or one's own as package.module:Class.
+# DWM_FORM: head (scores from the LLM's own states) or model (a separate transformer).
+# Whatever is unset is left to the defaults of `--dwm-*`.
+ANY_FORM=(FORM RULE MAP SLOPE GATE FORGETTING RIDGE SCHEDULE STAGES STAGE_META_STEPS WARMUP_STEPS
+    META_INTERVAL META_DENSE_STEPS META_BATCH_SIZE ESTIMATOR LOOKAHEAD OVERHEAD_BUDGET TEMPERATURE
+    MIN_EFFECTIVE_SAMPLES UNIFORM_MIX MAX_WEIGHT SAMPLING LOAD SEED)
 # DWM_INIT: random, llm:K (the LLM's embedding and first K layers) or hf:DIR (a Llama folder).
-# What is unset below is left to the defaults of `--dwm-*`; with llm:K and hf:DIR the shape of
-# the DWM (DWM_NUM_LAYERS, DWM_HIDDEN_SIZE, ...) is given.
+# llm:K and hf:DIR set the shape (DWM_NUM_LAYERS, DWM_HIDDEN_SIZE, ...).
+ONLY_MODEL=(INIT POOLING NUM_LAYERS HIDDEN_SIZE FFN_HIDDEN_SIZE NUM_ATTENTION_HEADS
+    NUM_QUERY_GROUPS HEAD_LR BACKBONE_LR CLIP_GRAD REPLAY REPLAY_STEPS TEACHER)
 DWM_ARGS=()
 if [[ "$DWM" == 1 ]]; then
     DWM_POLICY=${DWM_POLICY:-learned}
-    DWM_SCHEDULE=${DWM_SCHEDULE:-staged}
     DWM_ARGS=(--dwm --dwm-policy "$DWM_POLICY")
-    if [[ "$DWM_POLICY" != uniform ]]; then
-        if [[ "$DWM_SCHEDULE" != frozen ]] && ((!MOCK_DATA)); then
-            require META_DATA_PATH "the prefix of the meta set's .bin and .idx files, or a blend"
-            read -ra META_BLEND <<<"$META_DATA_PATH"
-            DWM_ARGS+=(--dwm-meta-data-path "${META_BLEND[@]}")
+fi
+if [[ "$DWM" == 1 && "$DWM_POLICY" != uniform ]]; then
+    if [[ "$DWM_POLICY" == model || "${DWM_FORM:-}" == model ]]; then
+        ANY_FORM+=("${ONLY_MODEL[@]}")
+    fi
+    for NAME in "${ONLY_MODEL[@]}"; do
+        VARIABLE=DWM_$NAME
+        [[ -z "${!VARIABLE:-}" || " ${ANY_FORM[*]} " == *" $NAME "* ]] ||
+            die "$VARIABLE is about the separate model; set DWM_FORM=model, or unset it."
+    done
+    for NAME in "${ANY_FORM[@]}"; do
+        VARIABLE=DWM_$NAME
+        FLAG=${NAME//_/-}
+        if [[ -n "${!VARIABLE:-}" ]]; then
+            DWM_ARGS+=("--dwm-${FLAG,,}" "${!VARIABLE}")
         fi
-        DWM_ARGS+=(
-            --dwm-schedule "$DWM_SCHEDULE"
-            --dwm-stages "${DWM_STAGES:-5}"
-            --dwm-warmup-steps "${DWM_WARMUP_STEPS:-$((TRAIN_ITERS / 100))}"
-            --dwm-init "${DWM_INIT:-llm:4}"
-            --dwm-pooling "${DWM_POOLING:-mean}"
-        )
-        for NAME in META_BATCH_SIZE STAGE_META_STEPS ESTIMATOR TEMPERATURE LOAD NUM_LAYERS \
-            HIDDEN_SIZE FFN_HIDDEN_SIZE NUM_ATTENTION_HEADS HEAD_LR BACKBONE_LR; do
-            VARIABLE=DWM_$NAME
-            FLAG=${NAME//_/-}
-            if [[ -n "${!VARIABLE:-}" ]]; then
-                DWM_ARGS+=("--dwm-${FLAG,,}" "${!VARIABLE}")
-            fi
-        done
+    done
+    NEEDS_META=0
+    case "$DWM_POLICY" in
+        linupper | truncation) META_DATA_PATH= ;; # by the loss alone
+        influence) NEEDS_META=1 ;;
+        learned | shuffled | head | model)
+            if [[ "${DWM_SCHEDULE:-}" == frozen ]]; then META_DATA_PATH=; else NEEDS_META=1; fi
+            ;;
+    esac
+    if ((NEEDS_META && !MOCK_DATA)); then
+        require META_DATA_PATH "the prefix of the meta set's .bin and .idx files, or a blend"
+    fi
+    if [[ -n "${META_DATA_PATH:-}" ]] && ((!MOCK_DATA)); then
+        read -ra META_BLEND <<<"$META_DATA_PATH"
+        DWM_ARGS+=(--dwm-meta-data-path "${META_BLEND[@]}")
     fi
 fi
 
@@ -234,7 +251,7 @@ DISTRIBUTED_ARGS=(
 COMMAND=(
     "$PYTHON" -m torch.distributed.run
     "${DISTRIBUTED_ARGS[@]}"
-    "$REPO/examples/pretrain_dwm.py"
+    "${SCRIPT:-$REPO/examples/pretrain_dwm.py}"
     "${HOST_ARGS[@]}"
     "${PARALLEL_ARGS[@]}"
     "${MODEL_ARGS[@]}"

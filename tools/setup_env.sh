@@ -300,7 +300,7 @@ install_packages() {
     say 'installing the build tools'
     pip_install setuptools pybind11
     say 'installing the packages and building the data engine (downloads about 3 GB the first time)'
-    (cd "$ROOT" && pip_install --no-build-isolation -e '.[export,test]')
+    (cd "$ROOT" && pip_install --no-build-isolation -e '.[export,plot,test]')
     # The place goes last: without it the next call starts from an empty environment.
     stamp packages "$1"
     stamp engine "$2"

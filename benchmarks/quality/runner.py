@@ -239,7 +239,7 @@ def summary(
     size: Size, run: Run, corpus: str, measured: dict[str, Any], save: Path
 ) -> dict[str, Any]:
     """Returns what is kept of a run."""
-    from megatron_dwm.analysis.log_file import FILE_NAME, read_log
+    from megatron_dwm.logs.log_file import FILE_NAME, read_log
 
     kinds: dict[str, list[float]] = {}
     for kind, seconds in measured["steps"]:

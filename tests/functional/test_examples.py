@@ -21,6 +21,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dwm.logs.compare import read_run
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 LAUNCHER = EXAMPLES / "pretrain_dwm.sh"
 SCRIPT = EXAMPLES / "pretrain_dwm.py"
@@ -107,6 +109,47 @@ def test_defaults_are_one_node_on_the_cpu_with_a_learned_weighting_model():
     assert "--load" not in flags
 
 
+def test_the_weighting_s_defaults_are_those_of_the_flags():
+    given = {flag for flag in flags_of(**REQUIRED) if flag.startswith("--dwm")}
+    assert given == {"--dwm", "--dwm-policy", "--dwm-meta-data-path"}
+
+
+def test_every_variable_is_a_flag_of_the_product():
+    """The launcher's two lists, against the parser."""
+    from argparse import ArgumentParser
+
+    from megatron_dwm import add_dwm_args
+
+    lists = re.findall(r"^(?:ANY_FORM|ONLY_MODEL)=\((.*?)\)$", LAUNCHER.read_text(), re.M | re.S)
+    names = [name for words in lists for name in words.split()]
+    assert len(lists) == 2 and len(names) == len(set(names)) > 30
+    known = add_dwm_args(ArgumentParser())._option_string_actions
+    assert [n for n in names if f"--dwm-{n.lower().replace('_', '-')}" not in known] == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "meta"),
+    [
+        ({"DWM_POLICY": "truncation"}, None),
+        ({"DWM_POLICY": "linupper"}, None),
+        ({"DWM_POLICY": "uniform"}, None),
+        ({"DWM_SCHEDULE": "frozen", "DWM_LOAD": "runs/a"}, None),
+        ({"DWM_POLICY": "influence", "DWM_SCHEDULE": "frozen"}, ["meta"]),
+        ({"DWM_POLICY": "shuffled"}, ["meta"]),
+        ({"DWM_POLICY": "my.policies:Own"}, ["meta"]),
+    ],
+)
+def test_the_meta_set_goes_to_policies_that_use_one(variables, meta):
+    flags = flags_of(**REQUIRED, **variables)
+    assert flags.get("--dwm-meta-data-path") == meta
+    assert flags["--dwm-policy"] == [variables.get("DWM_POLICY", "learned")]
+
+
+def test_another_script_takes_the_same_flags():
+    other = command_of(SCRIPT="mine.py", **REQUIRED)
+    assert [word.replace("mine.py", str(SCRIPT)) for word in other] == command_of(**REQUIRED)
+
+
 def test_default_model_has_370m_parameters():
     flags = flags_of(**REQUIRED)
     count = parameter_count(flags, padded_vocab_size=32000)
@@ -161,9 +204,14 @@ def test_variables_reach_their_flags(tmp_path):
         NUM_QUERY_GROUPS="4",
         SEQ_LENGTH="128",
         SAVE_DIR="runs/a",
+        DWM_FORM="model",
         DWM_META_BATCH_SIZE="16",
+        DWM_META_INTERVAL="8",
+        DWM_WARMUP_STEPS="30",
+        DWM_GATE="off",
         DWM_HEAD_LR="1e-3",
-        DWM_INIT="random",
+        DWM_INIT="llm:2",
+        DWM_POOLING="last",
         DWM_NUM_ATTENTION_HEADS="2",
     )
     assert flags["--train-data-path"] == ["0.7", "first", "0.3", "second"]
@@ -176,6 +224,12 @@ def test_variables_reach_their_flags(tmp_path):
     assert flags["--save"] == flags["--load"] == ["runs/a"], "a restart continues the run"
     assert flags["--dwm-meta-data-path"] == ["0.5", "m1", "0.5", "m2"]
     assert flags["--dwm-meta-batch-size"] == ["16"]
+    assert flags["--dwm-form"] == ["model"]
+    assert flags["--dwm-meta-interval"] == ["8"]
+    assert flags["--dwm-warmup-steps"] == ["30"]
+    assert flags["--dwm-gate"] == ["off"]
+    assert flags["--dwm-init"] == ["llm:2"]
+    assert flags["--dwm-pooling"] == ["last"]
     assert flags["--dwm-head-lr"] == ["1e-3"]
     assert flags["--dwm-num-attention-heads"] == ["2"]
     assert flags["--weight-decay"] == ["0.1", "0.2"], "extra words must come last to win"
@@ -201,6 +255,10 @@ def test_stock_trainer_gets_the_same_command_without_dwm_flags():
         ({**REQUIRED, "NNODES": "2", "MASTER_ADDR": "n"}, "NODE_RANK is not set"),
         ({**REQUIRED, "NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR is not set"),
         ({**REQUIRED, "DWM": "yes"}, "DWM is 'yes'"),
+        ({"DATA_PATH": "d", "TOKENIZER_MODEL": "t", "DWM_POLICY": "influence"}, "META_DATA_PATH"),
+        ({**REQUIRED, "DWM_INIT": "llm:2"}, "DWM_INIT is about the separate model"),
+        ({**REQUIRED, "DWM_FORM": "head", "DWM_HEAD_LR": "1"}, "DWM_HEAD_LR is about"),
+        ({**REQUIRED, "DWM_POLICY": "head", "DWM_REPLAY": "1"}, "set DWM_FORM=model"),
     ],
 )
 def test_a_missing_variable_is_one_clear_line(variables, named):
@@ -213,6 +271,93 @@ def test_a_missing_variable_is_one_clear_line(variables, named):
 
 def test_slurm_script_is_valid_bash():
     subprocess.run(["bash", "-n", str(EXAMPLES / "pretrain_dwm.slurm")], check=True)
+
+
+# ----------------------------------------------------------------------------------- the demo
+
+
+# Stands in for Python in `demo.sh`: trainings are recorded, and leave the files of a finished run;
+# the launcher's question about the host is answered by Python itself; all else does nothing.
+STAND_IN = """#!/usr/bin/env bash
+if [[ "$1" == -c ]]; then exec "$REAL_PYTHON" "$@"; fi
+if [[ "$2" == torch.distributed.run ]]; then
+    printf '%s\\x1f' "$@" >>"$RECORD"
+    echo >>"$RECORD"
+    echo "validation loss at iteration $TRAIN_ITERS"
+    mkdir -p "$SAVE_DIR"
+    echo "$TRAIN_ITERS" >"$SAVE_DIR/latest_checkpointed_iteration.txt"
+fi
+"""
+
+
+def demo(folder: Path, **variables: str) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
+    """Runs `demo.sh` with the stand-in; returns how it ended, and the trainings' commands."""
+    stand_in, record = folder / "python", folder / "record"
+    stand_in.write_text(STAND_IN)
+    stand_in.chmod(0o755)
+    record.write_text("")
+    train = folder / "out" / "corpus" / "train"
+    train.mkdir(parents=True, exist_ok=True)
+    for domain in ("books", "corrupt"):
+        (train / f"{domain}.jsonl").touch()
+    # What the trainer reads from these names must come from the demo itself.
+    kept = environment(
+        REAL_PYTHON=sys.executable, RECORD=str(record), DEMO_DIR=str(folder / "out"), **variables
+    )
+    done = subprocess.run(
+        ["bash", str(EXAMPLES / "demo.sh")],
+        env={**kept, "PYTHON": str(stand_in)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    lines = record.read_text().splitlines()
+    return done, [line.split("\x1f")[:-1] for line in lines]
+
+
+def test_the_demo_s_runs_differ_in_their_weights_alone_and_are_not_trained_twice(tmp_path):
+    done, commands = demo(tmp_path, DEMO_ITERS="90", DEMO_SEED="7")
+    assert done.returncode == 0, done.stderr
+    assert len(commands) == 3
+    runs = tmp_path / "out" / "seed_7"
+    kept = []
+    for name, command in zip(("stock", "loss_based", "dwm"), commands, strict=True):
+        stop = command.index("--log-interval")
+        start = command.index("--dwm") if "--dwm" in command else stop
+        assert (name == "stock") == (start == stop)
+        shared = command[:start] + command[stop:]
+        assert str(runs / name) in shared
+        kept.append([word.replace(str(runs / name), "RUN") for word in shared])
+    assert kept[0] == kept[1] == kept[2], "not the same samples, or not in the same order"
+    assert not [word for word in commands[2] if word == "--dwm-sampling"]
+    where = commands[0].index("--train-data-path")
+    assert commands[0][where + 1 : where + 5 : 2] == ["1", "3"]
+    assert commands[0][commands[0].index("--seed") + 1] == "7"
+    assert commands[0][commands[0].index("--train-iters") + 1] == "90"
+
+    done, commands = demo(tmp_path, DEMO_ITERS="90", DEMO_SEED="7")
+    assert done.returncode == 0 and commands == []
+    assert done.stdout.count("is complete") == 3
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"DEMO_ITERS": "60"}, "is a run with DEMO_ITERS=90"),
+        ({"DEMO_ITERS": "90", "DEMO_APT": "1"}, "set DEMO_DIR to another folder"),
+        ({"DEMO_ITERS": "0"}, "DEMO_ITERS is '0'"),
+        ({"DEMO_ITERS": "many"}, "DEMO_ITERS is 'many'"),
+        ({"DEMO_SEED": "-1"}, "DEMO_SEED is '-1'"),
+    ],
+)
+def test_the_demo_refuses_settings_that_do_not_fit(tmp_path, variables, named):
+    (tmp_path / "out" / "stock").mkdir(parents=True)
+    (tmp_path / "out" / "settings.txt").write_text("DEMO_ITERS=90 DEMO_APT=0\n")
+    done, commands = demo(tmp_path, **variables)
+    assert done.returncode == 2 and commands == []
+    assert named in done.stderr and len(done.stderr.splitlines()) == 1
+    assert (tmp_path / "out" / "settings.txt").read_text() == "DEMO_ITERS=90 DEMO_APT=0\n"
 
 
 # --------------------------------------------------------------------------------- real runs
@@ -327,7 +472,8 @@ def reported(text: str) -> list[tuple[str, str]]:
 @pytest.mark.slow
 def test_two_nodes_train_and_uniform_weights_change_nothing(corpora, tmp_path):
     stock = train_on_two_nodes(corpora, tmp_path, DWM="0")
-    uniform = train_on_two_nodes(corpora, tmp_path, DWM="1", DWM_POLICY="uniform")
+    timed = str(EXAMPLES / "demo_train.py")
+    uniform = train_on_two_nodes(corpora, tmp_path, DWM="1", DWM_POLICY="uniform", SCRIPT=timed)
 
     flags = flags_of(
         DWM="0",
@@ -347,3 +493,14 @@ def test_two_nodes_train_and_uniform_weights_change_nothing(corpora, tmp_path):
     assert len([loss for loss in losses if loss[0] != "validation"]) == 4
     assert any(loss[0] == "validation" for loss in losses)
     assert reported(uniform) == losses
+
+    # What the report reads of it.
+    (tmp_path / "uniform.log").write_text(uniform)
+    run = read_run("uniform", str(tmp_path / "uniform.log"))
+    assert run.sequence_length == 16
+    assert run.samples == {1: 8, 2: 16, 3: 24, 4: 32}
+    assert list(run.losses) == [4] and 3 < run.losses[4] < 5, "of 63 tokens at random"
+    for times in (run.clock, run.processor):
+        assert sorted(times.known) == [2, 3, 4], "the first step is left out"
+        assert all(0 < seconds < 60 for seconds in times.known.values())
+    assert "processor time" not in stock

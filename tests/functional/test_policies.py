@@ -1,7 +1,7 @@
 """Policies in the real trainer: stop and resume, transfer, one's own, what a plain step sends.
 
-Two ranks take all runs. A resumed run must have the losses, gradient norms, parameters and log lines
-of one that was never stopped.
+Two ranks take all runs. A resumed run must have the losses, gradient norms, parameters and log
+lines of one that was never stopped.
 
 Not exercised here: GPUs; other layouts (tests/distributed/test_head.py); kills in the middle of a
 save (test_faults).

@@ -92,7 +92,7 @@ class DWMConfig:
         "scores to weights: sigmoid, bounded, with running centre and normaliser; softmax over "
         "the global batch (form model only); default: sigmoid, with --dwm-rule chain softmax",
     )
-    slope: float = _option(4.0, "slope of the sigmoid, per standard deviation of the influence")
+    slope: float = _option(3.0, "slope of the sigmoid, per standard deviation of the scores")
     gate: str | None = _option(
         None,
         "on: weights leave 1 only as far as the out-of-sample correlation of scores and influence "
@@ -101,7 +101,11 @@ class DWMConfig:
     forgetting: float = _option(
         0.98, "regression of form head: what a meta step counts after the next one, in (0, 1]"
     )
-    ridge: float = _option(0.1, "regression of form head: ridge penalty, over the mean variance")
+    ridge: float | None = _option(
+        None,
+        "regression of form head: ridge penalty, over the features' variance; default: by how many "
+        "samples there are and how well scores have predicted influence",
+    )
     replay: int = _option(8, "regression of form model: meta steps whose samples are kept")
     replay_steps: int = _option(
         2, "regression of form model: kept meta steps that are learned again at each meta step"
@@ -344,7 +348,7 @@ class DWMConfig:
             )
         not_negative = ("warmup_steps", "backbone_lr", "weight_decay", "clip_grad", "seed")
         for name in (*not_negative, "ridge", "replay", "replay_steps"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 found.append(f"{flag(name)} is {getattr(self, name)}; it must not be negative")
         for name in (
             "stage_meta_steps",

@@ -1,7 +1,7 @@
 """The head: a linear score on the language model's own states of this very forward pass.
 
     phi(x) = features (`features`), standardised by running moments, projected above `LIMIT`
-    s(x) = <w, phi(x)>,   w by ridge regression of the standardised influence
+    s(x) = <w, phi(x)> over its own standard deviation,   w by ridge regression of the influence
 
 There is no second model and no pass of its own: a micro-batch's weights are known inside its own
 forward step. Running moments and w are fixed at the start of a step and change at its end, so that
@@ -41,7 +41,7 @@ class Head(LearnedPolicy):
     needs = Needs(losses=True, states=True, influence=True)
 
     def __init__(self, context: PolicyContext) -> None:
-        super().__init__(context, centred=True)
+        super().__init__(context, standard=True)
         config, device = context.config, context.device
         width = 2 * context.hidden_size + _OF_LOSSES
         self.projection = Projection(width, LIMIT, _OF_LOSSES, config.seed, device)
@@ -67,7 +67,7 @@ class Head(LearnedPolicy):
 
     def scores(self, features: torch.Tensor) -> torch.Tensor:
         """Returns `[b]` float64 scores of features `[b, F]`."""
-        return self._standardised(features) @ self.ridge.w
+        return self._standardised(features) @ (self.ridge.w * self.ridge.scale)
 
     def broken(self) -> torch.Tensor | bool:
         """As `WeightPolicy.broken`."""
@@ -87,8 +87,9 @@ class Head(LearnedPolicy):
         phi = phi - mean
         products = torch.cat([phi.T @ phi, (phi.T @ local).unsqueeze(0)])
         products = collectives.sum_over_data_parallel(products, groups.dp)
-        self.ridge.update(products[:-1], products[-1])
+        self.ridge.update(products[:-1], products[-1], len(targets), self.gate.mean)
         collectives.broadcast_over_tensor_parallel(self.ridge.w, groups.tp)
+        collectives.broadcast_over_tensor_parallel(self.ridge.scale, groups.tp)
         return Lesson(True)
 
     def end(self, step: StepView) -> None:

@@ -25,14 +25,14 @@ class LearnedPolicy(WeightPolicy):
 
     Args:
         context: what it is built from.
-        centred: whether the scores have mean zero by their making.
+        standard: whether the scores have mean 0 and variance 1 by their making.
     """
 
-    def __init__(self, context: PolicyContext, centred: bool) -> None:
+    def __init__(self, context: PolicyContext, standard: bool) -> None:
         super().__init__(context)
         config = context.config
-        self.map = build_map(config, centred, context.device)
-        self.gate = Gate() if config.gate == "on" else None
+        self.map = build_map(config, standard, context.device)
+        self.gate, self.gated = Gate(), config.gate == "on"
         self.targets = Targets()
         self.batch: Mapped | None = None
         self._bad: torch.Tensor | bool = False
@@ -61,9 +61,14 @@ class LearnedPolicy(WeightPolicy):
 
     def opened(self, weights: torch.Tensor) -> torch.Tensor:
         """Returns `1 + a (w - 1)` with the gate's opening a."""
-        if self.gate is None or self.gate.opening >= 1:
+        if self.opening >= 1:
             return weights
-        return 1 + self.gate.opening * (weights - 1)
+        return 1 + self.opening * (weights - 1)
+
+    @property
+    def opening(self) -> float:
+        """How far weights may leave 1: the gate's opening, 1 without a gate."""
+        return self.gate.opening if self.gated else 1.0
 
     def keep_scores(self, view: SampleView, scores: torch.Tensor) -> None:
         """Keeps a micro-batch's scores for the end of the step."""
@@ -89,24 +94,21 @@ class LearnedPolicy(WeightPolicy):
         if self.context.sees_losses and local is not None:
             scores = collectives.gather_samples(local, self.context.groups.dp)
             self._samples = scores.numel()
-            if self.gate is not None:
-                self.gate.observe(scores, influence)
+            self.gate.observe(scores, influence)
         return self.learn(step, influence, scores)
 
     def figures(self) -> dict[str, Any]:
         """Correlation, its running mean and standard error, and the gate."""
-        if self.gate is None:
-            return {}
         return {
             "score_correlation": self.gate.last,
             "score_correlation_mean": self.gate.mean,
             "score_correlation_error": self.gate.standard_error(self._samples),
-            "gate": self.gate.opening,
+            "gate": self.opening,
         }
 
     def notices(self) -> list[str]:
         """Says when the gate has opened or closed, and why."""
-        words = None if self.gate is None else self.gate.words(self._samples)
+        words = self.gate.words(self._samples) if self.gated else None
         return [] if words is None else [words]
 
     # ------------------------------------------------------------------ state
@@ -115,7 +117,7 @@ class LearnedPolicy(WeightPolicy):
         """As `WeightPolicy.state_dict`."""
         return {
             "map": self.map.state_dict(),
-            "gate": None if self.gate is None else self.gate.state_dict(),
+            "gate": self.gate.state_dict(),
             "targets": self.targets.state_dict(),
             "samples": self._samples,
         }
@@ -123,7 +125,7 @@ class LearnedPolicy(WeightPolicy):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As `WeightPolicy.load_state_dict`."""
         self.map.load_state_dict(state["map"])
-        if self.gate is not None and state["gate"] is not None:
+        if state["gate"] is not None:
             self.gate.load_state_dict(state["gate"])
         self.targets.load_state_dict(state["targets"])
         self._samples = state.get("samples", self._samples)

@@ -3,12 +3,12 @@
 A map is a pair of functions, `weights(scores)` and `pull_back(scores, c)`, with running state that
 changes between steps only.
 
-    sigmoid   w = sigmoid(slope (s - centre)) / normaliser      bounded: a soft filter
+    sigmoid   w = sigmoid(slope (s - centre) / deviation) / normaliser   bounded: a soft filter
     softmax   w = N softmax(s / tau) over the global batch      mean exactly 1
 
-The sigmoid's centre and normaliser are running averages over the samples of past steps, so that a
-weight depends on its own sample only, and its mean is one in expectation. The softmax needs the
-scores of the whole global batch at once.
+The sigmoid's centre, deviation and normaliser are running averages over the samples of past steps,
+so that a weight depends on its own sample only, and its mean is one in expectation. The softmax
+needs the scores of the whole global batch at once.
 
 Guards, in this order (of the softmax see `weighting.guarding`; of the sigmoid here):
 
@@ -120,24 +120,27 @@ class SoftmaxMap:
 
 
 class SigmoidMap:
-    """`w = sigmoid(slope (s - centre)) / normaliser`, centre and normaliser running averages.
+    """`w = sigmoid(slope (s - centre) / deviation) / normaliser`, of running averages.
 
     Before the first update every weight is what centre 0 and normaliser 1/2 give: equal scores of
     0 are weights of 1.
 
     Args:
-        slope: of the sigmoid at its centre, times 4.
+        slope: by how much a standard deviation of the scores moves the sigmoid's argument.
         guards: what the weights are kept from.
-        centred: whether scores have mean zero by their making, so that the centre stays 0.
+        standard: whether scores have mean 0 and variance 1 by their making, so that centre and
+            deviation stay.
         device: where scores live.
     """
 
     whole_batch = False
 
-    def __init__(self, slope: float, guards: Guards, centred: bool, device: torch.device) -> None:
-        self.slope, self.guards, self.centred = slope, guards, centred
-        # centre, normaliser, variance of the weights, the cap's factor, age of the averages
-        self.state = torch.tensor([0.0, 0.5, 0.0, 1.0, 0.0], dtype=torch.float64, device=device)
+    def __init__(self, slope: float, guards: Guards, standard: bool, device: torch.device) -> None:
+        self.slope, self.guards, self.standard = slope, guards, standard
+        # centre, normaliser, variance of the weights, the cap's factor, age of the averages,
+        # variance of the scores
+        start = [0.0, 0.5, 0.0, 1.0, 0.0, 1.0]
+        self.state = torch.tensor(start, dtype=torch.float64, device=device)
 
     def weights(self, scores: torch.Tensor) -> Mapped:
         """As `WeightMap.weights`; a bad score makes its own weight 1."""
@@ -159,14 +162,15 @@ class SigmoidMap:
         return gradient.to(scores.dtype)
 
     def sums(self, scores: torch.Tensor) -> torch.Tensor:
-        """Returns count, sums of scores, of sigmoids, of squared weights and of capped weights."""
+        """Returns count, and sums of what `update` averages."""
         s = torch.where(torch.isfinite(scores), scores.double(), self.state[0])
         plain = self._plain(s)
         return torch.stack(
             [
                 torch.full_like(s, 1.0).sum(),
                 s.sum(),
-                torch.sigmoid(self.slope * (s - self.state[0])).sum(),
+                (s - self.state[0]).square().sum(),
+                torch.sigmoid(self._argument(s)).sum(),
                 (plain - 1).square().sum(),
                 self._guarded(plain).sum(),
             ]
@@ -174,13 +178,16 @@ class SigmoidMap:
 
     def update(self, sums: torch.Tensor) -> None:
         """As `WeightMap.update`; without waiting for the device."""
-        count, scores, sigmoids, squares, guarded = sums
-        centre, normaliser, variance, factor, age = self.state
+        count, scores, spread, sigmoids, squares, guarded = sums
+        centre, normaliser, variance, factor, age, deviation2 = self.state
         # As long as there is little to average, all of it counts alike.
         age = age + 1
         new = torch.maximum(torch.full_like(age, 1 - DECAY), 1 / age)
         count = count.clamp(min=1)
-        shift = torch.zeros_like(centre) if self.centred else new * (scores / count - centre)
+        shift = new * (scores / count - centre)
+        wider = new * (spread / count - deviation2)
+        if self.standard:
+            shift, wider = torch.zeros_like(shift), torch.zeros_like(wider)
         self.state = torch.stack(
             [
                 centre + shift,
@@ -190,6 +197,8 @@ class SigmoidMap:
                 if self.guards.max_weight is not None
                 else factor,
                 age,
+                # A model whose scores do not differ yet has nothing to say.
+                (deviation2 + wider).clamp(min=1e-4),
             ]
         )
 
@@ -202,7 +211,10 @@ class SigmoidMap:
         self.state = state["sigmoid"].to(self.state.device)
 
     def _plain(self, s: torch.Tensor) -> torch.Tensor:
-        return torch.sigmoid(self.slope * (s - self.state[0])) / self.state[1]
+        return torch.sigmoid(self._argument(s)) / self.state[1]
+
+    def _argument(self, s: torch.Tensor) -> torch.Tensor:
+        return self.slope * (s - self.state[0]) * self.state[5].rsqrt()
 
     def _guarded(self, weights: torch.Tensor) -> torch.Tensor:
         floor, mix, cap = (
@@ -221,15 +233,15 @@ class SigmoidMap:
         return weights
 
 
-def build_map(config: Any, centred: bool, device: torch.device) -> WeightMap:
+def build_map(config: Any, standard: bool, device: torch.device) -> WeightMap:
     """Returns the map that `--dwm-map` names.
 
     Args:
         config: settings, defaults resolved.
-        centred: see `SigmoidMap`.
+        standard: see `SigmoidMap`.
         device: where scores live.
     """
     guards = Guards.from_config(config)
     if config.map == "softmax":
         return SoftmaxMap(config.temperature, guards)
-    return SigmoidMap(config.slope, guards, centred, device)
+    return SigmoidMap(config.slope, guards, standard, device)

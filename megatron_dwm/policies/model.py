@@ -12,7 +12,7 @@ Shapes: b samples in a micro-batch, m micro-batches on this rank (n = m b), N in
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,8 +21,10 @@ from megatron_dwm.meta import collectives
 from megatron_dwm.policies.base import Lesson, Needs, PolicyContext, SampleView, StepView
 from megatron_dwm.policies.head import Head
 from megatron_dwm.policies.learned import LearnedPolicy
-from megatron_dwm.weighting.scorer import Update
 from megatron_dwm.weighting.weights import uniform_where
+
+if TYPE_CHECKING:
+    from megatron_dwm.weighting.scorer import Update
 
 # Meta steps before the head's scores are labels.
 _TEACHER_READY = 3
@@ -38,7 +40,7 @@ class Model(LearnedPolicy):
     needs = Needs(tokens=True, influence=True)
 
     def __init__(self, context: PolicyContext) -> None:
-        super().__init__(context, centred=False)
+        super().__init__(context, standard=False)
         config = context.config
         self.scorer, self._description = context.scorer()
         self.regression = config.rule == "regression"
@@ -108,8 +110,8 @@ class Model(LearnedPolicy):
             gradient = None
             if scores is not None:
                 gradient = self.map.pull_back(scores, influence)
-                if self.gate is not None:
-                    gradient = self.gate.opening * gradient
+                if self.gated:
+                    gradient = self.opening * gradient
             return self._lesson([self._update(step, gradient)])
         if self.teacher is not None:
             self.teacher.observe(step, influence)
@@ -189,7 +191,7 @@ class Model(LearnedPolicy):
     def figures(self) -> dict[str, Any]:
         """As `LearnedPolicy.figures`, and what the watching head has shown."""
         found = super().figures()
-        if self.teacher is not None and self.teacher.gate is not None:
+        if self.teacher is not None:
             found["teacher_correlation_mean"] = self.teacher.gate.mean
         return found
 

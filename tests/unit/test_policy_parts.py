@@ -100,7 +100,7 @@ class TestRidge:
         for step in range(5):
             x = torch.randn(7, k, dtype=torch.float64, generator=generator(step))
             z = torch.randn(7, dtype=torch.float64, generator=generator(step + 50))
-            ridge.update(x.T @ x, x.T @ z)
+            ridge.update(x.T @ x, x.T @ z, 7)
             rows.append(x.numpy())
             targets.append(z.numpy())
             counts += [f ** (4 - step)] * 7
@@ -109,6 +109,44 @@ class TestRidge:
         system = gram + (penalty * numpy.trace(gram) / k + 1e-9) * numpy.eye(k)
         expected = numpy.linalg.solve(system, (x * c[:, None]).T @ z)
         numpy.testing.assert_allclose(ridge.w.numpy(), expected, rtol=1e-10)
+        # Scores over the remembered rows have variance 1.
+        scores = x @ expected * ridge.scale.item()
+        assert (scores**2 * c).sum() / c.sum() == pytest.approx(1.0)
+
+    @pytest.mark.parametrize("r", [0.3, 0.7])
+    @pytest.mark.parametrize("n", [60, 600])
+    def test_penalty_by_itself_is_near_the_best_for_samples_to_come(self, r, n):
+        """Of targets that features explain to R^2: against the best of a grid, on new samples."""
+        k, errors, best = 40, [], []
+        grid = [10**e for e in numpy.arange(-3, 2.1, 0.5)]
+        for seed in range(20):
+            g = generator(seed)
+            beta = torch.randn(k, dtype=torch.float64, generator=g) * r / math.sqrt(k)
+
+            def draw(count, g=g, beta=beta):
+                x = torch.randn(count, k, dtype=torch.float64, generator=g)
+                noise = torch.randn(count, dtype=torch.float64, generator=g)
+                return x, x @ beta + math.sqrt(1 - r * r) * noise
+
+            x, z = draw(n)
+            new, truth = draw(2000)
+            found = []
+            for penalty in [None, *grid]:
+                ridge = Ridge(k, 1.0, penalty, CPU)
+                ridge.update(x.T @ x, x.T @ z, n, r)
+                found.append((new @ ridge.w - truth).square().mean().item())
+            errors.append(found[0])
+            best.append(found[1:])
+        assert numpy.mean(errors) < 1.02 * numpy.mean(best, axis=0).min()
+
+    def test_scores_do_not_grow_where_nothing_is_known(self):
+        """Of noise alone, a penalty that is set by what was predicted keeps w small."""
+        small, fixed = Ridge(40, 1.0, None, CPU), Ridge(40, 1.0, 0.1, CPU)
+        x = torch.randn(64, 40, dtype=torch.float64, generator=generator())
+        z = torch.randn(64, dtype=torch.float64, generator=generator(1))
+        for ridge in (small, fixed):
+            ridge.update(x.T @ x, x.T @ z, 64)
+        assert small.w.norm() < 0.2 * fixed.w.norm()
 
 
 class TestRunningMoments:
@@ -163,7 +201,7 @@ class TestSigmoidMap:
     def learned(self, guards=None, centred=False, scale=1.0, shift=0.0):
         found = SigmoidMap(4.0, guards or Guards(), centred, CPU)
         for i in range(300):
-            scores = torch.randn(64, generator=generator(i)) * scale + shift
+            scores = torch.randn(256, generator=generator(i)) * scale + shift
             found.update(found.sums(scores))
         return found, torch.randn(4096, generator=generator(999)) * scale + shift
 

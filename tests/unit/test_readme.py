@@ -6,7 +6,12 @@ import dataclasses
 import re
 from pathlib import Path
 
+from megatron_dwm import host
 from megatron_dwm.config import DWMConfig, flag
+
+host.install()
+
+from megatron_dwm.integration.checks import refusals  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -34,11 +39,6 @@ def test_named_files_exist() -> None:
 
 def test_list_of_refusals_is_the_codes() -> None:
     """Every flag that is refused by name stands there, with the reason and the way out."""
-    from megatron_dwm import host
-
-    host.install()
-    from megatron_dwm.integration.checks import refusals
-
     table = README.split("| refused | why | what to do |\n|---|---|---|\n")[1].split("\n\n")[0]
     expected = []
     for flag_name, why, way_out in refusals():

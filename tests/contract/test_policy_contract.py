@@ -15,10 +15,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_dwm.config import DWMConfig
-from megatron_dwm.policies.base import (
+from megatron_dwm import host
+
+host.install()
+
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+
+from megatron_dwm.config import DWMConfig  # noqa: E402
+from megatron_dwm.policies.base import (  # noqa: E402
     BUILT_IN,
     Needs,
     PolicyContext,
@@ -27,7 +32,7 @@ from megatron_dwm.policies.base import (
     WeightPolicy,
     policy_class,
 )
-from megatron_dwm.weighting.scorer import Update
+from megatron_dwm.weighting.scorer import Update  # noqa: E402
 
 N, S, H = 32, 12, 8
 USEFUL = torch.arange(N) % 2 == 0

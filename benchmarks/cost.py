@@ -4,9 +4,10 @@
     python benchmarks/cost.py [--model 10m|134m|374m] [--ranks 1] [--rounds 5] [-- trainer flags]
 
 One training run takes steps of every kind in turn, each between two stock steps: stock, uniform
-weights, a frozen DWM, and a meta step with each estimator, lookahead and meta batch (1, 1/4, 1/8 of
-the batch). A step's time is divided by the mean of its two stock neighbours', so the ratio holds on
-a machine that others use too; the table shows the median over the rounds and the quartiles.
+weights, the head's plain step and meta step (the defaults), a frozen separate model, and with that
+a meta step with each estimator, lookahead and meta batch (1, 1/4, 1/8 of the batch). A step's time
+is divided by the mean of its two stock neighbours', so the ratio holds on a machine that others use
+too; the table shows the median over the rounds and the quartiles.
 
 Time is wall-clock time on a GPU. On a CPU it is this rank's processor time, with one thread a rank
 unless OMP_NUM_THREADS says otherwise: wall-clock time would include what others do on the machine.
@@ -18,9 +19,13 @@ of the batch, and the DWM's own passes left out:
     ghost, lookahead current  (3 + 3r + 1) / 3     inner products in the training pass
     finite difference         (3 + 3r + 2) / 3     two forwards
     frozen DWM                1 + DWM forward / 3F
+    head, plain               1
+    head, meta                as ghost, lookahead current, with the default meta batch of 1/4
 
 Peak memory is that of all tensors, from the profiler on a CPU and from the allocator on a GPU.
-Exit code 1 when a step is above --limit times its floor (1.05 for the frozen DWM).
+A whole run at the defaults costs `plain + (meta - plain) / interval`. Exit code 1 when a step is
+above --limit times its floor (1.05 for the frozen DWM, 1.01 for the head's plain step), or a whole
+run with the head above 1.05 stock steps, or the head's state above 16 MiB.
 """
 
 from __future__ import annotations
@@ -41,6 +46,10 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHARES = {"1": 1, "1/4": 4, "1/8": 8}
 MICRO_BATCHES = 8  # of a step; the smallest meta batch is one
 WARM = 3  # steps before anything is timed
+HEAD = {"head, plain": False, "head, meta": True}  # whether it takes a meta step
+HEAD_SHARE = 4  # of the batch is the default meta batch
+LIMITS = {"frozen DWM": 1.05, "uniform": 1.05, "head, plain": 1.01}
+WHOLE_RUN, HEAD_MIB = 1.05, 16.0
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,8 @@ COMMON = """
 --untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0 --mock-data
 --tokenizer-type NullTokenizer --lr 1e-4 --lr-decay-style constant --eval-iters 0
 --eval-interval 1000000 --log-interval 1000000 --num-workers 0 --split 98,1,1
---no-create-attention-mask-in-dataloader --dwm --dwm-schedule joint --dwm-estimator ghost
+--no-create-attention-mask-in-dataloader --dwm --dwm-form model --dwm-rule chain
+--dwm-schedule joint --dwm-estimator ghost
 """
 # For a GPU: bf16, Megatron's own layers, as Transformer Engine need not be there, and micro-batches
 # so large that it is busy: where the launches of kernels take longer than the kernels, forward
@@ -124,8 +134,10 @@ def kinds() -> dict[str, tuple[str, str, int]]:
 
 def floor_of(name: str, model: Model) -> float:
     """Returns the FLOP floor of a kind of step over a stock step."""
-    if name in ("stock", "uniform"):
+    if name in ("stock", "uniform", "head, plain"):
         return 1.0
+    if name == "head, meta":
+        return (3 + 3 / HEAD_SHARE + 1) / 3
     if name == "frozen DWM":
         return 1.0 + model.share() / 3
     estimator, lookahead, share = kinds()[name]
@@ -142,7 +154,7 @@ def worker() -> None:
     from megatron_dwm.integration.session import Session
 
     rounds = int(os.environ["COST_ROUNDS"])
-    names = ["uniform", "frozen DWM", *kinds()]
+    names = ["uniform", *HEAD, "frozen DWM", *kinds()]
     # Every timed step has a stock step before and after; the memory of each is taken first.
     plan = ["stock"] * WARM + [f"memory {n}" for n in ["stock", *names]]
     for k in range(rounds):
@@ -155,7 +167,8 @@ def worker() -> None:
 
     def train_step(self: Any, stock: Any, *args: Any, iteration: int, **kwargs: Any) -> tuple:
         if not steps:
-            steps.update(build_steps(self.step))
+            steps.update(build_steps(self.step, args[2]))
+            measured["head_bytes"] = head_bytes(steps["head, meta"])
         name = plan[iteration].removeprefix("memory ")
         self.step = steps.get(name)
 
@@ -195,21 +208,21 @@ class Always:
         return StepPlan(0, "meta" if self.meta_step else "frozen", True, self.meta_step, False)
 
 
-def build_steps(step: Any) -> dict[str, Any]:
+def build_steps(step: Any, model: list[Any]) -> dict[str, Any]:
     """Returns a modified step of each kind, all on one LLM and one DWM."""
     import dataclasses
 
+    from megatron_dwm.config import DWMConfig
     from megatron_dwm.data.meta_dataset import MetaData
     from megatron_dwm.passes import Passes
+    from megatron_dwm.policies.controls import Uniform
+    from megatron_dwm.policies.head import Head
     from megatron_dwm.train_step import DWMTrainStep
+    from megatron_dwm.weighting.state_tap import StateTap
 
-    passes, full = step.passes, step.meta_data
-    found = {
-        "uniform": DWMTrainStep(step.config, Always(False), passes, None),
-        "frozen DWM": DWMTrainStep(step.config, Always(False), passes, step.scorer),
-    }
-    for name, (estimator, lookahead, share) in kinds().items():
-        config = dataclasses.replace(step.config, estimator=estimator, lookahead=lookahead)
+    passes, full, context = step.passes, step.meta_data, step.policy.context
+
+    def with_share(share: int) -> Any:
         meta_data = MetaData(
             full.datasets,
             None,
@@ -219,9 +232,37 @@ def build_steps(step: Any) -> dict[str, Any]:
             full.dp_size,
             0,
         )
-        of_kind = Passes(passes.forward_step, passes.groups, passes.shape, meta_data)
-        found[name] = DWMTrainStep(config, Always(True), of_kind, step.scorer)
+        return Passes(passes.forward_step, passes.groups, passes.shape, meta_data)
+
+    found = {
+        "uniform": DWMTrainStep(step.config, Always(False), passes, Uniform(context)),
+        "frozen DWM": DWMTrainStep(step.config, Always(False), passes, step.policy),
+    }
+    config = dataclasses.replace(
+        DWMConfig(enabled=True).with_defaults(), estimator="ghost", lookahead="current"
+    )
+    head = Head(dataclasses.replace(context, config=config))
+    tap = StateTap(model[-1]) if context.sees_losses else None
+    for name, meta in HEAD.items():
+        found[name] = DWMTrainStep(config, Always(meta), with_share(HEAD_SHARE), head, tap)
+    for name, (estimator, lookahead, share) in kinds().items():
+        config = dataclasses.replace(step.config, estimator=estimator, lookahead=lookahead)
+        found[name] = DWMTrainStep(config, Always(True), with_share(share), step.policy)
     return found
+
+
+def head_bytes(step: Any) -> int:
+    """Returns what the head keeps on this rank, in bytes."""
+    import torch
+
+    def tensors(value: Any) -> Any:
+        for one in value.values():
+            if isinstance(one, dict):
+                yield from tensors(one)
+            elif isinstance(one, torch.Tensor):
+                yield one
+
+    return sum(t.numel() * t.element_size() for t in tensors(step.policy.state_dict()))
 
 
 def timed(act: Any) -> tuple[float, Any]:
@@ -322,7 +363,7 @@ def report(measured: dict[str, Any], model: Model, limit: float) -> int:
     print(f"stock step {stock * 1000:.0f} ms, peak memory {memory['stock'] / 2**20:.0f} MiB\n")
     print("| step | time / stock | quartiles | floor | time / floor | memory / stock | MiB sent |")
     print("|---|---|---|---|---|---|---|")
-    failed = []
+    failed, medians = [], {}
     for name, values in ratios(measured["times"]).items():
         time_ratio, floor = statistics.median(values), floor_of(name, model)
         low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
@@ -331,8 +372,22 @@ def report(measured: dict[str, Any], model: Model, limit: float) -> int:
             f"| {time_ratio / floor:.3f} | {memory[name] / memory['stock']:.3f} "
             f"| {sum(traffic[name].values()) / 2**20:.2f} |"
         )
-        if time_ratio > floor * (1.05 if name in ("frozen DWM", "uniform") else limit):
+        medians[name] = time_ratio
+        if time_ratio > floor * LIMITS.get(name, limit):
             failed.append(name)
+    sys.path.insert(0, ROOT)
+    from megatron_dwm.config import DWMConfig
+
+    plain, meta = (medians[name] for name in HEAD)
+    interval = DWMConfig().with_defaults().meta_interval or 1
+    whole = plain + (meta - plain) / interval
+    size = measured["head_bytes"] / 2**20
+    print(
+        f"\nA whole run with the head costs {whole:.3f} stock steps a step (a meta step every "
+        f"{interval}); its state is {size:.2f} MiB."
+    )
+    failed += ["a whole run with the head"] if whole > WHOLE_RUN else []
+    failed += ["the head's state"] if size > HEAD_MIB else []
     share = model.share()
     print(f"\nThe DWM's forward is {share:.3f} of the LLM's; scoring and its update are 4 of them.")
     detail = traffic["ghost, next, meta 1/4"]

@@ -111,7 +111,7 @@ step "6/7 the same samples, weighted by the data weighting model"
 # So short a run has few meta steps to learn from, each of 32 samples. The regression is held back
 # by more (ridge), which makes scores smaller, and the map takes that back (slope).
 DWM=1 DWM_WARMUP_STEPS=$LR_WARMUP_ITERS DWM_META_BATCH_SIZE=16 DWM_META_INTERVAL=16 \
-    DWM_META_DENSE_STEPS=64 DWM_RIDGE=10 DWM_SLOPE=10 DWM_SEED=$SEED run dwm
+    DWM_META_DENSE_STEPS=64 DWM_SEED=$SEED run dwm
 
 step "7/7 export to Hugging Face, and a sample"
 "$PYTHON" tools/convert export --megatron-path "$RUNS/dwm" --hf-path "$RUNS/hf" --force

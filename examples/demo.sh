@@ -108,8 +108,7 @@ step "5/7 the same samples, weighted by their loss (--dwm-policy truncation)"
 DWM=1 DWM_POLICY=truncation run loss_based
 
 step "6/7 the same samples, weighted by the data weighting model"
-# So short a run has few meta steps to learn from, each of 32 samples. The regression is held back
-# by more (ridge), which makes scores smaller, and the map takes that back (slope).
+# So short a run begins to weigh early, and spends its dense meta steps in its first quarter.
 DWM=1 DWM_WARMUP_STEPS=$LR_WARMUP_ITERS DWM_META_BATCH_SIZE=16 DWM_META_INTERVAL=16 \
     DWM_META_DENSE_STEPS=64 DWM_SEED=$SEED run dwm
 

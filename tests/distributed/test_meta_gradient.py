@@ -105,6 +105,10 @@ def other_cases(ranks: int) -> list[dict[str, Any]]:
         flags = "--vocab-size 4000"
         rare = {"reference": True, "estimators": BOTH}
         found.append({"name": "rare-tokens", "args": arguments(flags), **rare})
+        for scale in (1, 64):
+            flags = f"--bf16 --loss-scale {scale}"
+            case = {"name": f"loss-scale-{scale}", "args": arguments(flags), "estimators": BOTH}
+            found.append(case)
         flags = f"--bf16 --clip-grad 0.3 {WIDE}"
         found.append({"name": "memory-bf16", "args": arguments(flags), **memory})
     if ranks == 2:
@@ -227,6 +231,13 @@ def test_rare_tokens_do_not_drown_the_others(found: dict) -> None:
     out = found["rare-tokens"]
     assert relative_error(out["c"]["ghost"], out["reference"]) <= 1e-4
     assert relative_error(out["c"]["finite_difference"], out["reference"]) <= 1e-2
+
+
+@pytest.mark.parametrize("estimator", BOTH)
+def test_loss_scale_is_no_part_of_the_influence(found: dict, estimator: str) -> None:
+    """A power of two changes no bit of bf16 numbers, and stock training divides it out again."""
+    plain, scaled = (found[f"loss-scale-{scale}"]["c"][estimator] for scale in (1, 64))
+    assert relative_error(scaled, plain) <= 1e-3
 
 
 @pytest.mark.parametrize("name", BROKEN)

@@ -1,0 +1,175 @@
+"""Faults found in runs of the trainer, one test a kind.
+
+Right values are those of stock Megatron (its parser, its schedules) or of Python itself.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_dwm import host
+
+host.install()
+
+from megatron.core.num_microbatches_calculator import (  # noqa: E402
+    StepBatchsizeNumMicroBatchesCalculator,
+)
+from megatron.core.rerun_state_machine import get_rerun_state_machine  # noqa: E402
+
+from megatron_dwm import guards  # noqa: E402
+from megatron_dwm.integration import attach, checks  # noqa: E402
+
+
+def trainee(**config):
+    """The parts of the LLM that the guards touch."""
+    settings = {"timers": None, "recompute_granularity": "full", "num_moe_experts": 2, **config}
+    chunk = SimpleNamespace(
+        ddp_config=SimpleNamespace(check_for_nan_in_grad=True),
+        eval=lambda: None,
+        train=lambda: None,
+    )
+    return SimpleNamespace(model=[chunk], config=SimpleNamespace(**settings))
+
+
+@pytest.mark.parametrize("coefficient", [0.01, [0.01, 0.02]])
+def test_balancing_types_of_moe_layers_may_be_a_list(coefficient) -> None:
+    """Megatron zips several types with as many coefficients."""
+    llm = trainee(moe_aux_loss_coeff=coefficient, moe_z_loss_coeff=1e-3)
+    with guards.deterministic(llm):
+        within = llm.config.moe_aux_loss_coeff
+        assert type(within) is type(coefficient)
+        assert within == ([0.0, 0.0] if isinstance(coefficient, list) else 0.0)
+    assert llm.config.moe_aux_loss_coeff == coefficient
+
+
+def test_quiet_within_quiet() -> None:
+    """The outer one still holds when the inner one has ended."""
+    machine, llm = get_rerun_state_machine(), trainee()
+    before = machine.validate_result
+    with guards.quiet(llm):
+        with guards.quiet(llm):
+            pass
+        assert "validate_result" in vars(machine)
+    assert "validate_result" not in vars(machine) and machine.validate_result == before
+
+
+def run_arguments(**values):
+    found = {
+        "micro_batch_size": 2,
+        "data_parallel_size": 2,
+        "global_batch_size": 4,
+        "virtual_pipeline_model_parallel_size": None,
+        "step_batch_size_schedule": None,
+        "eval_iters": 0,
+    }
+    return SimpleNamespace(**{**found, **values})
+
+
+def test_default_meta_batch_follows_the_largest_batch_of_a_schedule() -> None:
+    schedule = "0:64 250B:128 500B:256"
+    stock = StepBatchsizeNumMicroBatchesCalculator(2, 2, False, 1, schedule, 32)
+    args = run_arguments(step_batch_size_schedule=schedule)
+    assert checks.default_meta_batch_size(args) == stock.global_batch_size // 4
+
+
+@pytest.mark.parametrize("share", ["0", "-1", "nan", "inf"])
+@pytest.mark.parametrize("name", ["data_path", "train_data_path", "valid_data_path"])
+def test_a_share_that_no_blend_can_have_is_named(name: str, share: str) -> None:
+    args = run_arguments(**{name: ["0.5", "a", share, "b"]})
+    (problem,) = checks._share_problems(args)
+    assert problem.startswith(f"--{name.replace('_', '-')}: the share of b is {share};")
+    assert checks._share_problems(run_arguments(**{name: ["0.5", "a", "2", "b"]})) == []
+    assert checks._share_problems(run_arguments(**{name: ["a", "b", "c"]})) == []
+
+
+def test_a_split_without_validation_data_is_named() -> None:
+    args = run_arguments(data_path=["a"], split="100,0,0", eval_iters=5)
+    (problem,) = checks._share_problems(args)
+    assert "--split 100,0,0" in problem and "--eval-iters" in problem
+    args.eval_iters = 0
+    assert checks._share_problems(args) == []
+
+
+def test_validation_data_that_is_not_read_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --eval-iters 0 nothing is evaluated, whatever --valid-data-path names."""
+    blends = (None, [(["a"], None), (["b"], None), None])
+    monkeypatch.setattr(checks, "get_blend_and_blend_per_split", lambda args: blends)
+    assert checks.validation_prefixes(run_arguments(eval_iters=0, full_validation=False)) == []
+    assert checks.validation_prefixes(run_arguments(eval_iters=1, full_validation=False)) == ["b"]
+
+
+def test_every_refusal_names_a_way_out() -> None:
+    for flag, why, way_out in checks.refusals():
+        assert flag.startswith("--") and len(why.split()) > 2 and way_out
+
+
+def test_packed_samples_of_the_data_loader_are_refused() -> None:
+    assert "dataloader_inter_document_masking" in checks.REFUSED
+
+
+def test_a_gpu_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "0000:01:00.0").mkdir()
+    monkeypatch.setattr(host, "_DRIVER_GPUS", str(tmp_path))
+    monkeypatch.setattr(host._State, "installed", False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.delenv("MEGATRON_DWM_HOST", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(RuntimeError, match="torch finds none.*MEGATRON_DWM_HOST=cpu"):
+        host.wanted()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert host.wanted()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("MEGATRON_DWM_HOST", "cpu")
+    assert host.wanted()
+
+
+def test_a_script_in_a_checkout_finds_that_checkouts_megatron(tmp_path, repo_root) -> None:
+    """As with python itself: the script's folder comes first, and before the host looks."""
+    (tmp_path / "megatron" / "core" / "datasets").mkdir(parents=True)
+    (tmp_path / "megatron" / "core" / "datasets" / "Makefile").write_text("all:\n")
+    script = tmp_path / "pretrain.py"
+    script.write_text(
+        "import importlib.util\n"
+        "from megatron_dwm import host\n"
+        "print(*importlib.util.find_spec('megatron').submodule_search_locations)\n"
+        "print('megatron.core.datasets.utils' in host._ON_IMPORT._pending)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_dwm.launch", str(script)],
+        cwd=tmp_path.parent,
+        env={**os.environ, "PYTHONPATH": str(repo_root)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    first, pending = done.stdout.split("\n")[:2]
+    assert first.split()[0] == str(tmp_path / "megatron")
+    # A checkout has a Makefile, with which the trainer builds its helper: nothing is skipped.
+    assert pending == "False"
+
+
+def test_an_error_that_one_rank_sees_is_printed_by_that_rank(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three ranks meet by a store; rank 0 speaks for all, or another where it says nothing."""
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(attach, "_PATIENCE", 0.2)
+
+    def says(rank: int, message: str) -> bool:
+        monkeypatch.setenv("RANK", str(rank))
+        return attach._mine_to_say(message)
+
+    assert [says(rank, "all see it") for rank in (0, 1, 2)] == [True, False, False]
+    assert [says(rank, "not rank 0") for rank in (2, 1)] == [True, False]

@@ -1,8 +1,8 @@
 """Steps in which something was NaN or infinite: what it was, how often, and when to give up.
 
 A bad step leaves the weighting model and its optimizer as they were, and the LLM is never stepped
-with a bad weight: where scores are bad, every weight of the batch is 1. What the LLM does with a
-loss of its own that is NaN is the trainer's business.
+with a bad weight: where a score is bad the sample's weight is 1, under a softmax every weight of
+the batch. What the LLM does with a loss of its own that is NaN is the trainer's business.
 """
 
 from __future__ import annotations

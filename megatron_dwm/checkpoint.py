@@ -99,7 +99,8 @@ def _sharded_state(
         "meta_data": None if step.meta_data is None else step.meta_data.state_dict(),
         "overhead_budget": None if step.budget is None else step.budget.state_dict(),
         "bad_steps": step.bad_steps.state_dict(),
-        "ranks": torch.distributed.get_world_size(),
+        "ranks": _layout(step),
+        "policy_common": step.policy.common_state(),
     }
     state.update(_policy_state(step, loading))
     if step.scorer is not None:
@@ -154,7 +155,9 @@ def load(step: DWMTrainStep, folder: str, with_optimizer: bool = True) -> str:
         return f"DWM: {folder} holds no weighting model; a fresh one starts"
     _check_shape(step, found["shape"], folder)
     with_optimizer = with_optimizer and found["has_optimizer"]
-    same_ranks = found.get("ranks") == torch.distributed.get_world_size()
+    same_ranks = found.get("ranks") == _layout(step)
+    if found.get("policy_common"):
+        step.policy.load_common_state(found["policy_common"])
     state = _load_sharded(step, folder, with_optimizer, _has_policy(found), same_ranks)
     if with_optimizer and step.scorer is not None and leaf_optimizers(step.scorer.optimizer):
         step.scorer.optimizer.load_state_dict(state["optimizer"])
@@ -175,6 +178,13 @@ def load(step: DWMTrainStep, folder: str, with_optimizer: bool = True) -> str:
     if planned is not None and planned != plans:
         line += f"; NOTE: the schedule was {planned} when it was saved and is now {plans}"
     return line
+
+
+def _layout(step: DWMTrainStep) -> dict[str, int]:
+    """Returns what must be the same for a rank to go on with what it alone had."""
+    names = ("tp", "pp", "cp", "dp")
+    sizes = {name: getattr(step.groups, name).size() for name in names}
+    return {**sizes, "micro_batch_size": step.shape.micro_batch_size}
 
 
 def _has_policy(found: dict[str, Any]) -> bool:
@@ -216,8 +226,8 @@ def _check_shape(step: DWMTrainStep, found: dict[str, Any], folder: str) -> None
     if found.get("form", "model") != wanted.get("form", "model"):
         raise DWMError(
             f"the weighting in {folder} is of the form {found.get('form', 'model')}, but this "
-            f"run's is {wanted.get('form', 'model')}; take --dwm-form as it was, or "
-            "start anew (another --save)"
+            f"run's is {wanted.get('form', 'model')}; take --dwm-policy and --dwm-form as they "
+            "were, or start anew (--finetune, or another --load)"
         )
     different = [
         f"{flag(name) if name in flags else name} is {value}, the checkpoint's is {found[name]}"
@@ -225,9 +235,10 @@ def _check_shape(step: DWMTrainStep, found: dict[str, Any], folder: str) -> None
         if name in found and value != found[name]
     ]
     if different:
+        way_out = "the settings" if wanted.get("form") == "head" else "the --dwm-init and sizes"
         raise DWMError(
-            f"the weighting model in {folder} has another shape: {'; '.join(different)}. Use the "
-            "--dwm-init and sizes that it was made with, or start the DWM anew (another --save)"
+            f"the weighting model in {folder} has another shape: {'; '.join(different)}. Use "
+            f"{way_out} that it was made with, or start the DWM anew (another --save)"
         )
 
 
@@ -274,7 +285,13 @@ def load_snapshot(step: DWMTrainStep, folder: str, stage: int | None = None) -> 
     if found is None or found["shape"] is None:
         raise DWMError(f"--dwm-load {path} holds no weighting model")
     _check_shape(step, found["shape"], path)
-    _load_sharded(step, path, False, _has_policy(found), False)
+    frozen = step.config.schedule == "frozen"
+    # A model that goes on learning takes its weights along; what stands around it belongs to the
+    # run, and to the language model, that it comes from.
+    with_policy = _has_policy(found) and (frozen or step.scorer is None)
+    _load_sharded(step, path, False, with_policy, False)
+    if not frozen:
+        step.policy.forget_evidence()
     step.warm_started = True
     return f"DWM: weights from {path}"
 

@@ -445,7 +445,8 @@ class DWMConfig:
         if floor is not None and not 0 < floor < 1:
             found.append(f"{flag('min_effective_samples')} is {floor}; use (0, 1)")
         for name in ("min_effective_samples", "uniform_mix", "max_weight"):
-            if getattr(self, name) != getattr(DWMConfig, name) and not self.scores:
+            mapped = self.learned or self.policy == "influence"
+            if getattr(self, name) != getattr(DWMConfig, name) and not mapped:
                 found.append(
                     f"{flag(name)} is about the DWM's weights, but --dwm-policy {self.policy} has "
                     "none; leave it out"

@@ -159,10 +159,12 @@ class DWMTrainStep:
         batches = meter.own(StepBatches)(trainee.data_iterator, get_num_microbatches())
         stock_step = meter.own(stock_step)
         step = StepView(iteration, get_num_microbatches(), batches, self._domains(batches))
+        step.learns = plan.window == "meta"
 
         # A: policies that want the whole batch first; of the others, what they weigh by
+        causes: list[str] = []
         if plan.weighted and self.policy.needs.influence_ahead:
-            self._foresee(step, trainee)
+            causes = self._foresee(step, trainee)
         weighing = self._begin(step, plan)
 
         # B: the trainer's own step, weighted; on meta steps C and D: each sample's influence
@@ -176,17 +178,18 @@ class DWMTrainStep:
 
         # E: the policy learns, unless something is NaN or infinite
         meta: MetaResult | None = None
-        causes: list[str] = []
+        ahead = plan.weighted and self.policy.needs.influence_ahead
         if influence is not None:
             meta, causes = self._learn(step, influence, loss)
             meta.seconds = now() - start
         elif plan.weighted and (self.policy.synchronous or self._look_is_due(iteration)):
-            causes = agreed({"scores": self.policy.bad_scores()}, self.shape.device)
-            causes += self._broken() if causes else []
+            causes += agreed({"scores": self.policy.bad_scores()}, self.shape.device)
+            causes += self._broken() if "scores" in causes else []
         if plan.weighted:
-            self.policy.end(step)
+            step.causes = causes
+            causes = list(dict.fromkeys([*causes, *self.policy.end(step)]))
         looked = meta is not None or self.policy.synchronous or self._look_is_due(iteration)
-        tried = meta is not None and (meta.updated or bool(causes))
+        tried = bool(causes) or ahead or (meta is not None and meta.updated)
         self.bad_steps.note(causes, plan.weighted and looked, tried)
         overhead = meter.finish(meta is not None)
         record = self._record(step, plan, meta, loss, overhead, causes)
@@ -206,18 +209,24 @@ class DWMTrainStep:
             return torch.ones(count, device=self.shape.device)
         return PolicyWeights(self.policy, self.tap, step.domains)
 
-    def _foresee(self, step: StepView, trainee: Trainee) -> None:
-        """Gives the policy the influence of the coming step's samples, if all of it is finite."""
+    def _foresee(self, step: StepView, trainee: Trainee) -> list[str]:
+        """Gives the policy the influence of the coming step's samples, if all of it is finite.
+
+        Returns:
+            What was not.
+        """
+        causes: list[str] = []
         found = self.meta_gradient.ahead(trainee, step.batches)
         values = None
         if found is not None:
             lr = torch.tensor(found.lr, dtype=torch.float64, device=self.shape.device)
             lr = collectives.largest(lr, torch.distributed.group.WORLD).item()
-            good = lr > 0 and math.isfinite(found.meta_loss)
-            good = good and bool(torch.isfinite(found.values).all())
-            bad = agreed({"meta_gradient": not good}, self.shape.device)
-            values = None if bad else found.values / lr
+            finite = torch.isfinite(found.values).all() & math.isfinite(found.meta_loss)
+            causes = agreed({"meta_gradient": ~finite}, self.shape.device)
+            # At a learning rate of 0, as at the start of a warm-up, there is no influence.
+            values = None if causes or lr <= 0 else found.values / lr
         self.policy.foresee(step, values)
+        return causes
 
     def start_warm(self, plan: StepPlan, trainee: Trainee) -> None:
         """Copies the LLM's layers into the weighting model, before the first meta step."""
@@ -248,7 +257,8 @@ class DWMTrainStep:
             local = applied.weights
         elif self.sees_losses:
             nothing = torch.zeros(self.shape.micro_batch_size, 0, device=self.shape.device)
-            views = [SampleView(k, nothing) for k in range(count)]
+            parts = [None] * count if step.domains is None else step.domains.chunk(count)
+            views = [SampleView(k, nothing, domains=part) for k, part in enumerate(parts)]
             local = torch.cat([self.policy.weights(view) for view in views])
         else:
             local = None

@@ -84,6 +84,11 @@ class DWMCheckpoint(TorchDistCheckpoint):
                 f"{self.folder} holds no weighting model (DWM); give a checkpoint of a run with "
                 "--dwm and a learned policy, or a dwm_stage_* snapshot."
             )
+        if "num_layers" not in found["shape"]:
+            raise ConversionError(
+                f"{self.folder} holds a {found['shape'].get('form')} and no model of its own; "
+                "there is nothing to export. Train with --dwm-form model, or give such a run."
+            )
         self.described: dict[str, Any] = found["shape"]
         self.run_args = self._common.get("args") or self._args_beside()
         self.tensors = {

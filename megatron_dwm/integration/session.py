@@ -174,6 +174,9 @@ class Session:
             folder = checkpointing.get_load_checkpoint_path_by_args(run)
             print_rank_0(checkpoint.load(self.step, folder, with_optimizer=not run.no_load_optim))
             pending = (checkpoint.saved_run(folder) or {}).get("verification_pending", False)
+            if config.schedule == "frozen":
+                # The stage's snapshot is in the checkpoint, with what has run along since.
+                self.stage_loaded = self.step.schedule.plan(run.iteration - 1).stage
             if self.step.meta_steps_taken or not config.load:
                 return pending
         elif run.load and run.finetune and config.learned:

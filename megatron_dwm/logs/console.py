@@ -80,7 +80,7 @@ class Notices:
         causes = line.get("bad_step", [])
         worth = [cause for cause in causes if _is_power_of_ten(line["bad_steps"][cause])]
         if worth:
-            weights = ", and every weight was 1" if "scores" in causes else ""
+            weights = ", and the samples weighed 1" if "scores" in causes else ""
             counts = ", ".join(f"{cause} {n}" for cause, n in line["bad_steps"].items())
             found.append(
                 f"{at}NaN or infinite: {', '.join(causes)}; the weighting model stays as it was"

@@ -89,13 +89,17 @@ class StepView:
         iteration: 0-based.
         num_microbatches: m.
         batches: the step's micro-batches.
-        domains: `[n]` data set of each local sample, -1 unknown; None where nobody asked.
+        domains: `[n]` data set of each local sample, -1 unknown; None on ranks without losses.
+        learns: whether the step lies where the policy may learn (a meta window).
+        causes: what was NaN or infinite in the step, once that is known.
     """
 
     iteration: int
     num_microbatches: int
     batches: StepBatches
     domains: torch.Tensor | None = None
+    learns: bool = True
+    causes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -174,8 +178,13 @@ class WeightPolicy(abc.ABC):
         """
         return Lesson()
 
-    def end(self, step: StepView) -> None:  # noqa: B027 - nothing to do is the usual case
-        """Ends a weighted step. On every rank; collectives are allowed."""
+    def end(self, step: StepView) -> list[str]:
+        """Ends a weighted step. On every rank; collectives are allowed.
+
+        Returns:
+            What was NaN or infinite in what was learned here, the same on every rank.
+        """
+        return []
 
     def bad_scores(self) -> torch.Tensor | bool:
         """Returns whether a score of this rank was NaN or infinite since this was last called."""
@@ -212,6 +221,16 @@ class WeightPolicy(abc.ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - no state, no work
         """Takes over what `state_dict` returned."""
+
+    def common_state(self) -> dict[str, Any]:
+        """Returns state that every rank has alike, those that see no losses too: plain values."""
+        return {}
+
+    def load_common_state(self, state: dict[str, Any]) -> None:  # noqa: B027 - as above
+        """Takes over what `common_state` returned."""
+
+    def forget_evidence(self) -> None:  # noqa: B027 - there is none
+        """Drops what another run has proved, where a policy starts from that run's state."""
 
     def local_state_dict(self) -> dict[str, Any]:
         """Returns state that this rank alone has; lost where a run resumes on other ranks."""

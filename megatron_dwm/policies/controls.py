@@ -69,12 +69,13 @@ class Shuffled(WeightPolicy):
         """As `WeightPolicy.observe`."""
         return self.inner.observe(step, influence)
 
-    def end(self, step: StepView) -> None:
+    def end(self, step: StepView) -> list[str]:
         """Keeps the step's own weights for the next."""
-        self.inner.end(step)
+        causes = self.inner.end(step)
         if self.context.sees_losses and self._now:
             mine = torch.cat([self._now[k] for k in sorted(self._now)])
             self._last = collectives.gather_samples(mine, self.context.groups.dp)
+        return causes
 
     @property
     def batch(self) -> Any:
@@ -113,13 +114,26 @@ class Shuffled(WeightPolicy):
     def state_dict(self) -> dict[str, Any]:
         """As `WeightPolicy.state_dict`."""
         last = None if self._last is None else self._last.cpu()
-        return {"inner": self.inner.state_dict(), "last": last}
+        return {**self.inner.state_dict(), "last": last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As `WeightPolicy.load_state_dict`."""
-        self.inner.load_state_dict(state["inner"])
-        last = state["last"]
+        self.inner.load_state_dict(state)
+        # Missing in what the learned policy itself has saved.
+        last = state.get("last")
         self._last = None if last is None else last.to(self.context.device)
+
+    def common_state(self) -> dict[str, Any]:
+        """As `WeightPolicy.common_state`."""
+        return self.inner.common_state()
+
+    def load_common_state(self, state: dict[str, Any]) -> None:
+        """As `WeightPolicy.load_common_state`."""
+        self.inner.load_common_state(state)
+
+    def forget_evidence(self) -> None:
+        """As `WeightPolicy.forget_evidence`."""
+        self.inner.forget_evidence()
 
     def local_state_dict(self) -> dict[str, Any]:
         """As `WeightPolicy.local_state_dict`."""

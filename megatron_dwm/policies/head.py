@@ -55,6 +55,7 @@ class Head(LearnedPolicy):
         self._settle()
         self._features.clear()
         self._scores.clear()
+        self.batch = None
 
     def weights(self, view: SampleView) -> torch.Tensor:
         """As `WeightPolicy.weights`."""
@@ -92,20 +93,24 @@ class Head(LearnedPolicy):
         collectives.broadcast_over_tensor_parallel(self.ridge.scale, groups.tp)
         return Lesson(True)
 
-    def end(self, step: StepView) -> None:
+    def end(self, step: StepView) -> list[str]:
         """Starts summing what the running moments and the map need of this step."""
         if not self.context.sees_losses or not self._features:
-            return
+            return []
         features = self._local_features().double()
         scores = self.local_scores()
         assert scores is not None
         packed = torch.cat([self.standard.sums(features), self.map.sums(scores)])
         handle = collectives.start_sum_over_data_parallel(packed, self.context.groups.dp)
         self._pending = (packed, handle)
+        return []
 
     def description(self) -> dict[str, Any]:
         """The features' number, by which a saved head is known to fit."""
-        return {"form": "head", "hidden_size": self.context.hidden_size}
+        found: dict[str, Any] = {"form": "head", "--hidden-size": self.context.hidden_size}
+        if self.projection.active:  # by its seed, weights belong to other sums of features
+            found["--dwm-seed"] = self.context.config.seed
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """As `WeightPolicy.state_dict`."""

@@ -51,13 +51,14 @@ class Influence(WeightPolicy):
             return torch.ones(b, device=self.context.device)
         return self._weights[view.index * b : (view.index + 1) * b]
 
-    def end(self, step: StepView) -> None:
+    def end(self, step: StepView) -> list[str]:
         """Takes the step's scores into the map."""
         if self._scores is not None and not self.map.whole_batch:
             groups = self.context.groups
             local = self._scores.chunk(groups.dp.size())[groups.dp.rank()]
             sums = collectives.sum_over_data_parallel(self.map.sums(local), groups.dp)
             self.map.update(sums)
+        return []
 
     def description(self) -> dict[str, Any]:
         """Its name."""

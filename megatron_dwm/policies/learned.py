@@ -56,7 +56,10 @@ class LearnedPolicy(WeightPolicy):
     def mapped(self, scores: torch.Tensor) -> torch.Tensor:
         """Returns the weights of scores through map and gate, and notes bad ones."""
         found = self.map.weights(scores)
-        self.batch, self._bad = found, found.bad | self._bad
+        self._bad = found.bad | self._bad
+        if self.batch is not None and found.capped is not None and not self.map.whole_batch:
+            found.capped = found.capped + self.batch.capped  # of this rank's micro-batches so far
+        self.batch = found
         return self.opened(found.weights)
 
     def opened(self, weights: torch.Tensor) -> torch.Tensor:
@@ -110,6 +113,10 @@ class LearnedPolicy(WeightPolicy):
         """Says when the gate has opened or closed, and why."""
         words = self.gate.words(self._samples) if self.gated else None
         return [] if words is None else [words]
+
+    def forget_evidence(self) -> None:
+        """As `WeightPolicy.forget_evidence`: the gate starts closed."""
+        self.gate = Gate()
 
     # ------------------------------------------------------------------ state
 

@@ -66,10 +66,10 @@ class LossPolicy(WeightPolicy):
         self._bad = ~torch.isfinite(losses).all() | self._bad
         return torch.where(usable, weights, 1.0).float()
 
-    def end(self, step: StepView) -> None:
+    def end(self, step: StepView) -> list[str]:
         """Starts collecting the step's statistics over data parallelism."""
         if not self.context.sees_losses or not self._losses:
-            return
+            return []
         losses = torch.cat([self._losses[k] for k in sorted(self._losses)])
         finite = torch.isfinite(losses)
         kept = torch.where(finite, losses, 0.0)
@@ -83,6 +83,7 @@ class LossPolicy(WeightPolicy):
             (sums, collectives.start_sum_over_data_parallel(sums, group)),
             (extremes, collectives.start_largest(extremes, group)),
         ]
+        return []
 
     def bad_scores(self) -> torch.Tensor | bool:
         """As `WeightPolicy.bad_scores`."""

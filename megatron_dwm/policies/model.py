@@ -68,7 +68,7 @@ class Model(LearnedPolicy):
 
     def begin(self, step: StepView) -> None:
         """Pass A: scores of the step's samples, and their weights."""
-        self._learned = False
+        self._learned, self.batch = False, None
         if self.teacher is not None:
             self.teacher.begin(step)
         self._local = self.scorer.scores(tokens_of(step.batches.first()), step.num_microbatches)
@@ -109,9 +109,8 @@ class Model(LearnedPolicy):
         if not self.regression:
             gradient = None
             if scores is not None:
+                # Without the gate's factor: a model that could not learn would never open it.
                 gradient = self.map.pull_back(scores, influence)
-                if self.gated:
-                    gradient = self.opening * gradient
             return self._lesson([self._update(step, gradient)])
         if self.teacher is not None:
             self.teacher.observe(step, influence)
@@ -125,24 +124,27 @@ class Model(LearnedPolicy):
         self.replay.keep(tokens, self._part(targets), step.num_microbatches)
         return self._lesson(found)
 
-    def end(self, step: StepView) -> None:
+    def end(self, step: StepView) -> list[str]:
         """Between meta steps, learns the watching head's scores; updates the map."""
+        causes: list[str] = []
         if self.teacher is not None:
             labels = None
             if self.context.sees_losses:
                 local = self.teacher.local_scores()
                 assert local is not None
                 labels = collectives.gather_samples(local, self.context.groups.dp)
-            if not self._learned and self.lessons >= _TEACHER_READY:
+            due = step.learns and not step.causes and not self._learned
+            if due and self.lessons >= _TEACHER_READY:
                 scores = None
                 if self.context.sees_losses:
                     scores = collectives.gather_samples(self._local, self.context.groups.dp)
-                self._fit(step, scores, labels)
+                causes = self._fit(step, scores, labels).causes
             self.teacher.end(step)
         if self.context.sees_losses and not self.map.whole_batch:
             sums = self.map.sums(self._local)
             group = self.context.groups.dp
             self.map.update(collectives.sum_over_data_parallel(sums, group))
+        return causes
 
     def _fit(
         self, step: StepView, scores: torch.Tensor | None, targets: torch.Tensor | None
@@ -202,14 +204,21 @@ class Model(LearnedPolicy):
     def state_dict(self) -> dict[str, Any]:
         """As `WeightPolicy.state_dict`; the transformer and its optimizer are saved beside."""
         teacher = None if self.teacher is None else self.teacher.state_dict()
-        return {**super().state_dict(), "teacher": teacher, "lessons": self.lessons}
+        return {**super().state_dict(), "teacher": teacher}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As `WeightPolicy.load_state_dict`."""
         super().load_state_dict(state)
-        self.lessons = int(state["lessons"])
         if self.teacher is not None and state["teacher"] is not None:
             self.teacher.load_state_dict(state["teacher"])
+
+    def common_state(self) -> dict[str, Any]:
+        """As `WeightPolicy.common_state`: by it every stage decides what it takes part in."""
+        return {"lessons": self.lessons}
+
+    def load_common_state(self, state: dict[str, Any]) -> None:
+        """As `WeightPolicy.load_common_state`."""
+        self.lessons = int(state["lessons"])
 
     def local_state_dict(self) -> dict[str, Any]:
         """As `WeightPolicy.local_state_dict`: the replay's tokens and targets."""

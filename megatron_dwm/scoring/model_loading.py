@@ -145,6 +145,12 @@ def read_saved(path: str) -> SavedDWM:
             f"--checkpoint {folder} holds no weighting model (DWM); give a checkpoint of a run "
             "with --dwm and a learned policy, or a dwm_stage_* snapshot"
         )
+    if "num_layers" not in found["shape"]:
+        raise DWMError(
+            f"--checkpoint {folder} holds a {found['shape'].get('form')} and no model of its own, "
+            "which scores samples while the language model trains only; train with --dwm-form "
+            "model, or give such a run"
+        )
     notes: list[str] = []
     args = common.get("args")
     if args is None:

@@ -212,10 +212,13 @@ def test_a_saved_state_goes_on_bit_for_bit(groups, values):
     expected = whole.run(0, 16)
     first.run(0, 9)
     file = io.BytesIO()
-    torch.save((first.policy.state_dict(), first.policy.local_state_dict()), file)
+    policy = first.policy
+    torch.save((policy.state_dict(), policy.local_state_dict(), policy.common_state()), file)
     file.seek(0)
-    state, local = torch.load(file, weights_only=True)
+    state, local, common = torch.load(file, weights_only=True)
     second.policy.load_state_dict(state)
+    if common:
+        second.policy.load_common_state(common)
     second.policy.load_local_state_dict(local)
     if second.policy.scorer is not None:  # saved beside, by Megatron's own means
         second.policy.scorer.table = first.policy.scorer.table.clone()

@@ -31,8 +31,8 @@ RESUMED = {
     "truncation-pp2": "--dwm --pipeline-model-parallel-size 2 --dwm-policy truncation",
     "influence-dp2": f"--dwm {DP2} --dwm-policy influence",
     "model-dp2": f"{' '.join(MODEL)} {DP2} --dwm-meta-interval 3 --dwm-gate off",
-    "model-pp2": f"{' '.join(MODEL)} --pipeline-model-parallel-size 2 --dwm-meta-interval 3 "
-    "--dwm-gate off --dwm-map softmax",
+    "model-pp2": f"{' '.join(MODEL)} --pipeline-model-parallel-size 2 --dwm-meta-interval 2 "
+    "--dwm-meta-dense-steps 0 --dwm-gate off --dwm-map softmax",
     "head-bf16": f"--dwm --bf16 {DP2} --dwm-meta-interval 2 --dwm-gate off",
 }
 STEPS, STOP = 14, 8

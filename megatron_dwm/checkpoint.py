@@ -196,8 +196,8 @@ def _load_sharded(
     step: DWMTrainStep,
     folder: str,
     with_optimizer: bool,
-    with_policy: bool,
-    with_ranks_own: bool,
+    with_policy: bool = False,
+    with_ranks_own: bool = False,
 ) -> dict[str, Any]:
     wanted = _sharded_state(step, None, with_optimizer, loading=True)
     names = ["model", "optimizer"]

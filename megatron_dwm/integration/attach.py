@@ -55,7 +55,7 @@ def _mine_to_say(message: str) -> bool:
     rank = int(os.environ.get("RANK", "0"))
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
-        return rank == 0 or int(os.environ.get("LOCAL_RANK", "0")) == 0
+        return rank == 0 or os.environ.get("LOCAL_RANK") == "0"
     try:
         store = distributed.distributed_c10d._get_default_store()
         key = f"megatron_dwm/error/{hashlib.sha256(message.encode()).hexdigest()}"

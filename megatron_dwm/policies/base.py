@@ -26,11 +26,11 @@ import importlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from megatron_dwm.errors import DWMError
 
 if TYPE_CHECKING:
+    import torch
+
     from megatron_dwm.batches import StepBatches
     from megatron_dwm.config import DWMConfig
 

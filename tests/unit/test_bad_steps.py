@@ -48,7 +48,7 @@ class TestLimit:
     def test_bad_scores_of_frozen_steps_count(self):
         steps = BadSteps(2)
         assert taken(steps, "scores", meta_step=False).problem(1) is None
-        assert "a score of the weighting model" in taken(steps, "scores", meta_step=False).problem(
+        assert "a score of the weighting policy" in taken(steps, "scores", meta_step=False).problem(
             2
         )
 
@@ -60,7 +60,7 @@ class TestLimit:
     def test_different_causes_in_a_row_count_together(self):
         steps = taken(taken(BadSteps(3), "gradient"), "loss")
         text = taken(steps, "scores", "parameters").problem(3)
-        assert "a score of the weighting model and a parameter of" in text
+        assert "a score of the weighting policy and a parameter of" in text
         assert "loss 1, scores 1, gradient 1, parameters 1" in text
 
 

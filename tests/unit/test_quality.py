@@ -361,7 +361,7 @@ def test_a_result_of_other_settings_is_neither_used_nor_lost(
     before = place.result(run).read_text()
     for other_size, other_run, corpus in (
         (size, replace(run, lr=1e-2), "corpus"),
-        (plan.scaled(size, micro_batch=16), run, "corpus"),
+        (plan.scaled(size, micro_batch=8), run, "corpus"),
         (size, run, "another corpus"),
     ):
         with pytest.raises(runner.RunError, match="other settings"):

@@ -538,5 +538,5 @@ class TestGuardsAndBadSteps:
             log.log.write(self.guarded(n, causes=list(counts)[-1:], counts=counts))
         bad = [line for line in log.printed if "NaN or infinite" in line]
         assert [int(line.split()[2][:-1]) for line in bad] == [1, 10, 11]
-        assert "and every weight was 1" in bad[0] and "every weight" not in bad[2]
+        assert "and the samples weighed 1" in bad[0] and "weighed 1" not in bad[2]
         assert bad[2].endswith("(bad steps so far: scores 11, gradient 1)")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_dwm.errors import DWMError
-from megatron_dwm.policies.base import Needs, policy_class
+from megatron_dwm.policies.base import Needs, policy_needs
 
 FORMS = ("head", "model")
 RULES = ("regression", "chain")
@@ -276,7 +276,7 @@ class DWMConfig:
         """What the policy asks for; nothing where there is none of that name."""
         name = self.form if self.policy in ("learned", "shuffled") else self.policy
         try:
-            return policy_class(name).needs
+            return policy_needs(name)
         except DWMError:
             return Needs()
 
@@ -304,7 +304,7 @@ class DWMConfig:
         if config.form not in FORMS:
             return [_not_allowed("form", config.form, FORMS)]
         try:
-            policy_class(config.form if config.policy == "learned" else config.policy)
+            policy_needs(config.form if config.policy == "learned" else config.policy)
         except DWMError as error:
             # The rest is looked at all the same.
             return [str(error), *dataclasses.replace(config, policy="learned")._problems()]

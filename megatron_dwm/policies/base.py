@@ -240,16 +240,27 @@ class WeightPolicy(abc.ABC):
         """Takes over what `local_state_dict` returned on this rank."""
 
 
-# Name in --dwm-policy -> where it is. `learned` stands for the form that --dwm-form names.
+# Name in --dwm-policy -> where it is, and what it needs, as its class says too: settings are checked
+# without importing it. `learned` stands for the form that --dwm-form names.
+_HOME = "megatron_dwm.policies"
 BUILT_IN = {
-    "uniform": "megatron_dwm.policies.controls:Uniform",
-    "shuffled": "megatron_dwm.policies.controls:Shuffled",
-    "head": "megatron_dwm.policies.head:Head",
-    "model": "megatron_dwm.policies.model:Model",
-    "linupper": "megatron_dwm.policies.loss_based:LinUpper",
-    "truncation": "megatron_dwm.policies.loss_based:Truncation",
-    "influence": "megatron_dwm.policies.influence:Influence",
+    "uniform": (f"{_HOME}.controls:Uniform", Needs()),
+    "shuffled": (f"{_HOME}.controls:Shuffled", Needs()),  # what the learned policy needs
+    "head": (f"{_HOME}.head:Head", Needs(losses=True, states=True, influence=True)),
+    "model": (f"{_HOME}.model:Model", Needs(tokens=True, influence=True)),
+    "linupper": (f"{_HOME}.loss_based:LinUpper", Needs(losses=True)),
+    "truncation": (f"{_HOME}.loss_based:Truncation", Needs(losses=True)),
+    "influence": (f"{_HOME}.influence:Influence", Needs(influence_ahead=True)),
 }
+
+
+def policy_needs(name: str) -> Needs:
+    """Returns what the policy of a name asks for, without importing one of our own.
+
+    Raises:
+        DWMError: see `policy_class`.
+    """
+    return BUILT_IN[name][1] if name in BUILT_IN else policy_class(name).needs
 
 
 def policy_class(name: str) -> type[WeightPolicy]:
@@ -258,7 +269,7 @@ def policy_class(name: str) -> type[WeightPolicy]:
     Raises:
         DWMError: there is none, or it is no `WeightPolicy`.
     """
-    path = BUILT_IN.get(name, name)
+    path = BUILT_IN[name][0] if name in BUILT_IN else name
     module, _, attribute = path.partition(":")
     if not module or not attribute:
         raise DWMError(

@@ -31,6 +31,7 @@ from megatron_dwm.policies.base import (  # noqa: E402
     StepView,
     WeightPolicy,
     policy_class,
+    policy_needs,
 )
 from megatron_dwm.weighting.scorer import Update  # noqa: E402
 
@@ -177,6 +178,11 @@ def test_mean_is_one_in_expectation_and_weights_are_fit_to_train_with(groups, va
 def test_learned_weights_prefer_what_helps(groups, name):
     weights = Driver(groups, CASES[name]).run(0, 60)[20:]
     assert weights[:, USEFUL].mean() > 1.3 * weights[:, ~USEFUL].mean()
+
+
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if name != "shuffled"])
+def test_what_settings_are_checked_by_is_what_the_class_needs(name):
+    assert policy_needs(name) == policy_class(name).needs
 
 
 def test_shuffled_weights_know_nothing(groups):

@@ -240,8 +240,8 @@ class WeightPolicy(abc.ABC):
         """Takes over what `local_state_dict` returned on this rank."""
 
 
-# Name in --dwm-policy -> where it is, and what it needs, as its class says too, so that settings are
-# checked without importing it. `learned` stands for the form that --dwm-form names.
+# Name in --dwm-policy -> where it is, and what it needs (as its class says too, so that settings
+# are checked without importing it). `learned` stands for the form that --dwm-form names.
 _HOME = "megatron_dwm.policies"
 BUILT_IN = {
     "uniform": (f"{_HOME}.controls:Uniform", Needs()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from megatron.core import dist_checkpointing
@@ -16,11 +17,12 @@ EXTRA_STATE = "_extra_state"
 
 
 def common_state(folder: str) -> dict[str, Any]:
-    """Returns what a checkpoint stores once; nothing for one that is not in `torch_dist` format.
+    """Returns what a checkpoint stores once; nothing for one of `--ckpt-format torch`.
 
-    Only that format holds a weighting model.
+    Only the `torch_dist` format holds a weighting model.
     """
-    if not dist_checkpointing.check_is_distributed_checkpoint(folder):
+    legacy = os.path.isdir(folder) and any(n.startswith("mp_rank_") for n in os.listdir(folder))
+    if legacy and not dist_checkpointing.check_is_distributed_checkpoint(folder):
         return {}
     return dist_checkpointing.load_common_state_dict(folder)
 

@@ -179,6 +179,7 @@ class DWMTrainStep:
         # E: the policy learns, unless something is NaN or infinite
         meta: MetaResult | None = None
         ahead = plan.weighted and self.policy.needs.influence_ahead
+        late: list[str] = []
         if influence is not None:
             meta, causes = self._learn(step, influence, loss)
             meta.seconds = now() - start
@@ -187,9 +188,11 @@ class DWMTrainStep:
             causes += self._broken() if "scores" in causes else []
         if plan.weighted:
             step.causes = causes
-            causes = list(dict.fromkeys([*causes, *self.policy.end(step)]))
+            late = self.policy.end(step)
+            causes = list(dict.fromkeys([*causes, *late]))
         looked = meta is not None or self.policy.synchronous or self._look_is_due(iteration)
-        tried = bool(causes) or ahead or (meta is not None and meta.updated)
+        learned = meta is not None and (meta.updated or bool(causes))
+        tried = learned or ahead or bool(late)
         self.bad_steps.note(causes, plan.weighted and looked, tried)
         overhead = meter.finish(meta is not None)
         record = self._record(step, plan, meta, loss, overhead, causes)

@@ -21,6 +21,11 @@ import torch
 from megatron_dwm.errors import DWMError
 from megatron_dwm.integration.rebind import check_version, rebound
 
+
+class _Runs:
+    attached = 0  # times that this process has attached, the same on every rank
+
+
 _PATIENCE = 3.0  # seconds that other ranks give rank 0 to say what is wrong
 
 
@@ -35,6 +40,7 @@ def attach(add_arguments: bool = False) -> Iterator[None]:
     Raises:
         SystemExit: with code 2 after one line on standard error, for anything a user can mend.
     """
+    _Runs.attached += 1
     try:
         check_version()
         with contextlib.ExitStack() as stack:
@@ -58,7 +64,9 @@ def _mine_to_say(message: str) -> bool:
         return rank == 0 or os.environ.get("LOCAL_RANK") == "0"
     try:
         store = distributed.distributed_c10d._get_default_store()
-        key = f"megatron_dwm/error/{hashlib.sha256(message.encode()).hexdigest()}"
+        # Of this start: a process may see several runs, and an elastic one several starts.
+        start = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_Runs.attached}"
+        key = f"megatron_dwm/error/{start}/{hashlib.sha256(message.encode()).hexdigest()}"
         if rank > 0:
             end = time.monotonic() + _PATIENCE
             while time.monotonic() < end and not store.check([key]):

@@ -66,13 +66,18 @@ def poisoned(measure):
 def run(args):
     """Runs the script once and returns what came out on this rank."""
     seen = {"steps": [], "valid": [], "documents": []}
-    kept = {}
+    kept, read = {}, set()
     setup, log = training.setup_model_and_optimizer, training.training_log
     evaluate, next_batch = training.evaluate, RerunDataIterator.__next__
 
     def keep_documents(self):
         batch = next_batch(self)
         if isinstance(batch, dict) and "document_ids" in batch:
+            # A step reads its micro-batches once, and hands the same tensors to each of its passes.
+            mark = len(seen["steps"]), batch["document_ids"].data_ptr()
+            if mark in read:
+                return batch
+            read.add(mark)
             for ids, tokens in zip(batch["document_ids"], batch["tokens"], strict=True):
                 seen["documents"].append([len(seen["steps"]) + 1, ids.tolist(), tokens.tolist()])
         return batch

@@ -230,7 +230,7 @@ def test_tensorboard_has_the_figures(results: Results, folder: Path) -> None:
     events.Reload()
     (line,) = [x for x in log_of(folder, "later") if "verify_correlation" in x]
     for name in ("verify_correlation", "verify_relative_error", "verify_noise"):
-        (event,) = events.Scalars(f"dwm/{name}")
+        (event,) = events.Scalars(f"dwm/evidence/{name}")
         assert event.step == 5 and event.value == pytest.approx(line[name])
 
 

@@ -148,10 +148,10 @@ def floor_of(name: str, model: Model) -> float:
 def worker() -> None:
     """One rank: takes the steps; the last rank writes the measurements."""
     sys.path.insert(0, ROOT)
-    from megatron_dwm import host
+    from megatron_dwm.hosts import cpu
 
-    host.install()
-    from megatron_dwm.integration.session import Session
+    cpu.install()
+    from megatron_dwm.hosts.megatron_lm.session import Session
 
     rounds = int(os.environ["COST_ROUNDS"])
     names = ["uniform", *HEAD, "frozen DWM", *kinds()]
@@ -187,7 +187,7 @@ def worker() -> None:
     Session.train_step = train_step  # type: ignore[method-assign]
     script = os.path.join(ROOT, "examples", "pretrain_dwm.py")
     model = MODELS[os.environ["COST_MODEL"]].arguments(int(os.environ["WORLD_SIZE"]))
-    flags = [*host.default_flags(), *model, "--train-iters", str(len(plan))]
+    flags = [*cpu.default_flags(), *model, "--train-iters", str(len(plan))]
     sys.argv = [script, *flags, *sys.argv[1:]]
     runpy.run_path(script, run_name="__main__")
     if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
@@ -203,7 +203,7 @@ class Always:
 
     def plan(self, iteration: int) -> Any:
         """Returns the plan of any step."""
-        from megatron_dwm.schedule import StepPlan
+        from megatron_dwm.step.plan import StepPlan
 
         return StepPlan(0, "meta" if self.meta_step else "frozen", True, self.meta_step, False)
 
@@ -213,12 +213,12 @@ def build_steps(step: Any, model: list[Any]) -> dict[str, Any]:
     import dataclasses
 
     from megatron_dwm.config import DWMConfig
+    from megatron_dwm.core.state_tap import StateTap
     from megatron_dwm.data.meta_dataset import MetaData
-    from megatron_dwm.passes import Passes
     from megatron_dwm.policies.controls import Uniform
     from megatron_dwm.policies.head import Head
-    from megatron_dwm.train_step import DWMTrainStep
-    from megatron_dwm.weighting.state_tap import StateTap
+    from megatron_dwm.step.passes import Passes
+    from megatron_dwm.step.train_step import DWMTrainStep
 
     passes, full, context = step.passes, step.meta_data, step.policy.context
 
@@ -269,9 +269,9 @@ def timed(act: Any) -> tuple[float, Any]:
     """Runs a step; returns its seconds, from when all ranks begin to when this one is done."""
     import torch
 
-    from megatron_dwm import host
+    from megatron_dwm.hosts import cpu
 
-    clock = time.perf_counter if host.device().type == "cuda" else time.process_time
+    clock = time.perf_counter if cpu.device().type == "cuda" else time.process_time
     torch.distributed.barrier()
     torch.cuda.synchronize()
     start = clock()
@@ -284,11 +284,11 @@ def with_memory(act: Any) -> tuple[Any, int, dict[str, int]]:
     """Runs a step; returns its result, the peak bytes of all tensors, and the bytes sent."""
     import torch
 
-    from megatron_dwm import host
-    from megatron_dwm.meta import collectives
+    from megatron_dwm.core import collectives
+    from megatron_dwm.hosts import cpu
 
     collectives.traffic.clear()
-    if host.device().type == "cuda":
+    if cpu.device().type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         result = act()
         return result, torch.cuda.max_memory_allocated(), dict(collectives.traffic)

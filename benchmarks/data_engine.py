@@ -38,7 +38,7 @@ import torch
 from megatron.core.datasets import helpers
 from megatron.core.datasets.gpt_dataset import _build_document_index, _build_shuffle_index
 
-from megatron_dwm.data.sampling import draw_counts, sample_index, visit_order
+from megatron_dwm.data.draws import draw_counts, sample_index, visit_order
 
 SEQUENCE_LENGTH = 4096
 MEAN_LOG_LENGTH, DEVIATION_LOG_LENGTH = 5.3, 1.0  # a mean of 330 tokens

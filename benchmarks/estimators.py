@@ -52,7 +52,7 @@ def blend(demo: str) -> list[str]:
 
 def validation_loss(demo: str, iters: int, seed: int, flags: str) -> float:
     """Trains once and returns the final loss on the held-out target."""
-    from megatron_dwm import host
+    from megatron_dwm.hosts import cpu
 
     learned = [
         "--dwm-form",
@@ -68,7 +68,7 @@ def validation_loss(demo: str, iters: int, seed: int, flags: str) -> float:
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", "2", os.path.join(ROOT, "examples", "pretrain_dwm.py")]
-        command += [*host.default_flags(), *MODEL, "--train-iters", str(iters)]
+        command += [*cpu.default_flags(), *MODEL, "--train-iters", str(iters)]
         command += ["--lr-decay-iters", str(iters), "--eval-interval", str(iters)]
         command += ["--train-data-path", *blend(demo), "--valid-data-path", f"{demo}/data/valid"]
         command += ["--test-data-path", f"{demo}/data/valid", "--data-cache-path", cache]

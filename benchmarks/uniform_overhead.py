@@ -36,12 +36,12 @@ MODEL = """
 def worker() -> None:
     """One rank: trains, and times every step; the last rank prints."""
     sys.path.insert(0, ROOT)
-    from megatron_dwm import host
+    from megatron_dwm.hosts import cpu
 
-    host.install()
+    cpu.install()
     import torch
 
-    from megatron_dwm.integration.session import Session
+    from megatron_dwm.hosts.megatron_lm.session import Session
 
     steps = int(os.environ["BENCH_STEPS"])
     times: dict[str, list[float]] = {"stock": [], "uniform": []}
@@ -63,7 +63,7 @@ def worker() -> None:
 
     Session.train_step = alternating  # type: ignore[method-assign]
     script = os.path.join(ROOT, "examples", "pretrain_dwm.py")
-    flags = [*host.default_flags(), *MODEL, "--train-iters", str(steps + SKIPPED)]
+    flags = [*cpu.default_flags(), *MODEL, "--train-iters", str(steps + SKIPPED)]
     sys.argv = [script, *flags, *sys.argv[1:]]
     runpy.run_path(script, run_name="__main__")
     if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:

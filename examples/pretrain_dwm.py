@@ -29,9 +29,9 @@ from typing import Any
 import torch
 
 import megatron_dwm
-from megatron_dwm import host
+from megatron_dwm.hosts import cpu
 
-host.install()
+cpu.install()
 
 from megatron.core import mpu
 from megatron.core.datasets import gpt_dataset

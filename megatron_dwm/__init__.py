@@ -14,16 +14,16 @@ __version__ = "0.1.0"
 __all__ = ["DWMConfig", "DWMError", "add_dwm_args", "attach"]
 
 if TYPE_CHECKING:
-    from megatron_dwm.arguments import add_dwm_args
     from megatron_dwm.config import DWMConfig
+    from megatron_dwm.config.flags import add_dwm_args
     from megatron_dwm.errors import DWMError
-    from megatron_dwm.integration.attach import attach
+    from megatron_dwm.hosts.megatron_lm.attach import attach
 
 _HOMES = {
     "DWMConfig": "megatron_dwm.config",
     "DWMError": "megatron_dwm.errors",
-    "add_dwm_args": "megatron_dwm.arguments",
-    "attach": "megatron_dwm.integration.attach",
+    "add_dwm_args": "megatron_dwm.config.flags",
+    "attach": "megatron_dwm.hosts.megatron_lm.attach",
 }
 
 

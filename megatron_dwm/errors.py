@@ -21,6 +21,10 @@ class DWMError(ValueError):
         self.this_rank_only = this_rank_only
 
 
+class ConversionError(DWMError):
+    """A checkpoint, folder or flag that cannot be converted; the message says what to do."""
+
+
 def in_short(error: BaseException) -> str:
     """Returns the type and the beginning of the text of another library's error, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

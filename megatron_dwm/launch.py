@@ -11,7 +11,7 @@ import os
 import runpy
 import sys
 
-from megatron_dwm import host
+from megatron_dwm.hosts import cpu
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     # the script may lie in a checkout of Megatron, which then is the one that is used.
     sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
     try:
-        host.install()
+        cpu.install()
     except (RuntimeError, ValueError) as error:
         print(f"megatron_dwm: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -35,7 +35,7 @@ def main() -> None:
     if not any(word.startswith("--dwm") for word in sys.argv):
         runpy.run_path(script, run_name="__main__")
         return
-    from megatron_dwm.integration.attach import attach
+    from megatron_dwm.hosts.megatron_lm.attach import attach
 
     with attach(add_arguments=True):
         runpy.run_path(script, run_name="__main__")

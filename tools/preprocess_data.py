@@ -30,7 +30,7 @@ from preprocess_workers import (
 )
 from text_files import InputError, TextFile, expand_inputs, input_format, read_blocks, read_whole
 
-from megatron_dwm.vocabulary import megatron_vocabulary_size
+from megatron_dwm.core.vocabulary import megatron_vocabulary_size
 
 BLOCK_BYTES = 1 << 18
 

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from text_files import InputError, parse_record, record_text
 
+from megatron_dwm.core.vocabulary import megatron_vocabulary_size
 from megatron_dwm.errors import in_short
-from megatron_dwm.vocabulary import megatron_vocabulary_size
 
 # Batches in flight per worker: enough to keep it busy, few enough to bound the memory.
 BATCHES_PER_WORKER = 4

@@ -36,8 +36,8 @@ import sys
 import torch
 import torch.distributed as dist
 
-from megatron_dwm import host
 from megatron_dwm.errors import DWMError
+from megatron_dwm.hosts import cpu
 from megatron_dwm.scoring.run import plan, rank_0_first, score, start_ranks, window_length, write
 from megatron_dwm.scoring.score_chunk import WindowScorer
 
@@ -149,7 +149,7 @@ def load_scorer(args: argparse.Namespace) -> WindowScorer:
 
 
 def _device() -> torch.device:
-    if host.wanted():
+    if cpu.wanted():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
 
@@ -203,8 +203,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         # Before Megatron is imported.
         if args.checkpoint is not None:
-            host.install()
-        if host.wanted():
+            cpu.install()
+        if cpu.wanted():
             # More would change the order of sums, and with it the last bits of the scores.
             torch.set_num_threads(1)
         else:

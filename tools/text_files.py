@@ -14,7 +14,7 @@ from compressed_files import (
     refuse_foreign,
 )
 
-from megatron_dwm.json_files import JsonError, json_type, parse_json
+from megatron_dwm.files.json_files import JsonError, json_type, parse_json
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 TEXT_SUFFIXES = (".txt", ".text", ".md")

@@ -14,7 +14,7 @@ import numpy as np
 from text_files import COMPRESSED_SUFFIXES, InputError, TextFile, read_blocks
 
 from megatron_dwm.data import IndexSummary
-from megatron_dwm.json_files import JsonError, json_type, parse_json, repeated_keys
+from megatron_dwm.files.json_files import JsonError, json_type, parse_json, repeated_keys
 
 DOCUMENT = "document"
 _BATCH_ROWS = 1 << 16

@@ -175,10 +175,10 @@ def begin(place: Place, size: Size, run: Run) -> Started | None:
 
 def command(place: Place, size: Size, run: Run) -> list[str]:
     """Returns the command of a run."""
-    from megatron_dwm import host
+    from megatron_dwm.hosts import cpu
 
     folder = place.folder(run)
-    cpu = host.default_flags()
+    cpu = cpu.default_flags()
     # A GPU without Transformer Engine and Apex has Megatron's own layers.
     gpu = "--transformer-impl local --no-gradient-accumulation-fusion --no-masked-softmax-fusion"
     gpu += " --no-persist-layer-norm --no-rope-fusion"

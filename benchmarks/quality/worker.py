@@ -19,16 +19,16 @@ from typing import Any
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path[:0] = [ROOT, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
 
-from megatron_dwm import host  # noqa: E402 - the path must be set first
+from megatron_dwm.hosts import cpu  # noqa: E402 - the path must be set first
 
-host.install()
+cpu.install()
 
 
 class Clock:
     """Seconds of each training step, by kind."""
 
     def __init__(self) -> None:
-        self.cuda = host.device().type == "cuda"
+        self.cuda = cpu.device().type == "cuda"
         self.steps: list[tuple[str, Any]] = []
 
     def __call__(self, kind: str, act: Any) -> Any:
@@ -71,7 +71,7 @@ def main(result: str, first: int, samples: int, flags: list[str]) -> None:
     """Trains, and writes what was measured."""
     from megatron.training import get_args, training
 
-    from megatron_dwm.integration.session import Session
+    from megatron_dwm.hosts.megatron_lm.session import Session
 
     clock, curve = Clock(), []
     loaders: list[Any] = []

@@ -6,14 +6,13 @@
 None of them imports `megatron` or `transformers`.
 """
 
-from megatron_dwm.conversion.checkpoint import TorchDistCheckpoint, find_checkpoint
-from megatron_dwm.conversion.errors import ConversionError
+from megatron_dwm.conversion.dist_checkpoint import TorchDistCheckpoint, find_checkpoint
 from megatron_dwm.conversion.hf_folder import (
     iter_hf_tensors,
     iter_megatron_tensors,
     read_hf_config,
 )
-from megatron_dwm.conversion.llama import (
+from megatron_dwm.conversion.llama_layers import (
     hf_layer_to_megatron,
     megatron_layer_to_hf,
     merge_gate_up,
@@ -21,12 +20,12 @@ from megatron_dwm.conversion.llama import (
     split_gate_up,
     split_qkv,
 )
-from megatron_dwm.conversion.llama_shape import LlamaShape
 from megatron_dwm.conversion.shape import ModelShape
+from megatron_dwm.errors import ConversionError
 
 __all__ = [
     "ConversionError",
-    "LlamaShape",
+    "ModelShape",
     "ModelShape",
     "TorchDistCheckpoint",
     "find_checkpoint",

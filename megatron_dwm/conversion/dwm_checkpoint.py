@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import metadata as dcp
 
-from megatron_dwm.conversion.checkpoint import TensorInfo, TorchDistCheckpoint, find_checkpoint
-from megatron_dwm.conversion.errors import ConversionError
-from megatron_dwm.conversion.families import FAMILIES
+from megatron_dwm.conversion.dist_checkpoint import TensorInfo, TorchDistCheckpoint, find_checkpoint
+from megatron_dwm.conversion.families import FAMILIES, shape_from_args
+from megatron_dwm.conversion.families.rope import BUILT_IN_ROPE_FACTOR, LLAMA3_ROPE
 from megatron_dwm.conversion.hf_folder import read_hf_config
-from megatron_dwm.conversion.llama_shape import BUILT_IN_ROPE_FACTOR, LLAMA3_ROPE
 from megatron_dwm.conversion.shape import ModelShape
 from megatron_dwm.conversion.stored_model import StoredModel
-from megatron_dwm.snapshot_swap import mend
+from megatron_dwm.errors import ConversionError
+from megatron_dwm.files.folder_swap import mend
 
 KEY = "dwm"
 _PREFIX = f"{KEY}."
@@ -64,7 +64,7 @@ class DWMCheckpoint(TorchDistCheckpoint):
     """The weighting model in one checkpoint or snapshot.
 
     Attributes:
-        described: What the checkpoint says of its shape (`megatron_dwm.checkpoint`).
+        described: What the checkpoint says of its shape (`megatron_dwm.checkpoint.state`).
         run_args: The arguments of its run; None for a snapshot without a checkpoint beside it.
         notes: Lines that the user should see.
     """
@@ -182,7 +182,7 @@ class DWMCheckpoint(TorchDistCheckpoint):
         scaled = getattr(args, "use_rope_scaling", False)
         try:
             # Megatron's builders take one factor, whatever the flag says.
-            shape = ModelShape.from_megatron_args(args, BUILT_IN_ROPE_FACTOR if scaled else None)
+            shape = shape_from_args(args, BUILT_IN_ROPE_FACTOR if scaled else None)
             if shape.family not in _FAMILIES:
                 raise ConversionError(f"they are of {FAMILIES[shape.family].label}")
         except ConversionError as error:

@@ -14,10 +14,11 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from megatron_dwm.conversion.errors import ConversionError
+from megatron_dwm.conversion.families import hf_config
 from megatron_dwm.conversion.families.config_types import is_count, is_number
 from megatron_dwm.conversion.shape import ModelShape
-from megatron_dwm.json_files import JsonError, read_object, shown
+from megatron_dwm.errors import ConversionError
+from megatron_dwm.files.json_files import JsonError, read_object, shown
 
 MODULE = "modeling_dwm.py"
 # Keys of config.json that are this project's.
@@ -79,7 +80,7 @@ def classifier_config(
     Raises:
         ConversionError: A pooling that is not known.
     """
-    config = shape.to_hf_config(dtype)
+    config = hf_config(shape, dtype)
     stem = _STEMS[config["model_type"]]
     config |= {
         "architectures": [f"{stem}ForSequenceClassification"],
@@ -113,7 +114,7 @@ def classifier_config(
 
 def module_source(shape: ModelShape) -> str:
     """Returns the text of the module that a mean-pooling model needs."""
-    model_type = shape.to_hf_config("float32")["model_type"]
+    model_type = hf_config(shape, "float32")["model_type"]
     return _MODULE.substitute(stem=_STEMS[model_type], model_type=_MEAN_TYPE + model_type)
 
 

@@ -15,10 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_dwm.conversion.dwm_classifier import stock_config
-from megatron_dwm.conversion.errors import ConversionError
-from megatron_dwm.conversion.llama import LAYER_NAMES, MODEL_NAMES, hf_layer_to_megatron
-from megatron_dwm.conversion.llama_shape import LlamaShape
-from megatron_dwm.json_files import JsonError, json_type, read_object, shown
+from megatron_dwm.conversion.families import llama_from_config
+from megatron_dwm.conversion.llama_layers import LAYER_NAMES, MODEL_NAMES, hf_layer_to_megatron
+from megatron_dwm.conversion.shape import ModelShape
+from megatron_dwm.errors import ConversionError
+from megatron_dwm.files.json_files import JsonError, json_type, read_object, shown
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -49,14 +50,14 @@ class Weights:
     unread: list[str]
 
 
-def read_hf_config(folder: str | os.PathLike) -> LlamaShape:
+def read_hf_config(folder: str | os.PathLike) -> ModelShape:
     """Reads the shape of the model from a folder's `config.json`.
 
     Raises:
         ConversionError: The file is missing or damaged, or the model is no dense Llama.
     """
     path = Path(folder) / "config.json"
-    return LlamaShape.from_hf_config(stock_config(_read_json(path)))
+    return llama_from_config(stock_config(_read_json(path)))
 
 
 def iter_hf_tensors(

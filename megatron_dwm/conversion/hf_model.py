@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_dwm.conversion.errors import ConversionError
-from megatron_dwm.conversion.families import FAMILIES
+from megatron_dwm.conversion.families import FAMILIES, shape_from_config
 from megatron_dwm.conversion.hf_folder import _read, _read_json, _tensor_files
 from megatron_dwm.conversion.rules import Rule, compare
-from megatron_dwm.conversion.shape import ModelShape
+from megatron_dwm.errors import ConversionError
 
 # The dtypes of safetensors that a model may have.
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -39,7 +38,7 @@ class HfModel:
         """
         self.folder = Path(folder)
         self.config = _read_json(self.folder / "config.json")
-        self.shape = ModelShape.from_hf_config(self.config)
+        self.shape = shape_from_config(self.config)
         self.family = FAMILIES[self.shape.family]
         self._files = _tensor_files(self.folder)
         if self.shape.num_layers * max(self.shape.num_experts, 1) > len(self._files):

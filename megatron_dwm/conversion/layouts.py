@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_dwm.conversion.errors import ConversionError
+from megatron_dwm.errors import ConversionError
 
 
 def split_qkv(

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from megatron_dwm.conversion.checkpoint import TensorInfo, load_restricted
-from megatron_dwm.conversion.errors import ConversionError
+from megatron_dwm.conversion.dist_checkpoint import TensorInfo, load_restricted
+from megatron_dwm.errors import ConversionError
 
 FILE = "model_optim_rng.pt"
 _RANK = re.compile(r"mp_rank_(\d+)(?:_(\d+))?")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
-from megatron_dwm.conversion.errors import ConversionError
+from megatron_dwm.errors import ConversionError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,56 +61,3 @@ class ModelShape:
                 f"num_attention_heads is {self.num_attention_heads} and num_query_groups is "
                 f"{self.num_query_groups}: the heads do not divide into the groups."
             )
-
-    @classmethod
-    def from_megatron_args(cls, args: Any, rope_scaling_factor: float | None = None) -> Self:
-        """Reads the shape from the arguments that a Megatron checkpoint carries.
-
-        Args:
-            args: The checkpoint's `argparse.Namespace`.
-            rope_scaling_factor: The factor that a model with `--use-rope-scaling` was built with;
-                needed where the checkpoint's is not the one that Megatron's builders use.
-
-        Returns:
-            The shape, with `vocab_size` still padded.
-
-        Raises:
-            ConversionError: The model fits no family; names every argument that says so.
-        """
-        from megatron_dwm.conversion.families import family_of_args
-
-        family = family_of_args(args)
-        return cls(**family.values_from_args(args, rope_scaling_factor))
-
-    @classmethod
-    def from_hf_config(cls, config: Mapping[str, Any]) -> Self:
-        """Reads the shape from a Hugging Face `config.json`, old and new spelling of RoPE.
-
-        Args:
-            config: The parsed `config.json`.
-
-        Raises:
-            ConversionError: The model is of no known family, or a number is missing.
-        """
-        from megatron_dwm.conversion.families import family_of_config
-
-        return cls(**family_of_config(config).values_from_config(config))
-
-    def to_hf_config(self, dtype: str) -> dict[str, Any]:
-        """Returns the contents of `config.json` without the tokenizer's ids.
-
-        RoPE is written in both spellings: `rope_parameters` (transformers 5) and
-        `rope_theta` with `rope_scaling` (transformers 4 and most inference servers).
-
-        Args:
-            dtype: Name of the weights' dtype, such as `bfloat16`.
-        """
-        from megatron_dwm.conversion.families import FAMILIES
-
-        return {**FAMILIES[self.family].to_config(self), "torch_dtype": dtype}
-
-    def layer_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Returns the shape of every tensor of a layer, by Megatron's local name."""
-        from megatron_dwm.conversion.families import FAMILIES
-
-        return {rule.megatron: rule.shape for rule in FAMILIES[self.family].layer_rules(self)}

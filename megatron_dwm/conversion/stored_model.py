@@ -14,12 +14,12 @@ from typing import Protocol
 
 import torch
 
-from megatron_dwm.conversion.checkpoint import TensorInfo
-from megatron_dwm.conversion.errors import ConversionError
+from megatron_dwm.conversion.dist_checkpoint import TensorInfo
 from megatron_dwm.conversion.families import FAMILIES
-from megatron_dwm.conversion.llama import FUSED_NORM_NAMES
+from megatron_dwm.conversion.llama_layers import FUSED_NORM_NAMES
 from megatron_dwm.conversion.rules import Rule, joined
 from megatron_dwm.conversion.shape import ModelShape
+from megatron_dwm.errors import ConversionError
 
 _LAYERS = "decoder.layers."
 _EXPERTS = "mlp.experts.experts."

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint import FileSystemWriter, planner
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
-from megatron_dwm.conversion.llama import FUSED_NORM_NAMES
+from megatron_dwm.conversion.llama_layers import FUSED_NORM_NAMES
 from megatron_dwm.conversion.rules import Rule
 from megatron_dwm.conversion.shape import ModelShape
 

@@ -9,6 +9,7 @@ from megatron_dwm.data.document_weights import (
     weight_summary,
     weights_from_scores,
 )
+from megatron_dwm.data.draws import Permutation, draw_counts, sample_index, visit_order
 from megatron_dwm.data.epoch_plan import Corpus, Segment, first_segment, next_segment
 from megatron_dwm.data.index import (
     DatasetError,
@@ -18,7 +19,6 @@ from megatron_dwm.data.index import (
     read_index,
     sample_documents,
 )
-from megatron_dwm.data.sampling import Permutation, draw_counts, sample_index, visit_order
 from megatron_dwm.data.weight_file import WeightFile, read_weights, weights_path, write_weights
 
 __all__ = [

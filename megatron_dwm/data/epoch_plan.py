@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_dwm.data import sampling
+from megatron_dwm.data import draws as sampling
 from megatron_dwm.data.index import DatasetError
 
 # Of everything that a plan is a function of: this file and the kernels. A run that has followed a

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_dwm.data.epoch_plan import Corpus, Segment
-from megatron_dwm.json_files import read_object
+from megatron_dwm.files.json_files import read_object
 
 _ARRAYS = ("documents", "starts", "stops", "is_piece", "seen", "sample_index")
 _NUMBERS = ("start", "stage", "first_epoch", "entry_bounds", "token_bounds")

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_dwm.data.index import DatasetError, IndexSummary
-from megatron_dwm.json_files import JsonError, parse_json
+from megatron_dwm.files.json_files import JsonError, parse_json
 
 _MAGIC = b"DWMWGT\x00\x00"
 _VERSION = 1

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_dwm.meta import finite_difference
-from megatron_dwm.weighting.weights import weight_statistics
+from megatron_dwm.meta_gradient import finite_difference
+from megatron_dwm.policies.softmax import weight_statistics
 
 if TYPE_CHECKING:
-    from megatron_dwm.train_step import StepRecord
+    from megatron_dwm.step.record import StepRecord
 
 
 def describe(record: StepRecord, domains: list[str], samples: bool = False) -> dict[str, Any]:

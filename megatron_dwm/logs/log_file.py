@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from megatron_dwm.json_files import JsonError, parse_object
+from megatron_dwm.files.json_files import JsonError, parse_object
 
 FILE_NAME = "dwm_log.jsonl"
 # Figures that differ from run to run of the same training.

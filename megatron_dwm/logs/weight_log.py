@@ -11,7 +11,7 @@ from megatron_dwm.logs.lines import describe
 from megatron_dwm.logs.sinks import Sinks
 
 if TYPE_CHECKING:
-    from megatron_dwm.train_step import StepRecord
+    from megatron_dwm.step.record import StepRecord
 
 MOST_WAITING = 64  # steps whose tensors are kept before they are read
 

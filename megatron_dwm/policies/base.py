@@ -22,38 +22,16 @@ batch, s tokens in a sample, h the language model's hidden size.
 from __future__ import annotations
 
 import abc
-import importlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from megatron_dwm.errors import DWMError
+from megatron_dwm.config.policy_table import Needs, named, no_policy
 
 if TYPE_CHECKING:
     import torch
 
-    from megatron_dwm.batches import StepBatches
     from megatron_dwm.config import DWMConfig
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a policy asks for.
-
-    Attributes:
-        tokens: the step's token ids before the trainer's own step (`StepView.batches`).
-        losses: per-token losses and their mask in `weights`.
-        states: the language model's final hidden states in `weights`.
-        domains: which data set of the blend each sample is from.
-        influence: each sample's influence on the meta loss, on meta steps.
-        influence_ahead: the same before every weighted step.
-    """
-
-    tokens: bool = False
-    losses: bool = False
-    states: bool = False
-    domains: bool = False
-    influence: bool = False
-    influence_ahead: bool = False
+    from megatron_dwm.core.batches import StepBatches
 
 
 @dataclass
@@ -240,53 +218,13 @@ class WeightPolicy(abc.ABC):
         """Takes over what `local_state_dict` returned on this rank."""
 
 
-# Name in --dwm-policy -> where it is, and what it needs (as its class says too, so that settings
-# are checked without importing it). `learned` stands for the form that --dwm-form names.
-_HOME = "megatron_dwm.policies"
-BUILT_IN = {
-    "uniform": (f"{_HOME}.controls:Uniform", Needs()),
-    "shuffled": (f"{_HOME}.controls:Shuffled", Needs()),  # what the learned policy needs
-    "head": (f"{_HOME}.head:Head", Needs(losses=True, states=True, influence=True)),
-    "model": (f"{_HOME}.model:Model", Needs(tokens=True, influence=True)),
-    "linupper": (f"{_HOME}.loss_based:LinUpper", Needs(losses=True)),
-    "truncation": (f"{_HOME}.loss_based:Truncation", Needs(losses=True)),
-    "influence": (f"{_HOME}.influence:Influence", Needs(influence_ahead=True)),
-}
-
-
-def policy_needs(name: str) -> Needs:
-    """Returns what the policy of a name asks for, without importing one of our own.
-
-    Raises:
-        DWMError: see `policy_class`.
-    """
-    return BUILT_IN[name][1] if name in BUILT_IN else policy_class(name).needs
-
-
 def policy_class(name: str) -> type[WeightPolicy]:
     """Returns the policy of a name in `BUILT_IN`, or of a dotted path `package.module:Class`.
 
     Raises:
         DWMError: there is none, or it is no `WeightPolicy`.
     """
-    path = BUILT_IN[name][0] if name in BUILT_IN else name
-    module, _, attribute = path.partition(":")
-    if not module or not attribute:
-        raise DWMError(
-            f"--dwm-policy is '{name}'; allowed are learned, {', '.join(BUILT_IN)}, and one "
-            "of your own as package.module:Class"
-        )
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except ImportError as error:
-        raise DWMError(
-            f"--dwm-policy {name}: the module {module} cannot be imported ({error}); is its folder "
-            "on PYTHONPATH?"
-        ) from error
-    except AttributeError:
-        raise DWMError(f"--dwm-policy {name}: {module} has no {attribute}") from None
+    found = named(name)
     if not (isinstance(found, type) and issubclass(found, WeightPolicy)):
-        raise DWMError(
-            f"--dwm-policy {name} is not a subclass of megatron_dwm.policies.base.WeightPolicy"
-        )
+        raise no_policy(name)
     return found

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megatron_dwm.meta import collectives
+from megatron_dwm.core import collectives
 from megatron_dwm.policies.base import (
     Lesson,
     PolicyContext,

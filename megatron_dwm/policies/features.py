@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from megatron_dwm.meta import collectives
+from megatron_dwm.core import collectives
 
 # Elements of a float32 copy that is made at a time.
 _BLOCK = 1 << 22

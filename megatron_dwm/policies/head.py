@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
-from megatron_dwm.meta import collectives
-from megatron_dwm.policies.base import Lesson, Needs, PolicyContext, SampleView, StepView
+from megatron_dwm.config.policy_table import Needs
+from megatron_dwm.core import collectives
+from megatron_dwm.policies.base import Lesson, PolicyContext, SampleView, StepView
 from megatron_dwm.policies.features import Projection, sample_features
 from megatron_dwm.policies.learned import LearnedPolicy
 from megatron_dwm.policies.maps import DECAY

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from megatron_dwm.meta import collectives
-from megatron_dwm.policies.base import Needs, PolicyContext, SampleView, StepView, WeightPolicy
+from megatron_dwm.config.policy_table import Needs
+from megatron_dwm.core import collectives
+from megatron_dwm.policies.base import PolicyContext, SampleView, StepView, WeightPolicy
 from megatron_dwm.policies.learned import Targets
 from megatron_dwm.policies.maps import build_map
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_dwm.meta import collectives
+from megatron_dwm.core import collectives
 from megatron_dwm.policies.base import Lesson, PolicyContext, SampleView, StepView, WeightPolicy
 from megatron_dwm.policies.gate import Gate
 from megatron_dwm.policies.maps import Mapped, build_map

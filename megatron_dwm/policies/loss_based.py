@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
-from megatron_dwm.meta import collectives
-from megatron_dwm.policies.base import Needs, PolicyContext, SampleView, StepView, WeightPolicy
+from megatron_dwm.config.policy_table import Needs
+from megatron_dwm.core import collectives
+from megatron_dwm.policies.base import PolicyContext, SampleView, StepView, WeightPolicy
 from megatron_dwm.policies.features import merged, moments_over_positions
 from megatron_dwm.policies.maps import DECAY
 

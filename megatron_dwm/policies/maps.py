@@ -26,8 +26,8 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_dwm.weighting.guarding import Guards
-from megatron_dwm.weighting.weights import batch_weights, score_gradient
+from megatron_dwm.policies.guarding import Guards
+from megatron_dwm.policies.softmax import batch_weights, score_gradient
 
 # Of the running averages, a step. 0.95: the last 20 steps or so.
 DECAY = 0.95

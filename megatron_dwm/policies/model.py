@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_dwm.batches import tokens_of
-from megatron_dwm.meta import collectives
-from megatron_dwm.policies.base import Lesson, Needs, PolicyContext, SampleView, StepView
+from megatron_dwm.config.policy_table import Needs
+from megatron_dwm.core import collectives
+from megatron_dwm.core.batches import tokens_of
+from megatron_dwm.policies.base import Lesson, PolicyContext, SampleView, StepView
 from megatron_dwm.policies.head import Head
 from megatron_dwm.policies.learned import LearnedPolicy
-from megatron_dwm.weighting.weights import uniform_where
+from megatron_dwm.policies.softmax import uniform_where
 
 if TYPE_CHECKING:
-    from megatron_dwm.weighting.scorer import Update
+    from megatron_dwm.weighting_model.scorer import Update
 
 # Meta steps before the head's scores are labels.
 _TEACHER_READY = 3

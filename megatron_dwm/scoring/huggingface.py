@@ -8,11 +8,10 @@ from typing import Any
 import torch
 
 from megatron_dwm.conversion.dwm_classifier import LENGTH, TEMPERATURE, read_classifier
-from megatron_dwm.conversion.errors import ConversionError
 from megatron_dwm.conversion.hf_folder import find_weights
-from megatron_dwm.errors import DWMError, in_short
+from megatron_dwm.errors import ConversionError, DWMError, in_short
 from megatron_dwm.scoring.identity import digest_of
-from megatron_dwm.weighting.pooling import pool_tokens
+from megatron_dwm.weighting_model.pooling import pool_tokens
 
 
 class HuggingFaceScorer:

@@ -1,7 +1,7 @@
 """Loads a weighting model from a run's checkpoint or a stage's snapshot, whole on every rank.
 
 The layout that it was saved with does not matter. Its shape is what the checkpoint says; the host
-(device, kernels) is this machine's. Megatron is imported here, after `host.install()`.
+(device, kernels) is this machine's. Megatron is imported here, after `cpu.install()`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from megatron.core.activations import fast_gelu, quick_gelu, squared_relu
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megatron_dwm import host
-from megatron_dwm.checkpoint import KEY
-from megatron_dwm.conversion.errors import ConversionError
+from megatron_dwm.checkpoint.state.state import KEY
+from megatron_dwm.conversion.families.rope import BUILT_IN_ROPE_FACTOR
 from megatron_dwm.conversion.hf_folder import read_hf_config
-from megatron_dwm.conversion.llama_shape import BUILT_IN_ROPE_FACTOR
-from megatron_dwm.errors import DWMError, in_short
+from megatron_dwm.core.stored_state import load_sharded, load_weights
+from megatron_dwm.errors import ConversionError, DWMError, in_short
+from megatron_dwm.files.folder_swap import mend
+from megatron_dwm.hosts import cpu
 from megatron_dwm.scoring.identity import digest_of
-from megatron_dwm.snapshot_swap import mend
-from megatron_dwm.stored_state import load_sharded, load_weights
-from megatron_dwm.weighting.model import (
+from megatron_dwm.weighting_model.model import (
     LAYER_FIELDS,
     DataWeightingModel,
     EmbeddingShape,
@@ -74,7 +73,7 @@ class SavedDWM:
 
     Attributes:
         folder: the checkpoint or snapshot.
-        shape: what `megatron_dwm.checkpoint` saved of its shape.
+        shape: what `megatron_dwm.checkpoint.state` saved of its shape.
         args: the run's arguments; None for a snapshot without a checkpoint beside it.
         sharding: metadata that the checkpoint was saved with.
         tensors: name -> shape and dtype of the stored tensors.
@@ -213,7 +212,7 @@ class MegatronScorer:
         temperature = getattr(args, "dwm_temperature", None)
         self.temperature = None if temperature is None else float(temperature)
         self._shape = shape
-        self._device = host.device()
+        self._device = cpu.device()
 
         if mpu.model_parallel_is_initialized():
             # Of ranks that were joined before, in the same process.
@@ -253,7 +252,7 @@ def _build(saved: SavedDWM, groups: Any) -> DataWeightingModel:
             f"{shape['activation_func']!r}; known are {', '.join(_ACTIVATIONS)}"
         )
     words = saved.tensors[_WORDS]
-    on_cpu = host.is_cpu()
+    on_cpu = cpu.is_cpu()
     host_fields = {
         "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1,
@@ -295,7 +294,7 @@ def _build(saved: SavedDWM, groups: Any) -> DataWeightingModel:
     interpolation = getattr(saved.args, "rotary_seq_len_interpolation_factor", None)
     if started_from.startswith("llm:") and model.rotary_pos_emb is not None:
         model.rotary_pos_emb.seq_len_interpolation_factor = interpolation
-    return model.to(device=host.device(), dtype=words.dtype)
+    return model.to(device=cpu.device(), dtype=words.dtype)
 
 
 def _rope_factor(saved: SavedDWM, started_from: str) -> float:

@@ -21,9 +21,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_dwm import host
+from megatron_dwm.hosts import cpu
 
-host.install()
+cpu.install()
 
 from megatron.core import dist_checkpointing, mpu  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
@@ -31,11 +31,12 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 
-from megatron_dwm import checkpoint  # noqa: E402
+from megatron_dwm.checkpoint import snapshots  # noqa: E402
+from megatron_dwm.checkpoint import state as state_module  # noqa: E402
 from megatron_dwm.errors import DWMError  # noqa: E402
 from megatron_dwm.scoring import model_loading  # noqa: E402
 from megatron_dwm.scoring.run import start_ranks  # noqa: E402
-from megatron_dwm.weighting.model import (  # noqa: E402
+from megatron_dwm.weighting_model.model import (  # noqa: E402
     DataWeightingModel,
     EmbeddingShape,
     dwm_transformer_config,
@@ -178,11 +179,11 @@ def test_a_weighting_model_is_resumed_with_other_layers(tmp_path, groups, saved,
     scorer = SimpleNamespace(module=model, weights_changed=lambda: None)
     step = SimpleNamespace(scorer=scorer)
     state = {"model": sharded(model, groups)}
-    original, checkpoint._sharded_state = checkpoint._sharded_state, lambda *a, **k: state
+    original, state_module.sharded_state = state_module.sharded_state, lambda *a, **k: state
     try:
-        checkpoint._load_sharded(step, str(folder), with_optimizer=False)
+        state_module.load_sharded_state(step, str(folder), with_optimizer=False)
     finally:
-        checkpoint._sharded_state = original
+        state_module.sharded_state = original
     found = parameters(model)
     assert all(torch.equal(found[name], value) for name, value in truth.items())
 
@@ -226,7 +227,7 @@ def language_model(groups, stateful):
 @pytest.mark.parametrize("strictness", ["assume_ok_unexpected", "log_unexpected"])
 def test_what_megatron_cannot_load_is_refused_before(tmp_path, groups, saved, loaded, strictness):
     """Megatron's own load says which of them; the error names the way out, which works."""
-    from megatron_dwm.integration.load_check import check_extra_states
+    from megatron_dwm.hosts.megatron_lm.load_check import check_extra_states
 
     dist_checkpointing.save(language_model(groups, saved), str(tmp_path))
     run = argparse.Namespace(
@@ -265,7 +266,7 @@ def write_snapshot(folder, value):
 
 def value_of(run):
     """Returns what the snapshot of a run holds, as the next run finds it."""
-    return Path(checkpoint.find_snapshot(str(run), stage=0), "value").read_text()
+    return Path(snapshots.find_snapshot(str(run), stage=0), "value").read_text()
 
 
 def kill_at(monkeypatch, number, *places):
@@ -292,7 +293,7 @@ def test_a_kill_at_any_step_leaves_a_whole_snapshot(tmp_path, monkeypatch, excha
     write_snapshot(folder, "old")
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
-    monkeypatch.setattr(checkpoint, "_sharded_state", lambda *args, **kwargs: {})
+    monkeypatch.setattr(snapshots, "sharded_state", lambda *args, **kwargs: {})
 
     def save(state, target):
         Path(target, "value").write_text("half")
@@ -302,19 +303,19 @@ def test_a_kill_at_any_step_leaves_a_whole_snapshot(tmp_path, monkeypatch, excha
     monkeypatch.setattr(dist_checkpointing, "save", save)
     with monkeypatch.context() as patches:
         if not exchange:
-            swap = pytest.importorskip("megatron_dwm.snapshot_swap")
+            swap = pytest.importorskip("megatron_dwm.files.folder_swap")
             patches.setattr(swap, "_exchange", lambda one, other: False)
         places = [(os, "rename"), (os, "makedirs"), (os, "listdir"), (shutil, "rmtree")]
         kill_at(patches, number, *places)
         step = SimpleNamespace(scorer=object())
         try:
-            checkpoint.save_snapshot(step, str(folder))
+            snapshots.save_snapshot(step, str(folder))
             done = True
         except Killed:
             done = False
     assert value_of(tmp_path) in (("new",) if done else ("old", "new"))
     # The next save is not hindered by what was left.
-    checkpoint.save_snapshot(step, str(folder))
+    snapshots.save_snapshot(step, str(folder))
     assert value_of(tmp_path) == "new"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dwm_stage_001"]
 
@@ -324,30 +325,30 @@ def test_a_save_that_fails_leaves_the_snapshot_of_before(tmp_path, monkeypatch):
     write_snapshot(tmp_path / "dwm_stage_001", "old")
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
-    monkeypatch.setattr(checkpoint, "_sharded_state", lambda *args, **kwargs: {})
+    monkeypatch.setattr(snapshots, "sharded_state", lambda *args, **kwargs: {})
 
     def save(state, target):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(dist_checkpointing, "save", save)
     with pytest.raises(OSError, match="No space"):
-        checkpoint.save_snapshot(SimpleNamespace(scorer=object()), str(tmp_path / "dwm_stage_001"))
+        snapshots.save_snapshot(SimpleNamespace(scorer=object()), str(tmp_path / "dwm_stage_001"))
     assert value_of(tmp_path) == "old"
 
 
 REPLACING = """
 import shutil, sys
 from pathlib import Path
-from megatron_dwm import snapshot_swap
+from megatron_dwm.files import folder_swap
 
 folder = sys.argv[1]
 for number in range(100000):
-    new = snapshot_swap.beside(folder)
+    new = folder_swap.beside(folder)
     shutil.rmtree(new, ignore_errors=True)
     Path(new).mkdir()
     Path(new, "value").write_text(str(number) * 100)
     Path(new, "metadata.json").write_text("{}")
-    snapshot_swap.swap_in(folder)
+    folder_swap.swap_in(folder)
     print(number, flush=True)
 """
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dwm import host
+from megatron_dwm.hosts import cpu
 
 pytest.importorskip("transformers")
-host.install()
+cpu.install()
 
 ROOT = Path(__file__).parents[2]
 for folder in (ROOT, ROOT / "tools", ROOT / "tests" / "unit"):
@@ -29,8 +29,8 @@ import test_dwm_export as dwm  # noqa: E402
 from test_convert_export import export, model_tensors, write_run  # noqa: E402
 
 from megatron_dwm.conversion import iter_hf_tensors  # noqa: E402
-from megatron_dwm.integration import build  # noqa: E402
-from megatron_dwm.vocabulary import megatron_vocabulary_size, vocabulary_size  # noqa: E402
+from megatron_dwm.core.vocabulary import megatron_vocabulary_size, vocabulary_size  # noqa: E402
+from megatron_dwm.hosts.megatron_lm import build  # noqa: E402
 
 WORDS = "embedding.word_embeddings.weight"
 

@@ -22,12 +22,13 @@ import preprocess_data  # noqa: E402
 import train_tokenizer  # noqa: E402
 import weights  # noqa: E402
 
+from megatron_dwm.checkpoint.health import _manifest_problems  # noqa: E402
 from megatron_dwm.conversion import ConversionError, ModelShape  # noqa: E402
-from megatron_dwm.conversion.checkpoint_health import _manifest_problems  # noqa: E402
 from megatron_dwm.conversion.dwm_classifier import read_classifier  # noqa: E402
+from megatron_dwm.conversion.families import shape_from_config  # noqa: E402
 from megatron_dwm.conversion.hf_folder import iter_hf_tensors, read_hf_config  # noqa: E402
 from megatron_dwm.data.segment_cache import load_segment  # noqa: E402
-from megatron_dwm.json_files import JsonError, parse_object  # noqa: E402
+from megatron_dwm.files.json_files import JsonError, parse_object  # noqa: E402
 from megatron_dwm.logs.log_file import read_log  # noqa: E402
 from tools.convert.__main__ import main as convert  # noqa: E402
 
@@ -90,7 +91,7 @@ def theirs(kind: str, config: dict):
 
 def ours(kind: str, config: dict) -> ModelShape | None:
     try:
-        return ModelShape.from_hf_config({"model_type": kind, **config})
+        return shape_from_config({"model_type": kind, **config})
     except ConversionError as error:
         assert "\n" not in str(error)
         return None
@@ -293,7 +294,7 @@ MANIFESTS += ['{"files": [[1, "a"]]}', '{"files": "ab"}', '{"files": [["a", "b"]
 
 @pytest.mark.parametrize("text", MANIFESTS, ids=lambda text: text[:20])
 def test_a_manifest_of_other_types_is_damaged(tmp_path, text):
-    from megatron_dwm.conversion.checkpoint_health import MANIFEST
+    from megatron_dwm.checkpoint.health import MANIFEST
 
     path = tmp_path / MANIFEST
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,17 +13,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_dwm import host
+from megatron_dwm.hosts import cpu
+from megatron_dwm.hosts.cpu import stand_in
 
-host.install()
+cpu.install()
 
 from megatron.core.num_microbatches_calculator import (  # noqa: E402
     StepBatchsizeNumMicroBatchesCalculator,
 )
 from megatron.core.rerun_state_machine import get_rerun_state_machine  # noqa: E402
 
-from megatron_dwm import guards  # noqa: E402
-from megatron_dwm.integration import attach, checks  # noqa: E402
+from megatron_dwm.core import contexts as guards  # noqa: E402
+from megatron_dwm.hosts.megatron_lm import attach, checks  # noqa: E402
 
 
 def trainee(**config):
@@ -117,18 +118,18 @@ def test_a_gpu_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu(
     tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "0000:01:00.0").mkdir()
-    monkeypatch.setattr(host, "_DRIVER_GPUS", str(tmp_path))
-    monkeypatch.setattr(host._State, "installed", False)
+    monkeypatch.setattr(stand_in, "_DRIVER_GPUS", str(tmp_path))
+    monkeypatch.setattr(stand_in._State, "installed", False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.delenv("MEGATRON_DWM_HOST", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(RuntimeError, match="torch finds none.*MEGATRON_DWM_HOST=cpu"):
-        host.wanted()
+        cpu.wanted()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert host.wanted()
+    assert cpu.wanted()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setenv("MEGATRON_DWM_HOST", "cpu")
-    assert host.wanted()
+    assert cpu.wanted()
 
 
 def test_a_script_in_a_checkout_finds_that_checkouts_megatron(tmp_path, repo_root) -> None:
@@ -138,9 +139,9 @@ def test_a_script_in_a_checkout_finds_that_checkouts_megatron(tmp_path, repo_roo
     script = tmp_path / "pretrain.py"
     script.write_text(
         "import importlib.util\n"
-        "from megatron_dwm import host\n"
+        "from megatron_dwm.hosts.cpu import on_import\n"
         "print(*importlib.util.find_spec('megatron').submodule_search_locations)\n"
-        "print('megatron.core.datasets.utils' in host._ON_IMPORT._pending)\n"
+        "print('megatron.core.datasets.utils' in on_import.ON_IMPORT._pending)\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "megatron_dwm.launch", str(script)],

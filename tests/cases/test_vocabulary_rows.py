@@ -18,9 +18,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dist_checkpoint
 
-from megatron_dwm import host
+from megatron_dwm.hosts import cpu
 
-host.install()
+cpu.install()
 
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer  # noqa: E402
 from megatron.training.argument_utils import gpt_config_from_args  # noqa: E402
@@ -69,7 +69,7 @@ def rows_that_megatron_builds(words, tensor_parallel, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(tensor_parallel))
     monkeypatch.setenv("RANK", "0")
     layout = ["--tensor-model-parallel-size", str(tensor_parallel)]
-    monkeypatch.setattr(sys, "argv", ["run", *host.default_flags(), *words, *RUN, *layout])
+    monkeypatch.setattr(sys, "argv", ["run", *cpu.default_flags(), *words, *RUN, *layout])
     args = parse_args()
     validate_args(args)
     build_tokenizer(args)
@@ -216,7 +216,7 @@ def test_an_export_after_training_has_all_rows(tmp_path, capsys, rows, tokens):
     ],
 )
 def test_a_run_does_not_drop_rows_silently(tmp_path, saved, built, tokenizer, refused):
-    from megatron_dwm.integration.load_check import check_vocabulary
+    from megatron_dwm.hosts.megatron_lm.load_check import check_vocabulary
 
     args = argparse.Namespace(make_vocab_size_divisible_by=128, **saved)
     torch.save({"args": args, "iteration": 1}, tmp_path / "common.pt")

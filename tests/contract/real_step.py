@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from megatron_dwm import host
+from megatron_dwm.hosts import cpu
 
-host.install()
+cpu.install()
 
 from megatron.core import optimizer as megatron_optimizer  # noqa: E402
 from megatron.core.distributed import (  # noqa: E402
@@ -15,8 +15,8 @@ from megatron.core.distributed import (  # noqa: E402
 from megatron.core.transformer.module import MegatronModule  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
-from megatron_dwm.meta import optimizer_view  # noqa: E402
-from megatron_dwm.meta.update import InnerStep, trainable_parameters  # noqa: E402
+from megatron_dwm.core import optimizers as optimizer_view  # noqa: E402
+from megatron_dwm.meta_gradient.pull_back import InnerStep, trainable_parameters  # noqa: E402
 from tests.contract.stand_in_fused_adam import FusedAdam  # noqa: E402
 
 SIZE = 6 * 3 + 3  # parameters of `Linear`
@@ -43,7 +43,7 @@ def wrapped(dtype=torch.float32, **ddp_options):
         use_cpu_initialization=True,
     )
     torch.manual_seed(0)
-    module = Linear(config).to(device=host.device(), dtype=dtype)
+    module = Linear(config).to(device=cpu.device(), dtype=dtype)
     for parameter in module.parameters():
         parameter.tensor_model_parallel = False
     ddp_config = DistributedDataParallelConfig(**{"grad_reduce_in_fp32": True, **ddp_options})
@@ -122,7 +122,7 @@ class RealStep:
     def __init__(self, build):
         self.build = build
         generator = torch.Generator().manual_seed(7)
-        noise, h = torch.randn(2, SIZE, generator=generator).to(host.device())
+        noise, h = torch.randn(2, SIZE, generator=generator).to(cpu.device())
         self.h = h
         # Partly along G, where clipping by the global norm bites.
         _, self.grad, *_ = self.step(None)

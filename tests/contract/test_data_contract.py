@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dwm import host
+from megatron_dwm.hosts import cpu
 
-host.install()
+cpu.install()
 
 from megatron.core.datasets import blended_megatron_dataset_builder as builder  # noqa: E402
 from megatron.core.datasets import gpt_dataset  # noqa: E402

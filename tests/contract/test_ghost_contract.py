@@ -20,9 +20,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_dwm import host
+from megatron_dwm.hosts import cpu
 
-host.install()
+cpu.install()
 
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.distributed import (  # noqa: E402
@@ -39,10 +39,11 @@ from megatron.core.tensor_parallel import random as megatron_random  # noqa: E40
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from megatron_dwm.config import DWMConfig  # noqa: E402
+from megatron_dwm.core.contexts import restore_rng  # noqa: E402
 from megatron_dwm.errors import DWMError  # noqa: E402
-from megatron_dwm.guards import restore_rng  # noqa: E402
-from megatron_dwm.meta import ghost, ghost_layers  # noqa: E402
-from megatron_dwm.meta.estimators import choose_estimator  # noqa: E402
+from megatron_dwm.meta_gradient.estimators import choose_estimator  # noqa: E402
+from megatron_dwm.meta_gradient.ghost import recording as ghost  # noqa: E402
+from megatron_dwm.meta_gradient.ghost import rules as ghost_layers  # noqa: E402
 
 B, S, VOCAB, M = 3, 8, 48, 2
 TOLERANCE = 1e-4
@@ -82,7 +83,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def groups():
     """Megatron's process groups on one rank."""
-    backend = "gloo" if host.is_cpu() else "nccl"
+    backend = "gloo" if cpu.is_cpu() else "nccl"
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group(backend=backend, store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
@@ -135,7 +136,7 @@ class Run:
             max_sequence_length=S,
             share_embeddings_and_output_weights=tied,
             position_embedding_type="rope" if rope else "learned_absolute",
-        ).to(host.device())
+        ).to(cpu.device())
         generator = torch.Generator().manual_seed(0)
         for name, parameter in gpt.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator) * 0.2
@@ -155,7 +156,7 @@ class Run:
             mask = (torch.rand(B, S, generator=generator) > 0.3).float()
             mask[:, 0] = 1.0
             batch = {"tokens": ids[:, :-1], "labels": ids[:, 1:], "mask": mask}
-            self.batches.append({k: v.to(host.device()) for k, v in batch.items()})
+            self.batches.append({k: v.to(cpu.device()) for k, v in batch.items()})
         self.rng = megatron_random._get_all_rng_states()
         self.v = {n: torch.randn(p.shape, generator=generator) for n, p in self.parameters.items()}
 
@@ -164,8 +165,8 @@ class Run:
 
     @staticmethod
     def losses(model, batch):
-        positions = torch.arange(S, device=host.device()).expand(B, S)
-        mask = torch.ones(1, 1, S, S, dtype=torch.bool, device=host.device()).triu(1)
+        positions = torch.arange(S, device=cpu.device()).expand(B, S)
+        mask = torch.ones(1, 1, S, S, dtype=torch.bool, device=cpu.device()).triu(1)
         return model(batch["tokens"], positions, mask, labels=batch["labels"])
 
     def forward_step(self, iterator, model):
@@ -191,7 +192,7 @@ class Run:
         )
 
     def ghost(self):
-        return ghost.Ghost(self.model, self.config, self.groups, B, host.device())
+        return ghost.Ghost(self.model, self.config, self.groups, B, cpu.device())
 
     def write(self, v):
         """Puts v where the meta step has it: into the gradient buffers."""
@@ -211,7 +212,7 @@ class Run:
 
     def train(self, v):
         """Records the trainer's own pass, with weight gradients."""
-        of_parameter = {id(p): v[n].to(host.device()) for n, p in self.parameters.items()}
+        of_parameter = {id(p): v[n].to(cpu.device()) for n, p in self.parameters.items()}
         self.model[0].zero_grad_buffer()
         with self.ghost().recording(lambda p: of_parameter.get(id(p)), M) as total:
             self.schedule()

@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_dwm import host
+from megatron_dwm.hosts import cpu
 
-host.install()
+cpu.install()
 
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
@@ -22,8 +22,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig  # no
 
 from megatron_dwm.config import DWMConfig  # noqa: E402
 from megatron_dwm.errors import DWMError  # noqa: E402
-from megatron_dwm.meta import ghost  # noqa: E402
-from megatron_dwm.meta.estimators import choose_estimator  # noqa: E402
+from megatron_dwm.meta_gradient.estimators import choose_estimator  # noqa: E402
+from megatron_dwm.meta_gradient.ghost import recording as ghost  # noqa: E402
 
 B = 3
 
@@ -31,7 +31,7 @@ B = 3
 @pytest.fixture(scope="module")
 def groups():
     """Megatron's process groups on one rank."""
-    backend = "gloo" if host.is_cpu() else "nccl"
+    backend = "gloo" if cpu.is_cpu() else "nccl"
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group(backend=backend, store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel()

@@ -21,9 +21,9 @@ import numpy
 import pytest
 import torch
 
-from megatron_dwm import host
+from megatron_dwm.hosts import cpu
 
-host.install()
+cpu.install()
 
 from megatron.core import package_info  # noqa: E402
 from megatron.core.datasets.blended_dataset import BlendedDataset  # noqa: E402
@@ -38,12 +38,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig  # no
 from megatron.training import arguments, checkpointing, training  # noqa: E402
 
 import megatron_dwm  # noqa: E402
+from megatron_dwm.core.contexts import quiet, restore_rng  # noqa: E402
 from megatron_dwm.errors import DWMError  # noqa: E402
-from megatron_dwm.guards import quiet, restore_rng  # noqa: E402
-from megatron_dwm.integration import checks, rebind  # noqa: E402
-from megatron_dwm.integration.rebind import check_version, rebound  # noqa: E402
-from megatron_dwm.weighting import model as dwm_model  # noqa: E402
-from megatron_dwm.weighting.loss import SampleLosses  # noqa: E402
+from megatron_dwm.hosts.megatron_lm import checks, rebind  # noqa: E402
+from megatron_dwm.hosts.megatron_lm.rebind import check_version, rebound  # noqa: E402
+from megatron_dwm.step.loss import SampleLosses  # noqa: E402
+from megatron_dwm.weighting_model import model as dwm_model  # noqa: E402
 
 
 def parameters_of(function):
@@ -163,7 +163,7 @@ class TestSetup:
         assert set(missing) <= {"virtual_pipeline_model_parallel_size"}
 
     def test_flags_of_the_cpu_host_are_accepted(self, monkeypatch):
-        monkeypatch.setattr(sys, "argv", ["x", *host.CPU_FLAGS])
+        monkeypatch.setattr(sys, "argv", ["x", *cpu.CPU_FLAGS])
         args = arguments.parse_args()
         assert args.transformer_impl == "local" and args.distributed_backend == "gloo"
 
@@ -279,7 +279,7 @@ class TestRandomStates:
             for _ in range(3):
                 restore_rng(states)
                 with tracker.fork("contract-test"):
-                    inside = torch.rand(5, device=host.device())
+                    inside = torch.rand(5, device=cpu.device())
                 draws.append((torch.rand(5), inside))
         finally:
             tracker.reset()

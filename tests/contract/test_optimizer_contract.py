@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_dwm import host
+from megatron_dwm.hosts import cpu
 
-host.install()
+cpu.install()
 
 from megatron.core import optimizer as megatron_optimizer  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
@@ -25,11 +25,12 @@ from megatron.core.distributed import (  # noqa: E402
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 
+from megatron_dwm.core import optimizers as optimizer_view  # noqa: E402
+from megatron_dwm.core.trainee import Trainee  # noqa: E402
+from megatron_dwm.core.trainer_state import TrainerState, refusal  # noqa: E402
 from megatron_dwm.errors import DWMError  # noqa: E402
-from megatron_dwm.meta import jacobian, optimizer_view  # noqa: E402
-from megatron_dwm.meta.trainer_state import TrainerState, refusal  # noqa: E402
-from megatron_dwm.meta.update import pull_back_identity, trainable_parameters  # noqa: E402
-from megatron_dwm.passes import Trainee  # noqa: E402
+from megatron_dwm.meta_gradient.optimizers import derivatives as jacobian  # noqa: E402
+from megatron_dwm.meta_gradient.pull_back import pull_back_identity, trainable_parameters  # noqa: E402
 from tests.contract.real_step import (  # noqa: E402
     SIZE,
     RealStep,
@@ -52,7 +53,7 @@ def parameters_of(function):
 @pytest.fixture(scope="module")
 def one_rank():
     """Megatron's process groups on one rank."""
-    backend = "gloo" if host.is_cpu() else "nccl"
+    backend = "gloo" if cpu.is_cpu() else "nccl"
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group(backend=backend, store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
@@ -234,14 +235,14 @@ class TestOptimizers:
 
     def test_identity_is_minus_the_learning_rate(self, one_rank):
         ddp = wrapped()
-        h = torch.randn(SIZE, device=host.device())
+        h = torch.randn(SIZE, device=cpu.device())
         write(ddp, h)
         pull_back_identity(0.01, [ddp])
         assert torch.allclose(read(ddp), -0.01 * h)
 
     @pytest.mark.parametrize(("norm", "max_norm"), [(5.0, 1.0), (0.5, 1.0), (1e-6, 1e-6)])
     def test_megatrons_clip_factor_is_the_one_that_is_differentiated(self, norm, max_norm):
-        parameter = torch.nn.Parameter(torch.zeros(4, device=host.device()))
+        parameter = torch.nn.Parameter(torch.zeros(4, device=cpu.device()))
         parameter.grad = torch.full_like(parameter, norm / 2)
         clip_grad_by_total_norm_fp32([parameter], max_norm, norm)
         expected = jacobian.clip_coefficient(norm, max_norm) * norm / 2

@@ -16,24 +16,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_dwm import host
+from megatron_dwm.hosts import cpu
 
-host.install()
+cpu.install()
 
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 
 from megatron_dwm.config import DWMConfig  # noqa: E402
+from megatron_dwm.config.policy_table import BUILT_IN, Needs, policy_needs  # noqa: E402
 from megatron_dwm.policies.base import (  # noqa: E402
-    BUILT_IN,
-    Needs,
     PolicyContext,
     SampleView,
     StepView,
     WeightPolicy,
     policy_class,
-    policy_needs,
 )
-from megatron_dwm.weighting.scorer import Update  # noqa: E402
+from megatron_dwm.weighting_model.scorer import Update  # noqa: E402
 
 N, S, H = 32, 12, 8
 USEFUL = torch.arange(N) % 2 == 0

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets import helpers
 
-from megatron_dwm.data.sampling import draw_counts, sample_index, visit_order
+from megatron_dwm.data.draws import draw_counts, sample_index, visit_order
 
 
 def both(lengths, order, sequence_length, extra):

@@ -31,7 +31,7 @@ import traceback
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
 
-from megatron_dwm import host  # noqa: E402
+from megatron_dwm.hosts import cpu  # noqa: E402
 from tests.functional.run_many import clean  # noqa: E402  (installs the host before Megatron)
 
 # isort: split
@@ -39,12 +39,15 @@ import psutil  # noqa: E402
 import torch  # noqa: E402
 from megatron.core.num_microbatches_calculator import get_num_microbatches  # noqa: E402
 
-from megatron_dwm.batches import StepBatches  # noqa: E402
-from megatron_dwm.guards import gathered_parameters  # noqa: E402
-from megatron_dwm.integration.session import Session  # noqa: E402
-from megatron_dwm.meta import collectives, ghost, jacobian, probe  # noqa: E402
-from megatron_dwm.passes import Trainee  # noqa: E402
+from megatron_dwm.core import collectives  # noqa: E402
+from megatron_dwm.core.batches import StepBatches  # noqa: E402
+from megatron_dwm.core.contexts import gathered_parameters  # noqa: E402
+from megatron_dwm.core.trainee import Trainee  # noqa: E402
+from megatron_dwm.hosts.megatron_lm.session import Session  # noqa: E402
+from megatron_dwm.meta_gradient.ghost import recording as ghost  # noqa: E402
+from megatron_dwm.meta_gradient.optimizers import derivatives as jacobian  # noqa: E402
 from megatron_dwm.policies import features  # noqa: E402
+from megatron_dwm.step import probe  # noqa: E402
 from tests.functional.torch_norms import torch_norms  # noqa: E402
 
 plain_train_step = Session.train_step
@@ -164,7 +167,7 @@ def update(probed, scores, iteration):
     left_alone = all(
         torch.equal(t, m) for (t, _), m in zip(state.tensors, moved, strict=True) if t.dim() > 0
     )
-    flag = torch.tensor(float(left_alone), device=host.device())
+    flag = torch.tensor(float(left_alone), device=cpu.device())
     torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
     step.weights_of(probed.trainee, probed.batches, iteration)
     after = scores_of(step)

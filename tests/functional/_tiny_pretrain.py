@@ -18,9 +18,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_dwm import host  # noqa: E402
+from megatron_dwm.hosts import cpu  # noqa: E402
 
-host.install()
+cpu.install()
 
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402

@@ -40,9 +40,9 @@ class Run:
 
 def host_flags() -> list[str]:
     """Returns the flags that this machine needs; none on a GPU."""
-    from megatron_dwm import host
+    from megatron_dwm.hosts import cpu
 
-    return host.default_flags()
+    return cpu.default_flags()
 
 
 def free_port() -> int:

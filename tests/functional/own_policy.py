@@ -2,7 +2,8 @@
 
 import torch
 
-from megatron_dwm.policies.base import Needs, WeightPolicy
+from megatron_dwm.config.policy_table import Needs
+from megatron_dwm.policies.base import WeightPolicy
 
 
 class ByDomain(WeightPolicy):

@@ -29,12 +29,12 @@ from tests.functional import run_many  # noqa: E402  (installs the host before M
 import psutil  # noqa: E402
 import torch  # noqa: E402
 
-from megatron_dwm import checkpoint  # noqa: E402
-from megatron_dwm.influence import MetaGradient  # noqa: E402
-from megatron_dwm.meta.optimizer_view import leaf_optimizers  # noqa: E402
-from megatron_dwm.train_step import DWMTrainStep  # noqa: E402
-from megatron_dwm.weighting.loss import WeightedForwardStep  # noqa: E402
-from megatron_dwm.weighting.scorer import Scorer  # noqa: E402
+from megatron_dwm.checkpoint import state as checkpoint  # noqa: E402
+from megatron_dwm.core.optimizers import leaf_optimizers  # noqa: E402
+from megatron_dwm.step.influence import MetaGradient  # noqa: E402
+from megatron_dwm.step.loss import WeightedForwardStep  # noqa: E402
+from megatron_dwm.step.train_step import DWMTrainStep  # noqa: E402
+from megatron_dwm.weighting_model.scorer import Scorer  # noqa: E402
 
 NAN = float("nan")
 

@@ -70,9 +70,9 @@ def observed(args, path, saves, limit):
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.training import training
 
-    from megatron_dwm.batches import StepBatches
-    from megatron_dwm.integration.session import Session
-    from megatron_dwm.train_step import DWMTrainStep
+    from megatron_dwm.core.batches import StepBatches
+    from megatron_dwm.hosts.megatron_lm.session import Session
+    from megatron_dwm.step.train_step import DWMTrainStep
 
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     # The trainer's is in a helper process, which would import everything once more. Only a save
@@ -152,7 +152,7 @@ def state_of(step, model, optimizer):
     """
     from megatron.core.tensor_parallel.random import _get_all_rng_states
 
-    from megatron_dwm.meta.optimizer_view import leaf_optimizers
+    from megatron_dwm.core.optimizers import leaf_optimizers
 
     def of_optimizer(optimizer):
         found = []
@@ -494,14 +494,14 @@ class Campaign:
 def main():
     """Runs a plan."""
     sys.path.insert(0, ROOT)
-    from megatron_dwm import host
+    from megatron_dwm.hosts import cpu
 
-    host.install()
+    cpu.install()
     import runpy
 
     import torch
 
-    import megatron_dwm.integration.session  # noqa: F401 - for the ranks, as all here
+    import megatron_dwm.hosts.megatron_lm.session  # noqa: F401 - for the ranks, as all here
 
     runpy.run_path(SCRIPT, run_name="imported")
     torch.set_num_threads(1)

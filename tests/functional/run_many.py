@@ -26,9 +26,9 @@ import traceback
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
 
-from megatron_dwm import host  # noqa: E402
+from megatron_dwm.hosts import cpu  # noqa: E402
 
-host.install()
+cpu.install()
 
 import psutil  # noqa: E402
 import torch  # noqa: E402
@@ -37,7 +37,7 @@ from megatron.core.rerun_state_machine import RerunDataIterator  # noqa: E402
 from megatron.core.tensor_parallel import random as megatron_random  # noqa: E402
 from megatron.training import training  # noqa: E402
 
-from megatron_dwm.weighting.loss import WeightedForwardStep  # noqa: E402
+from megatron_dwm.step.loss import WeightedForwardStep  # noqa: E402
 
 SCRIPT = os.environ.get("RUN_SCRIPT", os.path.join(ROOT, "examples", "pretrain_dwm.py"))
 

@@ -1,7 +1,7 @@
 """Run under torchrun: training runs and probe commands, one after the other, in one set of ranks.
 
 As run_many.py, with one more field of a run: `probe` (its arguments are those of the command
-`megatron_dwm.meta.probe`).
+`megatron_dwm.step.probe`).
 """
 
 import contextlib
@@ -19,9 +19,9 @@ from tests.functional import run_many  # noqa: E402  (installs the host before M
 # isort: split
 import psutil  # noqa: E402
 
-from megatron_dwm import checkpoint  # noqa: E402
-from megatron_dwm.influence import MetaGradient  # noqa: E402
-from megatron_dwm.integration import probe_command  # noqa: E402
+from megatron_dwm.checkpoint import state as checkpoint  # noqa: E402
+from megatron_dwm.hosts.megatron_lm import probe_command  # noqa: E402
+from megatron_dwm.step.influence import MetaGradient  # noqa: E402
 
 
 def scrambled(found):

@@ -22,7 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from megatron_dwm.host import CPU_FLAGS  # noqa: E402
+from megatron_dwm.hosts.cpu import CPU_FLAGS  # noqa: E402
 
 COMMON = """
     --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4 --seq-length 48

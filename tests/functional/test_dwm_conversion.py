@@ -183,9 +183,9 @@ def encoded() -> list[list[int]]:
 
 def single_rank(folder: Path) -> None:
     """Scores with Megatron's own modules, with score_corpus, and runs verify."""
-    from megatron_dwm import host
+    from megatron_dwm.hosts import cpu
 
-    host.install()
+    cpu.install()
     import torch.distributed as dist
 
     from megatron_dwm.scoring.run import start_ranks

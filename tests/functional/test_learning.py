@@ -263,7 +263,7 @@ def test_start_from_a_hugging_face_folder(results: Results, folder: Path) -> Non
     """
     import torch
 
-    from megatron_dwm.conversion.checkpoint import TorchDistCheckpoint, find_checkpoint
+    from megatron_dwm.conversion.dist_checkpoint import TorchDistCheckpoint, find_checkpoint
     from megatron_dwm.conversion.hf_folder import iter_megatron_tensors
 
     out = results.succeeded("hf")

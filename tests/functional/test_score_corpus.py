@@ -110,8 +110,8 @@ def model_of(run: str, pooling: str, like_llm: bool) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_dwm.conversion import TorchDistCheckpoint, find_checkpoint
-    from megatron_dwm.conversion.llama import FUSED_NORM_NAMES
-    from megatron_dwm.weighting.model import (
+    from megatron_dwm.conversion.llama_layers import FUSED_NORM_NAMES
+    from megatron_dwm.weighting_model.model import (
         DataWeightingModel,
         EmbeddingShape,
         dwm_transformer_config,
@@ -219,9 +219,9 @@ def bad_input(folder: Path, flags: list[str], nan: str, stock: str) -> dict[str,
 
 def single_rank(folder: Path) -> None:
     """Takes all runs with one rank and writes what came out, and what the scores must be."""
-    from megatron_dwm import host
+    from megatron_dwm.hosts import cpu
 
-    host.install()
+    cpu.install()
     import torch
     import torch.distributed as dist
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_dwm import host
+from megatron_dwm.hosts import cpu
 
-host.install()
+cpu.install()
 
-from megatron_dwm.bad_steps import CAUSES, BadSteps  # noqa: E402
+from megatron_dwm.step.health import CAUSES, BadSteps  # noqa: E402
 
 
 def taken(steps: BadSteps, *causes: str, scored: bool = True, meta_step: bool = True) -> BadSteps:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_dwm.batches import StepBatches, tokens_of
+from megatron_dwm.core.batches import StepBatches, tokens_of
 from megatron_dwm.errors import DWMError
 
 

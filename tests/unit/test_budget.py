@@ -11,21 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dwm import host
+from megatron_dwm.hosts import cpu
 
-host.install()
+cpu.install()
 
 import torch  # noqa: E402
 
-from megatron_dwm import budget as module  # noqa: E402
-from megatron_dwm.budget import (  # noqa: E402
-    NOTICE_INTERVAL,
-    NoMeter,
-    OverheadBudget,
-    StepMeter,
-)
 from megatron_dwm.config import DWMConfig  # noqa: E402
-from megatron_dwm.schedule import StepPlan  # noqa: E402
+from megatron_dwm.step import budget as module  # noqa: E402
+from megatron_dwm.step.budget import NOTICE_INTERVAL, NoMeter, OverheadBudget, StepMeter  # noqa: E402
+from megatron_dwm.step.plan import StepPlan  # noqa: E402
 
 PLAN = StepPlan(stage=0, window="meta", weighted=True, meta_step=True, ends_stage=False)
 

@@ -19,8 +19,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dist_checkpoint
 
-from megatron_dwm.conversion import ConversionError
-from megatron_dwm.conversion.checkpoint_health import (
+from megatron_dwm.checkpoint.health import (
     _read_index,
     common_state,
     iterations_of,
@@ -28,6 +27,7 @@ from megatron_dwm.conversion.checkpoint_health import (
     problems_of,
     tracked,
 )
+from megatron_dwm.conversion import ConversionError
 from tools.convert.__main__ import main as convert
 
 MARKER = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}

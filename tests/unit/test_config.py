@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_dwm.arguments import add_dwm_args
-from megatron_dwm.config import MODEL_ONLY, DWMConfig, attribute_name, flag, raise_all
+from megatron_dwm.config.flags import add_dwm_args
+from megatron_dwm.config.schema import MODEL_ONLY, DWMConfig, attribute_name, flag, raise_all
 from megatron_dwm.errors import DWMError
 
 FIELDS = {spec.name: spec for spec in dataclasses.fields(DWMConfig)}

@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 
 from megatron_dwm.conversion import (
     ConversionError,
-    LlamaShape,
     ModelShape,
     find_checkpoint,
     hf_layer_to_megatron,
@@ -30,9 +29,16 @@ from megatron_dwm.conversion import (
     split_gate_up,
     split_qkv,
 )
-from megatron_dwm.conversion.checkpoint import _MetadataUnpickler, load_restricted
+from megatron_dwm.conversion.dist_checkpoint import _MetadataUnpickler, load_restricted
+from megatron_dwm.conversion.families import (
+    hf_config,
+    layer_shapes,
+    llama_from_args,
+    llama_from_config,
+    shape_from_args,
+)
 
-SHAPE = LlamaShape(
+SHAPE = ModelShape(
     num_layers=2,
     hidden_size=12,
     ffn_hidden_size=10,
@@ -72,7 +78,7 @@ def megatron_args(**changes):
 
 def hf_layer(shape=SHAPE):
     """One layer of random tensors under Hugging Face's names."""
-    template = {name: torch.rand(size) for name, size in shape.layer_shapes().items()}
+    template = {name: torch.rand(size) for name, size in layer_shapes(shape).items()}
     return megatron_layer_to_hf(template, shape)
 
 
@@ -152,39 +158,37 @@ def test_layer_errors_name_the_tensor():
 
 
 def test_shape_from_args_and_config_agree():
-    shape = LlamaShape.from_megatron_args(megatron_args())
+    shape = llama_from_args(megatron_args())
     assert shape.vocab_size == 8 and not shape.tied and shape.rope_scaling is None
-    assert LlamaShape.from_hf_config(shape.to_hf_config("float32")) == shape
+    assert llama_from_config(hf_config(shape, "float32")) == shape
 
 
 def test_multi_head_attention_ignores_num_query_groups():
     """Megatron leaves `num_query_groups` at 1 when grouped-query attention is off."""
     args = megatron_args(group_query_attention=False, num_query_groups=1)
-    assert LlamaShape.from_megatron_args(args).num_query_groups == 4
+    assert llama_from_args(args).num_query_groups == 4
 
 
 def test_rope_scaling_survives():
-    shape = LlamaShape.from_megatron_args(
-        megatron_args(use_rope_scaling=True, rope_scaling_factor=8.0), 32.0
-    )
-    config = shape.to_hf_config("bfloat16")
+    shape = llama_from_args(megatron_args(use_rope_scaling=True, rope_scaling_factor=8.0), 32.0)
+    config = hf_config(shape, "bfloat16")
     assert config["rope_scaling"]["rope_type"] == "llama3"
     assert config["rope_parameters"]["factor"] == 32.0
     assert config["rope_parameters"]["rope_theta"] == config["rope_theta"] == 500.0
-    assert LlamaShape.from_hf_config(config) == shape
+    assert llama_from_config(config) == shape
     old = {k: v for k, v in config.items() if k != "rope_parameters"}
     new = {k: v for k, v in config.items() if k not in ("rope_scaling", "rope_theta")}
-    assert LlamaShape.from_hf_config(old) == LlamaShape.from_hf_config(new) == shape
+    assert llama_from_config(old) == llama_from_config(new) == shape
 
 
 def test_rope_factor_is_never_guessed():
     """Megatron's builders ignore --rope-scaling-factor: a value that is not theirs is asked for."""
     args = megatron_args(use_rope_scaling=True, rope_scaling_factor=4.0)
     with pytest.raises(ConversionError, match="--rope-scaling-factor is 4, .* ignore it and use 8"):
-        LlamaShape.from_megatron_args(args)
-    assert LlamaShape.from_megatron_args(args, 8.0).rope_scaling["factor"] == 8.0
+        llama_from_args(args)
+    assert llama_from_args(args, 8.0).rope_scaling["factor"] == 8.0
     with pytest.raises(ConversionError, match="--use-rope-scaling was off"):
-        LlamaShape.from_megatron_args(megatron_args(), 8.0)
+        llama_from_args(megatron_args(), 8.0)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +209,7 @@ def test_rope_factor_is_never_guessed():
 )
 def test_other_models_are_refused_by_name(change, named):
     with pytest.raises(ConversionError) as error:
-        LlamaShape.from_megatron_args(megatron_args(**change))
+        llama_from_args(megatron_args(**change))
     assert named in str(error.value) and "\n" not in str(error.value)
 
 
@@ -230,7 +234,7 @@ EXPERTS = {"num_experts": 4, "moe_router_topk": 2}
 )
 def test_each_family_names_what_does_not_fit(changes, label, named):
     with pytest.raises(ConversionError) as error:
-        ModelShape.from_megatron_args(megatron_args(**changes))
+        shape_from_args(megatron_args(**changes))
     assert f"cannot be written as a {label}: " in str(error.value) and named in str(error.value)
 
 
@@ -245,14 +249,12 @@ def test_each_family_names_what_does_not_fit(changes, label, named):
     ],
 )
 def test_the_family_follows_from_the_arguments(changes, family):
-    assert ModelShape.from_megatron_args(megatron_args(**changes)).family == family
+    assert shape_from_args(megatron_args(**changes)).family == family
 
 
 def test_every_reason_is_named_at_once():
     with pytest.raises(ConversionError, match="--normalization.*--swiglu.*--num-experts"):
-        LlamaShape.from_megatron_args(
-            megatron_args(num_experts=2, normalization="LayerNorm", swiglu=False)
-        )
+        llama_from_args(megatron_args(num_experts=2, normalization="LayerNorm", swiglu=False))
 
 
 # --------------------------------------------------------------------------- folders
@@ -260,7 +262,7 @@ def test_every_reason_is_named_at_once():
 
 def write_folder(folder, sharded, tied=False):
     """Writes a two-layer model; returns its tensors."""
-    shape = LlamaShape(**{**vars(SHAPE), "tied": tied})
+    shape = ModelShape(**{**vars(SHAPE), "tied": tied})
     tensors = {"model.embed_tokens.weight": torch.rand(7, 12), "model.norm.weight": torch.rand(12)}
     if not tied:
         tensors["lm_head.weight"] = torch.rand(7, 12)
@@ -268,7 +270,7 @@ def write_folder(folder, sharded, tied=False):
         tensors |= {
             f"model.layers.{index}.{n}": t.contiguous().clone() for n, t in hf_layer().items()
         }
-    (folder / "config.json").write_text(json.dumps(shape.to_hf_config("float32")))
+    (folder / "config.json").write_text(json.dumps(hf_config(shape, "float32")))
     if not sharded:
         save_file(tensors, folder / "model.safetensors")
         return tensors

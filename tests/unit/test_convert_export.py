@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from test_conversion import hf_layer, megatron_args  # noqa: E402
 
 from megatron_dwm.conversion import (  # noqa: E402
-    LlamaShape,
     TorchDistCheckpoint,
     hf_layer_to_megatron,
     iter_hf_tensors,
 )
+from megatron_dwm.conversion.families import llama_from_args  # noqa: E402
 from tools.convert.__main__ import main  # noqa: E402
 
 LAYOUTS = ("stacked", "per_layer", "per_layer_local_norms", "per_layer_split_gate")
@@ -30,7 +30,7 @@ LAYOUTS = ("stacked", "per_layer", "per_layer_local_norms", "per_layer_split_gat
 
 def model_tensors(layout="stacked", tied=False):
     """Returns Megatron's tensors of a two-layer model and Hugging Face's of the same."""
-    shape = LlamaShape.from_megatron_args(megatron_args())
+    shape = llama_from_args(megatron_args())
     embedding, output, norm = torch.rand(8, 12), torch.rand(8, 12), torch.rand(12)
     megatron = {
         "embedding.word_embeddings.weight": embedding,

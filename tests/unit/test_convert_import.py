@@ -22,12 +22,16 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from megatron_dwm.conversion import (  # noqa: E402
-    ModelShape,
     TorchDistCheckpoint,
     find_checkpoint,
     iter_hf_tensors,
 )
-from megatron_dwm.conversion.families import FAMILIES  # noqa: E402
+from megatron_dwm.conversion.families import (  # noqa: E402
+    FAMILIES,  # noqa: E402
+    hf_config,
+    shape_from_args,
+    shape_from_config,
+)
 from tests import tiny_hf_models  # noqa: E402
 from tools.convert.__main__ import main  # noqa: E402
 
@@ -85,7 +89,7 @@ def test_round_trip_is_bit_exact(tmp_path, hf, name, dtype):
     files = list((tmp_path / "back").glob("*.safetensors"))
     assert len(files) > 2 if flags else len(files) == 1
     shapes = [
-        ModelShape.from_hf_config(json.loads((path / "config.json").read_text()))
+        shape_from_config(json.loads((path / "config.json").read_text()))
         for path in (folder, tmp_path / "back")
     ]
     assert shapes[0] == shapes[1]
@@ -116,8 +120,8 @@ def test_arguments_say_what_the_model_is(tmp_path, hf, name):
     folder, _ = hf(name)
     assert take_in(folder, tmp_path / "run", "--make-vocab-size-divisible-by", "7") == 0
     checkpoint = TorchDistCheckpoint(find_checkpoint(tmp_path / "run"))
-    shape = ModelShape.from_megatron_args(checkpoint.args)
-    expected = ModelShape.from_hf_config(json.loads((folder / "config.json").read_text()))
+    shape = shape_from_args(checkpoint.args)
+    expected = shape_from_config(json.loads((folder / "config.json").read_text()))
     assert shape.vocab_size == 252
     assert dataclasses.replace(shape, vocab_size=250) == expected
     assert checkpoint.iteration == 0 and checkpoint.folder.name == "release"
@@ -340,7 +344,7 @@ def test_memory_is_that_of_a_layer_not_of_the_model(tmp_path):
     """
     values = tiny_hf_models.MODELS["llama"][1]
     large = {"num_hidden_layers": 32, "hidden_size": 240, "intermediate_size": 640}
-    shape = ModelShape.from_hf_config({"model_type": "llama", **values, **large})
+    shape = shape_from_config({"model_type": "llama", **values, **large})
     source = tmp_path / "source"
     source.mkdir()
     tensors = {
@@ -357,7 +361,7 @@ def test_memory_is_that_of_a_layer_not_of_the_model(tmp_path):
         save_file({name: tensors[name] for name in inside}, source / file)
     weight_map = {name: file for file, inside in files.items() for name in inside}
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (source / "config.json").write_text(json.dumps(shape.to_hf_config("float32")))
+    (source / "config.json").write_text(json.dumps(hf_config(shape, "float32")))
     tiny_hf_models.write("llama", tmp_path / "small")
 
     def words(command, hf_path, run, *flags):

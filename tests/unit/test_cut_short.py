@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_dwm import host
+from megatron_dwm.hosts import cpu
 
-host.install()
+cpu.install()
 
-from megatron_dwm.integration import cut_short  # noqa: E402
+from megatron_dwm.hosts.megatron_lm import cut_short  # noqa: E402
 
 TRACKER = "latest_checkpointed_iteration.txt"
 

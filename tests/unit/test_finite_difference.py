@@ -13,13 +13,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_dwm import host
+from megatron_dwm.hosts import cpu
 
-host.install()
+cpu.install()
 
 from megatron_dwm.config import DWMConfig  # noqa: E402
-from megatron_dwm.influence import MetaGradient  # noqa: E402
-from megatron_dwm.meta import collectives, finite_difference  # noqa: E402
+from megatron_dwm.core import collectives  # noqa: E402
+from megatron_dwm.meta_gradient import finite_difference  # noqa: E402
+from megatron_dwm.step.influence import MetaGradient  # noqa: E402
 
 SAMPLES = 10
 CPU = torch.device("cpu")

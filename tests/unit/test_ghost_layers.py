@@ -21,14 +21,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_dwm import host
+from megatron_dwm.hosts import cpu
 
-host.install()
+cpu.install()
 
 from megatron_dwm.errors import DWMError  # noqa: E402
-from megatron_dwm.meta import ghost_layers  # noqa: E402
-from megatron_dwm.meta.ghost import Ghost, refusal, uncovered_parameters  # noqa: E402
-from megatron_dwm.meta.ghost_layers import Call, batch_dim_of, formula_of, linear_dot  # noqa: E402
+from megatron_dwm.meta_gradient.ghost import embeddings, linear, norms  # noqa: E402
+from megatron_dwm.meta_gradient.ghost.linear import linear_dot  # noqa: E402
+from megatron_dwm.meta_gradient.ghost.recording import Ghost, refusal, uncovered_parameters  # noqa: E402
+from megatron_dwm.meta_gradient.ghost.rule import ByRow, Call  # noqa: E402
+from megatron_dwm.meta_gradient.ghost.rules import register, rule_of  # noqa: E402
 
 S, B, H = 5, 3, 6
 TOLERANCE = 1e-5
@@ -84,7 +86,8 @@ def by_formula(module, x, v, batch_dim, share=lambda parameter: 1.0):
     total = first(output)
     (grad,) = torch.autograd.grad(sample_losses(total, batch_dim).sum(), total)
     with torch.no_grad():
-        return formula_of(module)(Call(module, x, module.weight), grad, v, share)
+        rule = rule_of(module)
+        return rule.formula(Call(module, x, module.weight, rule.samples(module)), grad, v, share)
 
 
 def error(found, expected):
@@ -93,7 +96,7 @@ def error(found, expected):
 
 def agrees(module, x, only=None):
     """Whether the formula gives what autograd gives, per sample."""
-    batch_dim, v = batch_dim_of(module), directions(module, only)
+    batch_dim, v = rule_of(module).samples(module).dim, directions(module, only)
     expected = by_autograd(module, x, v, batch_dim)
     assert expected.abs().min() > 1e-3  # nothing is proved by zeros
     return error(by_formula(module, x, v, batch_dim), expected) <= TOLERANCE
@@ -268,12 +271,12 @@ class TestNorm:
         assert error(by_formula(module, x, directions(module, only="weight"), 1), expected) > 0.05
         grad = randn(S, B, H, seed=3)
         call, one = Call(module, x, module.weight), lambda parameter: 1.0
-        right = ghost_layers.norm(call, grad, v, one)
+        right = norms.norm(call, grad, v, one)
         module.eps = 0.5
-        assert error(ghost_layers.norm(call, grad, v, one), right) > 0.01
+        assert error(norms.norm(call, grad, v, one), right) > 0.01
         other = randomised(TERMSNorm(H))
         call = Call(other, x, module.weight)
-        assert error(ghost_layers.norm(call, grad, v, one), right) > 0.05
+        assert error(norms.norm(call, grad, v, one), right) > 0.05
 
 
 class TestNormColumnLinear:
@@ -311,7 +314,7 @@ class TestNormColumnLinear:
         (grad,) = torch.autograd.grad(sample_losses(output, 1).sum(), output)
         module.zero_centered_gamma = False
         call = Call(module, x, module.weight)
-        found = ghost_layers.norm_column_linear(call, grad, v, lambda parameter: 1.0)
+        found = linear.norm_column_linear(call, grad, v, lambda parameter: 1.0)
         assert error(found, expected) > 0.05
 
 
@@ -333,7 +336,7 @@ class TestEmbedding:
         output = module(ids)
         (grad,) = torch.autograd.grad(sample_losses(output, 0).sum(), output)
         call = Call(module, ids.roll(1, 0), module.weight)
-        found = ghost_layers.position_embedding(call, grad, v, lambda parameter: 1.0)
+        found = embeddings.position_embedding(call, grad, v, lambda parameter: 1.0)
         assert error(found, expected) > 0.05
 
 
@@ -348,13 +351,13 @@ class TestCover:
     def test_a_subclass_is_not_taken_for_the_layer(self, cls):
         """It may compute something else."""
         sub = type("Sub", (cls,), {})
-        assert formula_of(sub.__new__(sub)) is None
-        assert formula_of(cls.__new__(cls)) is not None
+        assert rule_of(sub.__new__(sub)) is None
+        assert rule_of(cls.__new__(cls)) is not None
 
     @pytest.mark.parametrize("name", ["RMSNorm", "LayerNorm", "TERowParallelLinear"])
     def test_nor_is_a_class_of_that_name_from_elsewhere(self, name):
         other = type(name, (torch.nn.LayerNorm,), {"__module__": "their_model.layers"})
-        assert formula_of(other(H)) is None
+        assert rule_of(other(H)) is None
 
     def test_a_parameter_of_an_unknown_module_is_named_with_the_way_out(self):
         model = torch.nn.Sequential(
@@ -420,3 +423,49 @@ class TestShare:
             layers = Ghost([model], config, SimpleNamespace(tp=tp), B, torch.device("cpu"))
             found.append(layers.share(model["q_layernorm"].weight))
         assert tuple(found) == shares
+
+
+class TestSampleMaps:
+    """Rows of one tensor that belong to many samples, as those of an expert do."""
+
+    def test_rows_are_summed_into_their_samples(self):
+        rows, samples = 3 * B, torch.arange(3 * B) % B
+        module = torch.nn.Linear(H, H).double()
+        x, v = randn(rows, H, seed=1).double(), directions(module)
+        out = module(x)
+        weights = randn(rows, H, seed=2).double()
+        (grad,) = torch.autograd.grad((torch.tanh(out) * weights).sum(), out)
+        expected = []
+        for i in range(B):
+            mine = samples == i
+            loss = (torch.tanh(module(x[mine])) * weights[mine]).sum()
+            grads = torch.autograd.grad(loss, list(module.parameters()))
+            expected.append(
+                sum((g * v(p)).sum() for g, p in zip(grads, module.parameters(), strict=True))
+            )
+        call = Call(module, x, module.weight, ByRow(samples, B))
+        with torch.no_grad():
+            found = linear.plain_linear(call, grad, v, lambda parameter: 1.0)
+        assert error(found.double(), torch.stack(expected)) < TOLERANCE
+        call.samples = ByRow(samples.roll(1), B)
+        with torch.no_grad():
+            wrong = linear.plain_linear(call, grad, v, lambda parameter: 1.0)
+        assert error(wrong.double(), torch.stack(expected)) > 0.01
+
+    def test_rows_of_padding_count_for_nobody(self):
+        a, b = torch.ones(4, H), torch.ones(4, H)
+        found = ByRow(torch.tensor([0, -1, 1, -1]), 2).dot(a, b)
+        assert found.tolist() == [H, H]
+
+    def test_a_gradient_of_other_rows_is_named(self):
+        samples = ByRow(torch.tensor([0, 1, 1]), 2)
+        assert samples.problem(torch.ones(3, H), 2) is None
+        assert "3 rows of 2 samples" in samples.problem(torch.ones(4, H), 2)
+
+    def test_a_layer_type_of_ones_own(self):
+        class Scaled(torch.nn.Linear):
+            pass
+
+        assert rule_of(Scaled(H, H)) is None
+        register(Scaled, rule_of(torch.nn.Linear(H, H)))
+        assert rule_of(Scaled(H, H)) is rule_of(torch.nn.Linear(H, H))

@@ -11,8 +11,8 @@ import itertools
 import pytest
 import torch
 
-from megatron_dwm.weighting.guarding import Guards, guarded_weights
-from megatron_dwm.weighting.weights import batch_weights, score_gradient, weights_from_scores
+from megatron_dwm.policies.guarding import Guards, guarded_weights
+from megatron_dwm.policies.softmax import batch_weights, score_gradient, weights_from_scores
 
 FLOOR, MIX, CAP = 0.4, 0.15, 1.9
 ALONE_AND_TOGETHER = [

@@ -11,7 +11,7 @@ What these tests do not exercise: Megatron's own optimizer wrappers and their sh
 import pytest
 import torch
 
-from megatron_dwm.meta import jacobian
+from megatron_dwm.meta_gradient.optimizers import derivatives as jacobian
 from tests.unit.restated_optimizers import (
     ADAM_OPTIONS,
     BETAS,

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from megatron_dwm.errors import DWMError
-from megatron_dwm.weighting.loss import WeightedForwardStep, token_counts
+from megatron_dwm.step.loss import WeightedForwardStep, token_counts
 
 B, S, FEATURES = 3, 5, 4
 

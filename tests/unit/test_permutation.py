@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dwm.data.sampling import DOCUMENTS, SAMPLES, Permutation
+from megatron_dwm.data.draws import DOCUMENTS, SAMPLES, Permutation
 
 SIZES = sorted(
     {0, 1, 2, 3, 5, 7, 97, 997, 65537, 104729}

@@ -2,16 +2,16 @@
 
 import pytest
 
-from megatron_dwm import host
+from megatron_dwm.hosts import cpu
 
-host.install()
+cpu.install()
 
 from megatron.core.transformer.enums import LayerType  # noqa: E402
 from megatron.core.transformer.pipeline_parallel_layer_layout import (  # noqa: E402
     PipelineParallelLayerLayout,
 )
 
-from megatron_dwm.weighting.model import pipeline_layout  # noqa: E402
+from megatron_dwm.weighting_model.model import pipeline_layout  # noqa: E402
 
 SIZES = [(layers, stages) for layers in (1, 2, 3, 4, 7, 12) for stages in (2, 3, 4, 8)]
 

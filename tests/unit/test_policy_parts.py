@@ -14,11 +14,11 @@ from megatron_dwm.config import DWMConfig
 from megatron_dwm.policies import features
 from megatron_dwm.policies.features import Moments, Projection, moments_over_positions
 from megatron_dwm.policies.gate import LEAST, Gate, correlation
+from megatron_dwm.policies.guarding import Guards
 from megatron_dwm.policies.head import RunningMoments
 from megatron_dwm.policies.learned import WINSOR, Targets
 from megatron_dwm.policies.maps import SigmoidMap, SoftmaxMap, build_map
 from megatron_dwm.policies.ridge import Ridge
-from megatron_dwm.weighting.guarding import Guards
 
 CPU = torch.device("cpu")
 

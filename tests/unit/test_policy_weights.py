@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from megatron_dwm import host
+from megatron_dwm.hosts import cpu
 
-host.install()
+cpu.install()
 
+from megatron_dwm.config.policy_table import Needs  # noqa: E402
+from megatron_dwm.core.state_tap import StateTap  # noqa: E402
 from megatron_dwm.errors import DWMError  # noqa: E402
-from megatron_dwm.policies.base import Needs, WeightPolicy  # noqa: E402
-from megatron_dwm.weighting.loss import PolicyWeights, WeightedForwardStep  # noqa: E402
-from megatron_dwm.weighting.state_tap import StateTap  # noqa: E402
+from megatron_dwm.policies.base import WeightPolicy  # noqa: E402
+from megatron_dwm.step.loss import PolicyWeights, WeightedForwardStep  # noqa: E402
 
 B, S, H = 3, 5, 4
 

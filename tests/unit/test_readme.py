@@ -6,12 +6,12 @@ import dataclasses
 import re
 from pathlib import Path
 
-from megatron_dwm import host
 from megatron_dwm.config import DWMConfig, flag
+from megatron_dwm.hosts import cpu
 
-host.install()
+cpu.install()
 
-from megatron_dwm.integration.checks import refusals  # noqa: E402
+from megatron_dwm.hosts.megatron_lm.checks import refusals  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dwm import _data_engine as engine
-from megatron_dwm.data.sampling import (
+from megatron_dwm.data.draws import (
     DOCUMENTS,
     Permutation,
     draw_counts,

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dwm import _data_engine as engine
-from megatron_dwm.data.sampling import draw_counts, re_draw_counts
+from megatron_dwm.data.draws import draw_counts, re_draw_counts
 
 THREADS = [1, 2, 3, 7]
 PINNED_SYSTEMATIC = [1, 1, 0, 0, 3, 1, 1, 1]

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dwm.config import DWMConfig
-from megatron_dwm.schedule import Schedule
+from megatron_dwm.step.plan import Schedule
 
 
 def plans(train_iters, **options):

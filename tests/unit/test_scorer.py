@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_dwm import host
+from megatron_dwm.hosts import cpu
 
-host.install()
+cpu.install()
 
-from megatron_dwm.checkpoint import find_snapshot  # noqa: E402
+from megatron_dwm.checkpoint.snapshots import find_snapshot  # noqa: E402
 from megatron_dwm.errors import DWMError  # noqa: E402
-from megatron_dwm.weighting.scorer import Scorer, micro_batches_at_once  # noqa: E402
+from megatron_dwm.weighting_model.scorer import Scorer, micro_batches_at_once  # noqa: E402
 
 
 def config(**changes):

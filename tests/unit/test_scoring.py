@@ -29,7 +29,7 @@ from megatron_dwm.scoring.run import plan, window_length
 from megatron_dwm.scoring.score_chunk import score_chunk
 from megatron_dwm.scoring.weighing import summary, weights_of
 from megatron_dwm.scoring.work_folder import WorkFolder, work_key
-from megatron_dwm.weighting.pooling import pool_tokens
+from megatron_dwm.weighting_model.pooling import pool_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 

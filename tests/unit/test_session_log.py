@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_dwm import host
+from megatron_dwm.hosts import cpu
 
-host.install()
+cpu.install()
 
-from megatron_dwm.integration import attach, session  # noqa: E402
-from megatron_dwm.integration.session import Session, _may_be_last  # noqa: E402
+from megatron_dwm.hosts.megatron_lm import attach, session  # noqa: E402
+from megatron_dwm.hosts.megatron_lm.session import Session, _may_be_last  # noqa: E402
 
 
 class Log:
@@ -94,7 +94,7 @@ class TestLastSteps:
 class TestEnd:
     @pytest.mark.parametrize("failure", [None, SystemExit])
     def test_a_normal_end_writes_what_waits(self, monkeypatch, failure):
-        monkeypatch.setattr(host, "is_idle", lambda: pytest.fail("no reason to ask"))
+        monkeypatch.setattr(cpu, "is_idle", lambda: pytest.fail("no reason to ask"))
         found = started()
         log = found.log
         found.end_log(failure)
@@ -104,7 +104,7 @@ class TestEnd:
     @pytest.mark.parametrize("idle", [True, False])
     @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt])
     def test_a_failure_waits_for_no_device(self, monkeypatch, failure, idle):
-        monkeypatch.setattr(host, "is_idle", lambda: idle)
+        monkeypatch.setattr(cpu, "is_idle", lambda: idle)
         found = started()
         log = found.log
         found.end_log(failure)

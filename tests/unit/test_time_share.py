@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_dwm.logs.time_share import TimeShare
+from megatron_dwm.step.time_share import TimeShare
 
 
 class Run:

@@ -6,19 +6,19 @@ import math
 import pytest
 import torch
 
-from megatron_dwm import host
+from megatron_dwm.hosts import cpu
 
-host.install()
+cpu.install()
 
-from megatron_dwm.budget import Overhead  # noqa: E402
 from megatron_dwm.logs.console import console_line  # noqa: E402
 from megatron_dwm.logs.lines import describe  # noqa: E402
 from megatron_dwm.logs.log_file import FILE_NAME, read_log  # noqa: E402
 from megatron_dwm.logs.sinks import open_sinks  # noqa: E402
 from megatron_dwm.logs.weight_log import MOST_WAITING, WeightLog  # noqa: E402
 from megatron_dwm.policies.maps import Mapped  # noqa: E402
-from megatron_dwm.schedule import StepPlan  # noqa: E402
-from megatron_dwm.train_step import MetaResult, StepRecord  # noqa: E402
+from megatron_dwm.step.budget import Overhead  # noqa: E402
+from megatron_dwm.step.plan import StepPlan  # noqa: E402
+from megatron_dwm.step.record import MetaResult, StepRecord  # noqa: E402
 
 WEIGHTS = torch.tensor([2.0, 0.5, 1.0, 0.5])
 DOMAINS = torch.tensor([0, 1, 0, -1])

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from megatron_dwm.weighting.guarding import Guards
-from megatron_dwm.weighting.weights import (
+from megatron_dwm.policies.guarding import Guards
+from megatron_dwm.policies.softmax import (
     batch_weights,
     score_gradient,
     shuffled,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dwm.conversion import ConversionError, ModelShape
+from megatron_dwm.conversion.families import shape_from_config
 from megatron_dwm.conversion.hf_folder import Weights, _read_json
 from tools.convert.tokenizer import tokenizer_files
 
@@ -98,7 +99,7 @@ class Carried:
     def fits(self, shape: ModelShape) -> bool:
         """Returns whether a model is the one that was imported, trained on or not."""
         try:
-            theirs = ModelShape.from_hf_config(self.config)
+            theirs = shape_from_config(self.config)
         except ConversionError:
             return False
         same = dataclasses.replace(theirs, **_FREE) == dataclasses.replace(shape, **_FREE)

@@ -22,6 +22,7 @@ from megatron_dwm.conversion import (
     TorchDistCheckpoint,
     find_checkpoint,
 )
+from megatron_dwm.conversion.families import hf_config, shape_from_args
 from megatron_dwm.conversion.hf_folder import INDEX_FILE
 from megatron_dwm.conversion.legacy_checkpoint import LegacyCheckpoint, is_legacy
 from megatron_dwm.conversion.rules import Rule
@@ -116,7 +117,7 @@ def export(
     found = find_checkpoint(megatron_path, iteration, legacy=True)
     checkpoint = LegacyCheckpoint(found) if is_legacy(found) else TorchDistCheckpoint(found)
     args = checkpoint.args
-    shape = ModelShape.from_megatron_args(args, rope_scaling_factor)
+    shape = shape_from_args(args, rope_scaling_factor)
     source = StoredModel(checkpoint, shape)
     source.check()
     tokenizer = find_tokenizer(args, tokenizer_model)
@@ -284,7 +285,7 @@ def _write_configs(
 ) -> None:
     """Writes `config.json`, and `generation_config.json` unless it was carried."""
     ids = {key: tokenizer.ids.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = shape.to_hf_config(str(dtype).removeprefix("torch."))
+    config = hf_config(shape, str(dtype).removeprefix("torch."))
     both = {**config, **ids} if carried is None else carried.merged_config(config, ids)
     _write_json(folder / CONFIG, both)
     if (folder / GENERATION).exists():

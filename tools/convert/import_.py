@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_dwm.conversion import ConversionError
-from megatron_dwm.conversion.checkpoint import TRACKER
+from megatron_dwm.conversion.dist_checkpoint import TRACKER
 from megatron_dwm.conversion.families.rope import BUILT_IN_ROPE_FACTOR
 from megatron_dwm.conversion.hf_folder import find_weights
 from megatron_dwm.conversion.hf_model import HfModel, padded_vocabulary

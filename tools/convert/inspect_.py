@@ -9,14 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_dwm.conversion import ConversionError, ModelShape
-from megatron_dwm.conversion.checkpoint_health import (
-    common_state,
-    iterations_of,
-    problems_of,
-    tracked,
-)
-from megatron_dwm.conversion.families import FAMILIES
+from megatron_dwm.checkpoint.health import common_state, iterations_of, problems_of, tracked
+from megatron_dwm.conversion import ConversionError
+from megatron_dwm.conversion.families import FAMILIES, shape_from_args
 
 _HELP = """Lists the checkpoints and stage snapshots of a run: whole or damaged (and how), the
 model, the parallel layout that it was written with, and what there is of the weighting model (DWM).
@@ -152,7 +147,7 @@ def _checkpoint(folder: Path, deep: bool) -> dict[str, Any]:
 
 def _model(args: Any) -> dict[str, Any]:
     try:
-        shape = ModelShape.from_megatron_args(args)
+        shape = shape_from_args(args)
     except ConversionError as error:
         return {"family": None, "reason": str(error)}
     return {

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dwm.conversion import ConversionError
+from megatron_dwm.core.vocabulary import vocabulary_size
 from megatron_dwm.errors import in_short
-from megatron_dwm.vocabulary import vocabulary_size
 
 # The files of a Hugging Face tokenizer; a folder may hold weights beside them.
 TOKENIZER_FILES = (

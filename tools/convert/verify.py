@@ -124,11 +124,11 @@ def compare(folder: Path, hf_path: Path, data: str | None, tokens: int) -> Compa
     Raises:
         DWMError: One of the sides cannot be loaded, or the data does not fit.
     """
-    from megatron_dwm import host
+    from megatron_dwm.hosts import cpu
 
     theirs = _hugging_face(hf_path)
-    host.install()
-    from megatron_dwm.integration.language_model import load_language_model, logits_of
+    cpu.install()
+    from megatron_dwm.hosts.megatron_lm.language_model import load_language_model, logits_of
 
     ours, args = load_language_model(folder, _printed_flags(folder))
     size = int(theirs.config.vocab_size)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_dwm.json_files import JsonError, read_object
+from megatron_dwm.files.json_files import JsonError, read_object
 
 from .corruption import corrupt
 from .packages import Package, PackageError, fetch

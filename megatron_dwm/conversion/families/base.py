@@ -10,11 +10,11 @@ import abc
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_dwm.conversion.errors import ConversionError
 from megatron_dwm.conversion.families.config_types import is_count, type_issues
 from megatron_dwm.conversion.rules import Rule
 from megatron_dwm.conversion.shape import ModelShape
-from megatron_dwm.json_files import shown
+from megatron_dwm.errors import ConversionError
+from megatron_dwm.files.json_files import shown
 
 # Flags that are not spelled as their argument.
 FLAG_NAMES = {

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megatron_dwm.json_files import shown
+from megatron_dwm.files.json_files import shown
 
 # A size beyond it is a fault in the file, whatever it is a size of.
 _LARGEST = 2**31 - 1

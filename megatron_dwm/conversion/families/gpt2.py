@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, override
 
-from megatron_dwm.conversion.errors import ConversionError
 from megatron_dwm.conversion.families.base import Family
 from megatron_dwm.conversion.layouts import TRANSPOSED, side_by_side_qkv_transform
 from megatron_dwm.conversion.rules import Rule
 from megatron_dwm.conversion.shape import ModelShape
+from megatron_dwm.errors import ConversionError
 
 # Megatron computes GELU by its tanh approximation when it fuses it with the bias, as it does
 # unless told otherwise, and exactly when it does not.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_dwm.conversion.families.config_types import is_number
-from megatron_dwm.json_files import shown
+from megatron_dwm.files.json_files import shown
 
 # The factor that Megatron's own model builders train with, whatever --rope-scaling-factor says:
 # they take the flag and do not hand it to the model (seen in 0.19.2).

@@ -1,0 +1,106 @@
+"""Snapshots of the weighting model, one a stage: what is transferred to another run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+
+import torch
+from megatron.core import dist_checkpointing
+
+from megatron_dwm.checkpoint.state import (
+    KEY,
+    check_shape,
+    has_policy,
+    load_sharded_state,
+    sharded_state,
+)
+from megatron_dwm.core.stored_state import common_state
+from megatron_dwm.errors import DWMError
+from megatron_dwm.files import folder_swap
+from megatron_dwm.step.train_step import DWMTrainStep
+
+
+def snapshot_name(stage: int) -> str:
+    """Returns the folder name of a stage's snapshot; stages are counted from 1 in names."""
+    return f"dwm_stage_{stage + 1:03d}"
+
+
+def save_snapshot(step: DWMTrainStep, folder: str) -> None:
+    """Saves the DWM's weights and shape as a checkpoint of their own.
+
+    Args:
+        step: holds the DWM.
+        folder: the snapshot's folder; an older snapshot there is replaced when this one is whole.
+    """
+    first, new = torch.distributed.get_rank() == 0, folder_swap.beside(folder)
+    if first:
+        shutil.rmtree(new, ignore_errors=True)
+        os.makedirs(new, exist_ok=True)
+    torch.distributed.barrier()
+    state = sharded_state(step, None, with_optimizer=False, loading=False)
+    dist_checkpointing.save({KEY: state}, new)
+    torch.distributed.barrier()
+    if first:
+        folder_swap.swap_in(folder)
+
+
+def load_snapshot(step: DWMTrainStep, folder: str, stage: int | None = None) -> str:
+    """Loads a snapshot of a DWM: weights only, fresh optimizer.
+
+    Args:
+        step: receives the weights.
+        folder: a snapshot, or a folder of `dwm_stage_*` snapshots.
+        stage: 0-based stage whose snapshot is wanted; the last one when it has none.
+
+    Returns:
+        A line for the log.
+
+    Raises:
+        DWMError: no snapshot there, or one of another shape.
+    """
+    path = find_snapshot(folder, stage)
+    found = common_state(path).get(KEY)
+    if found is None or found["shape"] is None:
+        raise DWMError(f"--dwm-load {path} holds no weighting model")
+    check_shape(step, found["shape"], path)
+    frozen = step.config.schedule == "frozen"
+    # A model that goes on learning takes its weights along; what stands around it belongs to the
+    # run, and to the language model, that it comes from.
+    with_policy = has_policy(found) and (frozen or step.scorer is None)
+    load_sharded_state(step, path, False, with_policy, False)
+    if not frozen:
+        step.policy.forget_evidence()
+    step.warm_started = True
+    return f"DWM: weights from {path}"
+
+
+def find_snapshot(folder: str, stage: int | None = None) -> str:
+    """Returns the snapshot of a stage below a folder, or the last one, or the folder itself."""
+    if not os.path.isdir(folder):
+        raise DWMError(f"--dwm-load {folder}: no such folder")
+    folder_swap.mend(folder)
+    names = sorted(
+        n
+        for n in os.listdir(folder)
+        # Written last: one without it was being saved when its run was killed.
+        if re.fullmatch(r"dwm_stage_\d+", n) and _is_whole(os.path.join(folder, n))
+    )
+    if names:
+        wanted = snapshot_name(stage) if stage is not None else names[-1]
+        if wanted not in names and os.path.isdir(os.path.join(folder, wanted)):
+            raise DWMError(
+                f"--dwm-load {folder}: {wanted} has no metadata.json, as its save was cut short; "
+                "restore it, or remove it to go on with the last snapshot"
+            )
+        return os.path.join(folder, wanted if wanted in names else names[-1])
+    if _is_whole(folder):
+        return folder
+    raise DWMError(
+        f"--dwm-load {folder} holds neither dwm_stage_* snapshots nor a snapshot's metadata.json"
+    )
+
+
+def _is_whole(folder: str) -> bool:
+    return os.path.exists(os.path.join(folder, "metadata.json"))

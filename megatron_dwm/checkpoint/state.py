@@ -1,0 +1,240 @@
+"""The weighting model's state inside Megatron's own `torch_dist` checkpoint, and its snapshots.
+
+Everything lies under the key `dwm` of the trainer's state dict: tensors of a separate weighting
+model (`dwm.*`), its optimizer, the policy's own state (`dwm_policy`, an object that the ranks of
+the last pipeline stage hold alike), the position in the meta data, the counts of meta steps and of
+bad steps, and the account of the overhead budget. The schedule is a function of the iteration, so
+its state is the iteration; what it was is kept to notice a change. The stock trainer can load such
+a checkpoint: it does not ask for the extra keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+from megatron_dwm.config import flag
+from megatron_dwm.core.optimizers import leaf_optimizers
+from megatron_dwm.core.stored_state import common_state, load_sharded, load_weights
+from megatron_dwm.errors import DWMError
+from megatron_dwm.step.train_step import DWMTrainStep
+from megatron_dwm.weighting_model.scorer import set_hyperparameters
+
+KEY = "dwm"
+_PREFIX = "dwm."
+_POLICY = "dwm_policy"
+
+
+def state_for_saving(
+    step: DWMTrainStep,
+    metadata: dict | None,
+    with_optimizer: bool = True,
+    run: dict[str, Any] | None = None,
+    sampling: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Returns the DWM's sharded state.
+
+    Args:
+        step: what lasts from step to step.
+        metadata: the trainer's sharding metadata (its `dp_cp_group` numbers the replicas).
+        with_optimizer: whether the DWM's optimizer is saved too (not `--no-save-optim`).
+        run: plain values about the run (its command); nothing that has to agree on resume.
+        sampling: by which weights documents were drawn, None: they were not.
+    """
+    with_optimizer = with_optimizer and _optimizer_has_state(step)
+    state = sharded_state(step, metadata, with_optimizer, loading=False)
+    return {**state, "run": run, "sampling": sampling}
+
+
+def saved_sampling(folder: str) -> dict[str, Any] | None:
+    """Returns by which weights the documents of a checkpoint's run were drawn, or None.
+
+    Args:
+        folder: the checkpoint's folder, `.../iter_0000100`.
+    """
+    return (common_state(folder).get(KEY) or {}).get("sampling")
+
+
+def saved_run(folder: str) -> dict[str, Any] | None:
+    """Returns what a checkpoint says of the run that it is from; None without a DWM in it.
+
+    Args:
+        folder: the checkpoint's folder, `.../iter_0000100`.
+
+    Returns:
+        The values that were saved; empty for a checkpoint of an older version.
+    """
+    found = common_state(folder).get(KEY)
+    if found is None or found["shape"] is None:
+        return None
+    return found.get("run") or {}
+
+
+def _optimizer_has_state(step: DWMTrainStep) -> bool:
+    """Returns, on every rank alike, whether the DWM's optimizer has stepped since it was made."""
+    if step.scorer is None:
+        return False
+    found = any(len(leaf.optimizer.state) for leaf in leaf_optimizers(step.scorer.optimizer))
+    has_state = torch.tensor([float(found)], device=step.shape.device)
+    torch.distributed.all_reduce(has_state, op=torch.distributed.ReduceOp.MAX)
+    return bool(has_state.item())
+
+
+def sharded_state(
+    step: DWMTrainStep, metadata: dict | None, with_optimizer: bool, loading: bool
+) -> dict[str, Any]:
+    """Returns the sharded state of the weighting model, its optimizer and the policy."""
+    state: dict[str, Any] = {
+        "shape": step.policy.description(),
+        "stages": step.schedule.description(),
+        "meta_steps_taken": step.meta_steps_taken,
+        "warm_started": step.warm_started,
+        "has_optimizer": with_optimizer,
+        "meta_data": None if step.meta_data is None else step.meta_data.state_dict(),
+        "overhead_budget": None if step.budget is None else step.budget.state_dict(),
+        "bad_steps": step.bad_steps.state_dict(),
+        "ranks": _layout(step),
+        "policy_common": step.policy.common_state(),
+    }
+    state.update(_policy_state(step, loading))
+    if step.scorer is not None:
+        metadata = {"dp_cp_group": step.groups.dp_cp, **(metadata or {})}
+        state["model"] = step.scorer.module.sharded_state_dict(prefix=_PREFIX, metadata=metadata)
+        if with_optimizer:
+            state["optimizer"] = step.scorer.optimizer.sharded_state_dict(
+                state, is_loading=loading, metadata=metadata
+            )
+    return state
+
+
+def _policy_state(step: DWMTrainStep, loading: bool) -> dict[str, Any]:
+    """Returns the policy's own state, and what this rank alone has of it, as sharded objects."""
+    if step.policy.description() is None:
+        return {}
+    found: dict[str, Any] = {}
+    groups, rank = step.groups, torch.distributed.get_rank()
+    # Waits for what the ranks are still summing, so on every rank that has any of it.
+    state = step.policy.state_dict() if step.sees_losses else {}
+    if step.sees_losses:
+        replica = (0, groups.tp.rank(), groups.dp_cp.rank())
+        found["policy"] = ShardedObject(
+            _POLICY, None if loading else state, (1,), (0,), replica_id=replica
+        )
+    local = step.policy.local_state_dict()
+    if local:
+        size = torch.distributed.get_world_size()
+        data = None if loading else local
+        found["policy_of_rank"] = ShardedObject(f"{_POLICY}_of_rank", data, (size,), (rank,))
+    return found
+
+
+def load(step: DWMTrainStep, folder: str, with_optimizer: bool = True) -> str:
+    """Loads the DWM's state from one of the trainer's checkpoints.
+
+    Args:
+        step: receives the state.
+        folder: the checkpoint's folder, `.../iter_0000100`.
+        with_optimizer: whether to load the DWM's optimizer (not `--no-load-optim`).
+
+    Returns:
+        A line for the log: what was loaded, or that the DWM starts fresh.
+
+    Raises:
+        DWMError: the checkpoint's DWM has another shape.
+    """
+    found = common_state(folder).get(KEY)
+    if step.policy.description() is None:
+        return f"DWM: policy {step.config.policy}, nothing to load"
+    if found is None or found["shape"] is None:
+        return f"DWM: {folder} holds no weighting model; a fresh one starts"
+    check_shape(step, found["shape"], folder)
+    with_optimizer = with_optimizer and found["has_optimizer"]
+    same_ranks = found.get("ranks") == _layout(step)
+    if found.get("policy_common"):
+        step.policy.load_common_state(found["policy_common"])
+    state = load_sharded_state(step, folder, with_optimizer, has_policy(found), same_ranks)
+    if with_optimizer and step.scorer is not None and leaf_optimizers(step.scorer.optimizer):
+        step.scorer.optimizer.load_state_dict(state["optimizer"])
+        set_hyperparameters(step.scorer.optimizer, step.config)
+    step.meta_steps_taken = int(found["meta_steps_taken"])
+    step.warm_started = step.warm_start is None or bool(found["warm_started"])
+    if step.meta_data is not None and found["meta_data"] is not None:
+        step.meta_data.load_state_dict(found["meta_data"])
+    # Missing in a checkpoint of a run that had none, or of an older version.
+    account = found.get("overhead_budget")
+    if step.budget is not None and account is not None:
+        step.budget.load_state_dict(account)
+    # Missing in a checkpoint of an older version.
+    if found.get("bad_steps") is not None:
+        step.bad_steps.load_state_dict(found["bad_steps"])
+    line = f"DWM: loaded from {folder} after {step.meta_steps_taken} meta steps"
+    planned, plans = found.get("stages"), step.schedule.description()
+    if planned is not None and planned != plans:
+        line += f"; NOTE: the schedule was {planned} when it was saved and is now {plans}"
+    return line
+
+
+def _layout(step: DWMTrainStep) -> dict[str, int]:
+    """Returns what must be the same for a rank to go on with what it alone had."""
+    names = ("tp", "pp", "cp", "dp")
+    sizes = {name: getattr(step.groups, name).size() for name in names}
+    return {**sizes, "micro_batch_size": step.shape.micro_batch_size}
+
+
+def has_policy(found: dict[str, Any]) -> bool:
+    """Returns whether a checkpoint holds a policy's own state; one of an older version does not."""
+    return "ranks" in found
+
+
+def load_sharded_state(
+    step: DWMTrainStep,
+    folder: str,
+    with_optimizer: bool,
+    with_policy: bool = False,
+    with_ranks_own: bool = False,
+) -> dict[str, Any]:
+    """Loads the tensors of a checkpoint: weights, optimizer and policy as asked for."""
+    wanted = sharded_state(step, None, with_optimizer, loading=True)
+    names = ["model", "optimizer"]
+    names += ["policy"] if with_policy else []
+    names += ["policy_of_rank"] if with_policy and with_ranks_own else []
+    request = {KEY: {name: wanted[name] for name in names if name in wanted}}
+    state = load_sharded(request, folder)[KEY]
+    if "policy" in state:
+        step.policy.load_state_dict(state["policy"])
+    if "policy_of_rank" in state:
+        step.policy.load_local_state_dict(state["policy_of_rank"])
+    if step.scorer is None:
+        return state
+    # A pipeline stage that holds nothing of the DWM asked for nothing and got nothing.
+    loaded = state.get("model", {})
+    weights = {name.removeprefix(_PREFIX): value for name, value in loaded.items()}
+    load_weights(step.scorer.module, weights, folder)
+    if not with_optimizer:
+        # With it, the optimizer's own copies come from the checkpoint, more precise than these.
+        step.scorer.weights_changed()
+    return state
+
+
+def check_shape(step: DWMTrainStep, found: dict[str, Any], folder: str) -> None:
+    """Refuses a checkpoint whose weighting model is of another form or shape."""
+    wanted, flags = step.policy.description() or {}, step.config.shape()
+    if found.get("form", "model") != wanted.get("form", "model"):
+        raise DWMError(
+            f"the weighting in {folder} is of the form {found.get('form', 'model')}, but this "
+            f"run's is {wanted.get('form', 'model')}; take --dwm-policy and --dwm-form as they "
+            "were, or start anew (--finetune, or another --load)"
+        )
+    different = [
+        f"{flag(name) if name in flags else name} is {value}, the checkpoint's is {found[name]}"
+        for name, value in wanted.items()
+        if name in found and value != found[name]
+    ]
+    if different:
+        way_out = "the settings" if wanted.get("form") == "head" else "the --dwm-init and sizes"
+        raise DWMError(
+            f"the weighting model in {folder} has another shape: {'; '.join(different)}. Use "
+            f"{way_out} that it was made with, or start the DWM anew (another --save)"
+        )

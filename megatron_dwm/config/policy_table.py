@@ -1,0 +1,89 @@
+"""Which policies `--dwm-policy` names, and what each needs of a step."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_dwm.errors import DWMError
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a policy asks for.
+
+    Attributes:
+        tokens: the step's token ids before the trainer's own step (`StepView.batches`).
+        losses: per-token losses and their mask in `weights`.
+        states: the language model's final hidden states in `weights`.
+        domains: which data set of the blend each sample is from.
+        influence: each sample's influence on the meta loss, on meta steps.
+        influence_ahead: the same before every weighted step.
+    """
+
+    tokens: bool = False
+    losses: bool = False
+    states: bool = False
+    domains: bool = False
+    influence: bool = False
+    influence_ahead: bool = False
+
+
+# Name in --dwm-policy -> where it is, and what it needs (as its class says too, so that settings
+# are checked without importing it). `learned` stands for the form that --dwm-form names.
+_HOME = "megatron_dwm.policies"
+BUILT_IN = {
+    "uniform": (f"{_HOME}.controls:Uniform", Needs()),
+    "shuffled": (f"{_HOME}.controls:Shuffled", Needs()),  # what the learned policy needs
+    "head": (f"{_HOME}.head:Head", Needs(losses=True, states=True, influence=True)),
+    "model": (f"{_HOME}.model:Model", Needs(tokens=True, influence=True)),
+    "linupper": (f"{_HOME}.loss_based:LinUpper", Needs(losses=True)),
+    "truncation": (f"{_HOME}.loss_based:Truncation", Needs(losses=True)),
+    "influence": (f"{_HOME}.influence:Influence", Needs(influence_ahead=True)),
+}
+
+
+def policy_needs(name: str) -> Needs:
+    """Returns what the policy of a name asks for, without importing one of our own.
+
+    Raises:
+        DWMError: as `named`, or what it names is no policy.
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name][1]
+    needs = getattr(named(name), "needs", None)
+    if not isinstance(needs, Needs):
+        raise no_policy(name)
+    return needs
+
+
+def named(name: str) -> Any:
+    """Returns what a name in `BUILT_IN`, or a dotted path `package.module:Class`, stands for.
+
+    Raises:
+        DWMError: there is none.
+    """
+    path = BUILT_IN[name][0] if name in BUILT_IN else name
+    module, _, attribute = path.partition(":")
+    if not module or not attribute:
+        raise DWMError(
+            f"--dwm-policy is '{name}'; allowed are learned, {', '.join(BUILT_IN)}, and one "
+            "of your own as package.module:Class"
+        )
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        raise DWMError(
+            f"--dwm-policy {name}: the module {module} cannot be imported ({error}); is its folder "
+            "on PYTHONPATH?"
+        ) from error
+    except AttributeError:
+        raise DWMError(f"--dwm-policy {name}: {module} has no {attribute}") from None
+
+
+def no_policy(name: str) -> DWMError:
+    """Returns the error for something that has a name and is no policy."""
+    return DWMError(
+        f"--dwm-policy {name} is not a subclass of megatron_dwm.policies.base.WeightPolicy"
+    )

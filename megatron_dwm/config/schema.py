@@ -1,0 +1,539 @@
+"""All settings of the data weighting model, validated at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_dwm.config.policy_table import Needs, policy_needs
+from megatron_dwm.errors import DWMError
+
+FORMS = ("head", "model")
+RULES = ("regression", "chain")
+MAPS = ("sigmoid", "softmax")
+GATES = ("on", "off")
+TEACHERS = ("head", "none")
+# Settings that only the form `model` has.
+MODEL_ONLY = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "pooling",
+    "init",
+    "head_lr",
+    "backbone_lr",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "clip_grad",
+    "replay",
+    "replay_steps",
+    "teacher",
+)
+SCHEDULES = ("staged", "joint", "frozen")
+ESTIMATORS = ("auto", "ghost", "finite_difference")
+LOOKAHEADS = ("auto", "next", "current")
+JACOBIANS = ("exact", "identity")
+POOLINGS = ("last", "mean")
+SAMPLINGS = ("stock", "weights")
+DRAWS = ("systematic", "independent")
+_INIT = re.compile(r"random|llm:[1-9]\d*|hf:.+")
+
+
+def _option(default: Any, help: str, **metadata: Any) -> Any:
+    """Declares a field whose help text and argparse details travel with it."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class DWMConfig:
+    """Settings of the data weighting model; each field is the flag `--dwm-<name>`.
+
+    Attributes:
+        enabled: the flag `--dwm`.
+        policy: how samples are weighted: `learned` (in the form that `form` names) or another
+            policy of `megatron_dwm.policies`, or one's own as `package.module:Class`.
+        form: `head` (a linear score on the LLM's own states) or `model` (a separate transformer).
+        rule: how the form learns: `regression` of the influence, or `chain`, the paper's gradient
+            through the weights.
+        map: scores to weights.
+        gate: whether weights leave 1 only as far as out-of-sample correlation has proved.
+        schedule: `staged`, `joint` or `frozen` (weights from `load`, no meta steps).
+        estimator: how `c_i = dL_meta(theta+)/dw_i` is estimated.
+        lookahead: whether the meta loss is differentiated after the LLM's step or before it.
+        jacobian: the derivative of the optimizer's step that the meta-gradient goes through.
+        sampling: which documents are read: Megatron's own order, or drawn by weight files.
+    """
+
+    enabled: bool = _option(False, "weigh every sample with a data weighting model (DWM)")
+    policy: str = _option(
+        "learned",
+        "learned: what --dwm-form names; uniform: w = 1; linupper, truncation: by the sample's "
+        "loss; influence: by the sample's own influence at every step; shuffled: the learned "
+        "weights of other samples, a control; or a policy of your own, package.module:Class",
+    )
+    form: str = _option(
+        "head",
+        "what is learned: head, a linear score on the LLM's own hidden states and losses, without "
+        "a pass of its own; model, a separate transformer (the paper's)",
+    )
+    rule: str | None = _option(
+        None,
+        "how it learns: regression of the samples' influence; chain, the meta loss's gradient "
+        "through the weights (the paper's; form model only); default: regression",
+    )
+    map: str | None = _option(
+        None,
+        "scores to weights: sigmoid, bounded, with running centre and normaliser; softmax over "
+        "the global batch (form model only); default: sigmoid, with --dwm-rule chain softmax",
+    )
+    slope: float = _option(3.0, "slope of the sigmoid, per standard deviation of the scores")
+    gate: str | None = _option(
+        None,
+        "on: weights leave 1 only as far as the out-of-sample correlation of scores and influence "
+        "has proved; off: at once; default: on, with --dwm-rule chain off",
+    )
+    forgetting: float = _option(
+        0.98, "regression of form head: what a meta step counts after the next one, in (0, 1]"
+    )
+    ridge: float | None = _option(
+        None,
+        "regression of form head: ridge penalty, over the features' variance; default: by how many "
+        "samples there are and how well scores have predicted influence",
+    )
+    replay: int = _option(8, "regression of form model: meta steps whose samples are kept")
+    replay_steps: int = _option(
+        2, "regression of form model: kept meta steps that are learned again at each meta step"
+    )
+    teacher: str = _option(
+        "head",
+        "regression of form model: head, a head's scores are labels between meta steps; none",
+    )
+    schedule: str | None = _option(
+        None,
+        "staged: each stage is a meta window and a frozen window; joint: a meta step every "
+        "--dwm-meta-interval steps; frozen: weights from --dwm-load, no meta steps; default: "
+        "joint, with --dwm-rule chain staged",
+    )
+    stages: int = _option(
+        5, "number of stages that the training is cut into; a snapshot is taken after each"
+    )
+    stage_meta_steps: int | None = _option(
+        None, "length of each stage's meta window in steps; default: half of the stage"
+    )
+    warmup_steps: int = _option(0, "steps of uniform weights at the start of the training")
+    meta_interval: int | None = _option(
+        None,
+        "a meta step every this many steps (joint, meta windows); default: 16, with --dwm-rule "
+        "chain 1",
+    )
+    meta_dense_steps: int | None = _option(
+        None,
+        "steps after the warm-up in which meta steps are taken four times as often, so that the "
+        "weighting knows something early; default: 128, with --dwm-rule chain 0",
+    )
+    meta_data_path: list[str] | None = _option(
+        None,
+        "meta set: one or more Megatron indexed data set prefixes, optionally WEIGHT PREFIX "
+        "pairs as in --data-path; never the reported validation data",
+        nargs="+",
+    )
+    meta_batch_size: int | None = _option(
+        None, "samples of the meta set a meta step; default: a quarter of the global batch"
+    )
+    estimator: str = _option(
+        "auto",
+        "estimator of the per-sample meta-gradient: ghost (exact, by hooks), finite_difference "
+        "(any layer), auto (ghost where it covers every parameter)",
+    )
+    lookahead: str | None = _option(
+        None,
+        "next: the meta loss after the LLM's step, exact; current: from before the step, with "
+        "Adam's preconditioner as it stands, at the cost of one forward (ghost only); default: "
+        "current where ghost covers the LLM, with --dwm-rule chain next",
+    )
+    jacobian: str = _option(
+        "exact",
+        "derivative of the LLM's optimizer step: exact (Adam, AdamW, SGD) or identity (any "
+        "optimizer, taken for plain SGD with one learning rate)",
+    )
+    overhead_budget: float | None = _option(
+        None,
+        "space the meta steps so that the DWM's measured time stays within this share of the "
+        "LLM's step time; default: no limit",
+    )
+    verify_meta_gradient: int | None = _option(
+        None,
+        "every this many meta steps, re-run the LLM's step with a changed weight for a few samples "
+        "and compare with the meta-gradient; default: never",
+    )
+    verify_samples: int = _option(4, "samples that are verified each time")
+    verify_correlation: float = _option(
+        0.9, "a verification whose correlation is lower is reported as an error in the log"
+    )
+    fd_relative_step: float | None = _option(
+        None,
+        "finite difference: norm of eps v over that of theta; default: at each meta step the "
+        "smallest that the parameters' precision resolves (3e-4 to 2e-2)",
+    )
+    num_layers: int = _option(4, "layers of the DWM (llm:K and hf:DIR set it themselves)")
+    hidden_size: int = _option(256, "hidden size of the DWM")
+    ffn_hidden_size: int | None = _option(
+        None, "MLP size of the DWM; default: 8/3 of the hidden size, rounded up to 64"
+    )
+    num_attention_heads: int = _option(4, "attention heads of the DWM")
+    num_query_groups: int | None = _option(
+        None, "query groups (GQA) of the DWM; default: as many as heads"
+    )
+    pooling: str = _option(
+        "mean",
+        "how token states become one sample vector: last or mean (hf:DIR of a classifier sets it)",
+    )
+    init: str = _option(
+        "random",
+        "random; llm:K (the LLM's embedding and first K layers, copied at the first meta step); "
+        "hf:DIR (a Hugging Face Llama folder; of a classifier with one label its head and pooling "
+        "too)",
+    )
+    load: str | None = _option(
+        None, "folder with stage snapshots (or one snapshot) that the DWM starts from"
+    )
+    head_lr: float = _option(3e-3, "learning rate of the DWM's score head")
+    backbone_lr: float = _option(2e-4, "learning rate of the rest of the DWM")
+    weight_decay: float = _option(0.0, "weight decay of the DWM (AdamW)")
+    adam_beta1: float = _option(0.9, "Adam beta1 of the DWM")
+    adam_beta2: float = _option(0.99, "Adam beta2 of the DWM")
+    clip_grad: float = _option(1.0, "clip the DWM's gradient to this global norm; 0: off")
+    temperature: float = _option(1.0, "tau in w = N softmax(s / tau)")
+    min_effective_samples: float | None = _option(
+        None,
+        "floor on (sum w)^2 / (N sum w^2) of w = N softmax(s / tau), in (0, 1): in a batch below "
+        "it tau is raised until it holds; default: no floor",
+    )
+    uniform_mix: float = _option(
+        0.0, "share A of uniform weights, in [0, 1): w becomes (1 - A) w + A, never below A"
+    )
+    max_weight: float | None = _option(
+        None,
+        "cap on a sample's weight, above 1; what is cut off goes to the other samples in "
+        "proportion to their weights; default: no cap",
+    )
+    max_bad_steps: int = _option(
+        10,
+        "end the run after this many steps in a row in which a loss, a score, the meta-gradient "
+        "or the DWM was NaN or infinite; such a step leaves the DWM as it was, and with such "
+        "scores its weights are 1",
+    )
+    sampling: str = _option(
+        "stock",
+        "stock: every document once an epoch, in Megatron's order; weights: documents are drawn by "
+        "the weight file PREFIX.weights beside each training data set (tools/weights.py); a file "
+        "that has changed takes over at the next stage, or when the run is resumed",
+    )
+    sampling_draws: str = _option(
+        "systematic",
+        "systematic: a document is read its expected number of times, rounded down or up; "
+        "independent: independent draws, whose numbers scatter",
+    )
+    sampling_max_repeats: int | None = _option(
+        None, "highest expected number of times that a document is read an epoch; default: no limit"
+    )
+    seed: int = _option(1234, "seed of the DWM's initialisation and of the shuffled policy")
+    log_samples: bool = _option(False, "write every sample's weight to the step log as well")
+
+    @property
+    def trains(self) -> bool:
+        """Whether meta steps are taken at all."""
+        return self.uses_meta_set and self.schedule != "frozen" and self._needs().influence
+
+    @property
+    def uses_meta_set(self) -> bool:
+        """Whether samples' influence on the meta set is wanted, on meta steps or ahead of steps."""
+        needs = self._needs()
+        return needs.influence_ahead or (needs.influence and self.schedule != "frozen")
+
+    @property
+    def scores(self) -> bool:
+        """Whether samples are weighed at all."""
+        return self.policy != "uniform"
+
+    @property
+    def learned(self) -> bool:
+        """Whether the policy is the learned one, or a control made of it."""
+        return self.policy in ("learned", "shuffled", *FORMS)
+
+    @property
+    def has_model(self) -> bool:
+        """Whether a separate weighting model is built."""
+        return self.learned and self.form == "model"
+
+    def _needs(self) -> Any:
+        """What the policy asks for; nothing where there is none of that name."""
+        name = self.form if self.policy in ("learned", "shuffled") else self.policy
+        try:
+            return policy_needs(name)
+        except DWMError:
+            return Needs()
+
+    def with_defaults(self) -> DWMConfig:
+        """Returns the settings with those filled in that follow from form and rule."""
+        form = self.form
+        if self.policy in FORMS and form == DWMConfig.form:
+            form = self.policy
+        chain = self.rule == "chain" and form == "model"
+        defaults: dict[str, Any] = {
+            "rule": "regression",
+            "map": "softmax" if chain else "sigmoid",
+            "gate": "off" if chain else "on",
+            "schedule": "staged" if chain else "joint",
+            "meta_interval": 1 if chain else 16,
+            "meta_dense_steps": 0 if chain else 128,
+            "lookahead": "next" if chain else "auto",
+        }
+        missing: dict[str, Any] = {k: v for k, v in defaults.items() if getattr(self, k) is None}
+        return dataclasses.replace(self, form=form, **missing)
+
+    def problems(self) -> list[str]:
+        """Returns one line for each setting that cannot work, independent of the LLM."""
+        config = self.with_defaults()
+        if config.form not in FORMS:
+            return [_not_allowed("form", config.form, FORMS)]
+        try:
+            policy_needs(config.form if config.policy == "learned" else config.policy)
+        except DWMError as error:
+            # The rest is looked at all the same.
+            return [str(error), *dataclasses.replace(config, policy="learned")._problems()]
+        return config._problems()
+
+    def _problems(self) -> list[str]:
+        found = self._form_problems()
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                found.append(f"{flag(spec.name)} is {value}; it must be a finite number")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                found.append(f"{flag(name)} is {getattr(self, name)}; it must lie in [0, 1)")
+        for name, allowed in (
+            ("rule", RULES),
+            ("map", MAPS),
+            ("gate", GATES),
+            ("teacher", TEACHERS),
+            ("schedule", SCHEDULES),
+            ("estimator", ESTIMATORS),
+            ("lookahead", LOOKAHEADS),
+            ("jacobian", JACOBIANS),
+            ("pooling", POOLINGS),
+            ("sampling", SAMPLINGS),
+            ("sampling_draws", DRAWS),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                found.append(_not_allowed(name, value, allowed))
+        if not _INIT.fullmatch(self.init):
+            found.append(f"{flag('init')} is '{self.init}'; allowed are random, llm:K and hf:DIR")
+        positive = ("stages", "meta_interval", "num_layers", "hidden_size", "num_attention_heads")
+        for name in (*positive, "temperature", "slope", "head_lr", "max_bad_steps"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                found.append(f"{flag(name)} is {value}; it must be above 0")
+        if self.meta_dense_steps is not None and self.meta_dense_steps < 0:
+            found.append(
+                f"{flag('meta_dense_steps')} is {self.meta_dense_steps}; it must not be negative"
+            )
+        not_negative = ("warmup_steps", "backbone_lr", "weight_decay", "clip_grad", "seed")
+        for name in (*not_negative, "ridge", "replay", "replay_steps"):
+            if (getattr(self, name) or 0) < 0:
+                found.append(f"{flag(name)} is {getattr(self, name)}; it must not be negative")
+        for name in (
+            "stage_meta_steps",
+            "meta_batch_size",
+            "ffn_hidden_size",
+            "num_query_groups",
+            "overhead_budget",
+            "verify_meta_gradient",
+            "sampling_max_repeats",
+        ):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                found.append(f"{flag(name)} is {value}; it must be above 0")
+        if self.fd_relative_step is not None and not 0 < self.fd_relative_step < 1:
+            found.append(f"{flag('fd_relative_step')} is {self.fd_relative_step}; use (0, 1)")
+        if self.verify_samples < 3:
+            found.append(
+                f"{flag('verify_samples')} is {self.verify_samples}; a correlation needs 3 or more"
+            )
+        for name in ("verify_meta_gradient", "overhead_budget"):
+            if getattr(self, name) is not None and not self.trains:
+                found.append(
+                    f"{flag(name)} is about meta steps, but --dwm-policy {self.policy} with "
+                    f"--dwm-schedule {self.schedule} takes no meta steps; leave it out"
+                )
+        if not 0 <= self.verify_correlation < 1:
+            found.append(f"{flag('verify_correlation')} is {self.verify_correlation}; use [0, 1)")
+        if self.lookahead == "current" and self.estimator == "finite_difference":
+            found.append(
+                "--dwm-lookahead current needs --dwm-estimator ghost: its gain is to read the "
+                "influence off the training pass, which finite_difference cannot do"
+            )
+        if not 0 < self.forgetting <= 1:
+            found.append(f"{flag('forgetting')} is {self.forgetting}; use (0, 1]")
+        found += self._sampling_problems()
+        found += self._guard_problems()
+        if self.schedule == "frozen" and self.learned and not self.load:
+            found.append("--dwm-schedule frozen needs --dwm-load DIR, the weights to be used")
+        return found
+
+    def _form_problems(self) -> list[str]:
+        """Returns one line for each setting that another form, rule or map would need."""
+        found = []
+        default = DWMConfig()
+        given = [n for n in MODEL_ONLY if getattr(self, n) != getattr(default, n)]
+        if given and not self.has_model and self.learned:
+            flags = ", ".join(flag(name) for name in given)
+            found.append(
+                f"{flags}: about the separate model, but --dwm-form is {self.form}; add "
+                "--dwm-form model, or leave it out"
+            )
+        if self.form == "head" and self.learned:
+            if self.rule == "chain":
+                found.append(
+                    "--dwm-rule chain is the rule of a separate model, but --dwm-form is head; "
+                    "add --dwm-form model, or leave it out"
+                )
+            if self.map == "softmax":
+                found.append(
+                    "--dwm-map softmax needs the scores of the whole batch before the step, but "
+                    "--dwm-form head makes them inside it; use sigmoid, or --dwm-form model"
+                )
+        others = {"slope": "sigmoid", "temperature": "softmax"}
+        for name, wanted in others.items():
+            if getattr(self, name) != getattr(default, name) and self.map != wanted:
+                found.append(
+                    f"{flag(name)} is about --dwm-map {wanted}, but the map is {self.map}; leave "
+                    f"it out, or add --dwm-map {wanted}"
+                )
+        if self.policy in FORMS and self.form != self.policy:
+            found.append(f"--dwm-policy {self.policy} contradicts --dwm-form {self.form}")
+        return found
+
+    def _sampling_problems(self) -> list[str]:
+        found = []
+        for name in ("sampling_draws", "sampling_max_repeats"):
+            given = getattr(self, name) != getattr(DWMConfig(), name)
+            if given and self.sampling != "weights":
+                found.append(
+                    f"{flag(name)} is about drawn documents; add --dwm-sampling weights, or leave "
+                    "it out"
+                )
+        return found
+
+    def _guard_problems(self) -> list[str]:
+        found = []
+        if not 0 <= self.uniform_mix < 1:
+            found.append(f"{flag('uniform_mix')} is {self.uniform_mix}; use [0, 1)")
+        if self.max_weight is not None and not self.max_weight > 1:
+            found.append(
+                f"{flag('max_weight')} is {self.max_weight}; it must be above 1, the mean weight"
+            )
+        floor = self.min_effective_samples
+        if floor is not None and not 0 < floor < 1:
+            found.append(f"{flag('min_effective_samples')} is {floor}; use (0, 1)")
+        for name in ("min_effective_samples", "uniform_mix", "max_weight"):
+            mapped = self.learned or self.policy == "influence"
+            if getattr(self, name) != getattr(DWMConfig, name) and not mapped:
+                found.append(
+                    f"{flag(name)} is about the DWM's weights, but --dwm-policy {self.policy} has "
+                    "none; leave it out"
+                )
+        return found
+
+    def head_dim_problems(self, tensor_parallel_size: int) -> list[str]:
+        """Returns one line for each DWM shape that does not divide.
+
+        Args:
+            tensor_parallel_size: the LLM's tensor-parallel size, which the DWM shares.
+        """
+        found: list[str] = []
+        heads = self.num_attention_heads
+        groups = self.num_query_groups or heads
+        if min(heads, groups, self.hidden_size, self.resolved_ffn_hidden_size) <= 0:
+            return found  # already among problems()
+        if self.hidden_size % heads:
+            found.append(
+                f"--dwm-hidden-size {self.hidden_size} is not divisible by "
+                f"--dwm-num-attention-heads {heads}"
+            )
+        elif (self.hidden_size // heads) % 2:
+            found.append(
+                f"--dwm-hidden-size {self.hidden_size} / --dwm-num-attention-heads {heads} is "
+                f"odd; rotary embeddings need an even head size"
+            )
+        if heads % groups:
+            found.append(
+                f"--dwm-num-attention-heads {heads} is not divisible by "
+                f"--dwm-num-query-groups {groups}"
+            )
+        for name, value in (
+            ("hidden-size", self.hidden_size),
+            ("num-attention-heads", heads),
+            ("num-query-groups", groups),
+            ("ffn-hidden-size", self.resolved_ffn_hidden_size),
+        ):
+            if value % tensor_parallel_size:
+                found.append(
+                    f"--dwm-{name} {value} is not divisible by "
+                    f"--tensor-model-parallel-size {tensor_parallel_size}"
+                )
+        return found
+
+    @property
+    def resolved_ffn_hidden_size(self) -> int:
+        """MLP size, with the Llama default of 8/3 of the hidden size rounded up to 64."""
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        return -(-self.hidden_size * 8 // (3 * 64)) * 64
+
+    def shape(self) -> dict[str, Any]:
+        """Returns the sizes that the flags set, resolved."""
+        names = ("num_layers", "hidden_size", "num_attention_heads", "pooling")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "ffn_hidden_size": self.resolved_ffn_hidden_size,
+            "num_query_groups": self.num_query_groups or self.num_attention_heads,
+        }
+
+    @classmethod
+    def from_args(cls, args: Any) -> DWMConfig:
+        """Reads the config from parsed arguments; flags that are missing keep their default."""
+        values = {}
+        for spec in dataclasses.fields(cls):
+            attribute = attribute_name(spec.name)
+            if hasattr(args, attribute):
+                values[spec.name] = getattr(args, attribute)
+        return cls(**values)
+
+
+def flag(name: str) -> str:
+    """Returns the command-line flag of a field: `meta_batch_size` -> `--dwm-meta-batch-size`."""
+    return "--dwm" if name == "enabled" else "--dwm-" + name.replace("_", "-")
+
+
+def attribute_name(name: str) -> str:
+    """Returns the attribute of the parsed arguments that holds a field."""
+    return "dwm" if name == "enabled" else "dwm_" + name
+
+
+def _not_allowed(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+    return f"{flag(name)} is '{value}'; allowed are {', '.join(allowed)}"
+
+
+def raise_all(problems: list[str]) -> None:
+    """Raises one `DWMError` that lists every problem, if there is any."""
+    if problems:
+        raise DWMError("; ".join(problems))

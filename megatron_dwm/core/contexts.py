@@ -1,0 +1,112 @@
+"""Contexts for the extra passes of a meta step: what they must not disturb in the trainer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
+from megatron.core.tensor_parallel.random import _get_all_rng_states, _set_all_rng_states
+
+if TYPE_CHECKING:
+    from megatron_dwm.core.trainee import Trainee
+
+
+@contextlib.contextmanager
+def gathered_parameters(trainee: Trainee) -> Iterator[None]:
+    """Keeps all parameters gathered within it, under `--overlap-param-gather` too.
+
+    There the gathering is spread over the next forward pass by hooks, which would overwrite the
+    perturbed parameters of pass D.
+    """
+    overlapping = [c for c in trainee.model if c.ddp_config.overlap_param_gather]
+    hooked = [c for c in overlapping if len(c.remove_forward_pre_hook_handles) > 0]
+    param_sync_func, trainee.config.param_sync_func = trainee.config.param_sync_func, None
+    for chunk in hooked:
+        chunk.disable_forward_pre_hook(param_sync=True)
+    if overlapping:
+        step = trainee.optimizer.step
+
+        def step_and_gather(*args: Any, **kwargs: Any) -> Any:
+            outcome = step(*args, **kwargs)
+            for chunk in overlapping:
+                chunk.start_param_sync(force_sync=True)
+            return outcome
+
+        trainee.optimizer.step = step_and_gather
+    try:
+        yield
+    finally:
+        if overlapping:
+            del trainee.optimizer.step
+        for chunk in hooked:
+            chunk.enable_forward_pre_hook()
+        trainee.config.param_sync_func = param_sync_func
+
+
+@contextlib.contextmanager
+def quiet(trainee: Trainee) -> Iterator[None]:
+    """Keeps the extra passes out of the trainer's timers and of its checks of results.
+
+    The rerun state machine validates the trainer's own passes only, and its checks, like DDP's
+    for NaN in gradients, would end the run where a meta step should just be skipped.
+    """
+    machine = get_rerun_state_machine()
+    mode, timers = machine.mode, trainee.config.timers
+    # Within another `quiet`, the check is replaced already.
+    nested = "validate_result" in vars(machine)
+    checks = [(c.ddp_config, c.ddp_config.check_for_nan_in_grad) for c in trainee.model]
+    # Not set_mode(), which prints a warning at every call.
+    machine.mode = RerunMode.DISABLED
+    machine.validate_result = lambda *args, **kwargs: None
+    trainee.config.timers = None
+    for ddp_config, _ in checks:
+        ddp_config.check_for_nan_in_grad = False
+    try:
+        yield
+    finally:
+        for ddp_config, check in checks:
+            ddp_config.check_for_nan_in_grad = check
+        trainee.config.timers = timers
+        if not nested:
+            del machine.validate_result
+        machine.mode = mode
+
+
+@contextlib.contextmanager
+def deterministic(trainee: Trainee) -> Iterator[None]:
+    """The meta loss is a validation loss: no dropout, no auxiliary losses of MoE layers.
+
+    Activation recomputation happens in training mode only, so a run that needs it to fit keeps
+    that mode (and its dropout, if it has any); the auxiliary losses are switched off by their
+    coefficients, and the random state is put back afterwards.
+    """
+    rng = _get_all_rng_states()
+    config = trainee.config
+    kept = {
+        name: getattr(config, name, None) for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff")
+    }
+    if config.recompute_granularity is None:
+        for chunk in trainee.model:
+            chunk.eval()
+    elif config.num_moe_experts is not None:
+        # One coefficient for each of several balancing types.
+        aux = config.moe_aux_loss_coeff
+        config.moe_aux_loss_coeff = [0.0] * len(aux) if isinstance(aux, list) else 0.0
+        config.moe_z_loss_coeff = None
+    try:
+        yield
+    finally:
+        for chunk in trainee.model:
+            chunk.train()
+        if config.num_moe_experts is not None:
+            for name, value in kept.items():
+                setattr(config, name, value)
+        restore_rng(rng)
+
+
+def restore_rng(states: tuple) -> None:
+    """Puts back random states; copies the tracker's dict, which the tracker goes on to change."""
+    cpu, cuda, tracker = states
+    _set_all_rng_states(cpu, cuda, dict(tracker))

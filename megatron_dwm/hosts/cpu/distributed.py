@@ -1,0 +1,55 @@
+"""Part of the CPU stand-in: process groups over gloo."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+
+def replace_distributed() -> None:
+    """Replaces what names NCCL or a device."""
+    dist = torch.distributed
+    init_process_group, barrier, new_group = (dist.init_process_group, dist.barrier, dist.new_group)
+    all_to_all_single = dist.all_to_all_single
+
+    @functools.wraps(init_process_group)
+    def gloo_init(*args: Any, **kwargs: Any) -> None:
+        kwargs.pop("backend", None)
+        kwargs.pop("device_id", None)
+        return init_process_group("gloo", *args[1:], **kwargs)
+
+    @functools.wraps(barrier)
+    def host_barrier(*args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("device_ids", None)
+        return barrier(*args, **kwargs)
+
+    @functools.wraps(new_group)
+    def gloo_group(*args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("device_id", None)
+        if kwargs.get("backend") not in (None, "gloo"):
+            kwargs["backend"] = "gloo"
+        kwargs.pop("pg_options", None)
+        return new_group(*args, **kwargs)
+
+    @functools.wraps(all_to_all_single)
+    def list_all_to_all(output: torch.Tensor, input: torch.Tensor, *args: Any, **kwargs: Any):
+        # gloo's binding takes split sizes as lists of int; the token dispatcher hands arrays.
+        args = tuple(_as_int_list(a) for a in args)
+        for key in ("output_split_sizes", "input_split_sizes"):
+            if key in kwargs:
+                kwargs[key] = _as_int_list(kwargs[key])
+        return all_to_all_single(output, input.contiguous(), *args, **kwargs)
+
+    for module in (dist, dist.distributed_c10d):
+        module.init_process_group = gloo_init
+        module.barrier = host_barrier
+        module.new_group = gloo_group
+        module.all_to_all_single = list_all_to_all
+
+
+def _as_int_list(value: Any) -> Any:
+    if value is None or not hasattr(value, "__len__"):
+        return value
+    return [int(v) for v in (value.tolist() if hasattr(value, "tolist") else value)]

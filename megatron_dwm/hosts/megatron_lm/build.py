@@ -1,0 +1,336 @@
+"""Builds the weighting model, its meta data and its log from Megatron's arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.tensor_parallel.random import (
+    _get_all_rng_states,
+    _set_all_rng_states,
+    model_parallel_cuda_manual_seed,
+)
+from megatron.core.utils import get_model_config, unwrap_model
+from megatron.training import get_tokenizer, print_rank_0
+from megatron.training.utils import is_first_or_last_pipeline_stage
+
+from megatron_dwm.config.schema import DWMConfig, raise_all
+from megatron_dwm.conversion.dwm_classifier import read_classifier
+from megatron_dwm.conversion.families.rope import LLAMA3_ROPE
+from megatron_dwm.conversion.hf_folder import read_hf_config
+from megatron_dwm.core.state_tap import StateTap
+from megatron_dwm.core.trainee import RunShape
+from megatron_dwm.core.trainer_state import refusal as step_refusal
+from megatron_dwm.core.vocabulary import megatron_vocabulary_size
+from megatron_dwm.data.meta_dataset import MetaData
+from megatron_dwm.errors import DWMError
+from megatron_dwm.hosts import cpu
+from megatron_dwm.hosts.megatron_lm.checks import blend_of, default_meta_batch_size
+from megatron_dwm.meta_gradient.estimators import choose_estimator, choose_lookahead
+from megatron_dwm.meta_gradient.optimizers.rules import check_supported
+from megatron_dwm.policies.base import PolicyContext, policy_class
+from megatron_dwm.step.loss import WeightedForwardStep
+from megatron_dwm.step.passes import Passes
+from megatron_dwm.step.plan import Schedule
+from megatron_dwm.step.train_step import DWMTrainStep
+from megatron_dwm.weighting_model.model import (
+    DataWeightingModel,
+    EmbeddingShape,
+    dwm_transformer_config,
+)
+from megatron_dwm.weighting_model.scorer import Scorer, micro_batches_at_once
+from megatron_dwm.weighting_model.warm_start import copy_from_llm, load_hf_folder
+
+_MOCK_META_SAMPLES = 4096
+
+
+def resolve_shapes(config: DWMConfig, args: Any) -> DWMConfig:
+    """Returns the settings with the DWM's sizes taken over from where it starts, and defaults set.
+
+    Args:
+        config: settings as given.
+        args: Megatron's arguments.
+
+    Raises:
+        DWMError: a shape that does not divide, or a folder that does not fit.
+    """
+    changes: dict[str, Any] = {}
+    if not config.has_model:
+        pass
+    elif config.init.startswith("llm:"):
+        groups = args.num_query_groups if args.group_query_attention else None
+        changes = {
+            "num_layers": int(config.init[4:]),
+            "hidden_size": args.hidden_size,
+            "ffn_hidden_size": args.ffn_hidden_size,
+            "num_attention_heads": args.num_attention_heads,
+            "num_query_groups": groups or args.num_attention_heads,
+        }
+    elif config.init.startswith("hf:"):
+        shape = read_hf_config(config.init[3:])
+        changes = {
+            "num_layers": shape.num_layers,
+            "hidden_size": shape.hidden_size,
+            "ffn_hidden_size": shape.ffn_hidden_size,
+            "num_attention_heads": shape.num_attention_heads,
+            "num_query_groups": shape.num_query_groups,
+        }
+        source = read_classifier(config.init[3:])
+        if source.labels == 1:
+            # Its score head is taken, which belongs to its pooling.
+            changes["pooling"] = source.pooling
+    if config.meta_batch_size is None:
+        changes["meta_batch_size"] = default_meta_batch_size(args)
+    config = dataclasses.replace(config, **changes)
+    if config.has_model and config.init.startswith("hf:"):
+        raise_all(config.head_dim_problems(args.tensor_model_parallel_size))
+    return config
+
+
+def build_train_step(
+    config: DWMConfig, args: Any, model: list[Any], optimizer: Any, groups: Any
+) -> DWMTrainStep:
+    """Builds everything that the modified step needs, leaving all random states as they were.
+
+    Args:
+        config: resolved settings.
+        args: Megatron's arguments.
+        model: the LLM's DDP-wrapped chunks.
+        optimizer: the LLM's optimizer.
+        groups: the LLM's process groups.
+    """
+    device = cpu.device()
+    llm_config = get_model_config(model[0])
+    meta_data = None
+    if config.uses_meta_set:
+        check_supported(optimizer, config.jacobian)
+        undoable = step_refusal(optimizer) if config.verify_meta_gradient else None
+        if undoable is not None:
+            raise DWMError(f"--dwm-verify-meta-gradient takes steps and undoes them: {undoable}")
+        estimator, reason = choose_estimator(config, model, llm_config)
+        print_rank_0(f"DWM: estimator {estimator}: {reason}")
+        lookahead = choose_lookahead(config, estimator)
+        config = dataclasses.replace(config, estimator=estimator, lookahead=lookahead)
+        if config.policy == "influence" and estimator != "ghost":
+            raise DWMError(f"--dwm-policy influence needs the ghost estimator ({reason})")
+        with _random_states_kept(config.seed):
+            meta_data = _build_meta_data(config, args)
+    shape = RunShape(
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        decoder_seq_length=args.decoder_seq_length,
+        per_token=args.calculate_per_token_loss,
+        device=device,
+    )
+    context = PolicyContext(
+        config=config,
+        groups=groups,
+        device=device,
+        micro_batch_size=args.micro_batch_size,
+        hidden_size=args.hidden_size,
+        sequence_parallel=args.sequence_parallel,
+        sees_losses=groups.pp.rank() == groups.pp.size() - 1,
+        scorer=partial(_scorer, config, args, llm_config, groups, device),
+    )
+    with _random_states_kept(config.seed):
+        policy = policy_class(config.form if config.policy == "learned" else config.policy)(context)
+    tap = StateTap(model[-1]) if policy.needs.states and context.sees_losses else None
+    warm_start = None
+    if policy.scorer is not None and config.init.startswith("llm:"):
+        chunks = [unwrap_model(chunk) for chunk in model]
+        _take_over_positions(policy.scorer.module, chunks[0])
+
+        def warm_start() -> None:
+            copy_from_llm(policy.scorer.module, chunks, groups)
+            policy.scorer.weights_changed()
+
+    return DWMTrainStep(
+        config=config,
+        schedule=Schedule(config, args.train_iters),
+        passes=Passes(WeightedForwardStep(_not_set), groups, shape, meta_data),
+        policy=policy,
+        tap=tap,
+        warm_start=warm_start,
+    )
+
+
+def _scorer(
+    config: DWMConfig, args: Any, llm_config: Any, groups: Any, device: torch.device
+) -> tuple[Scorer, dict[str, Any]]:
+    """Returns the separate weighting model, and what must agree with a saved one."""
+    with _random_states_kept(config.seed + 100 * groups.pp.rank()):
+        scorer = _build_scorer(config, args, llm_config, groups, device)
+        if config.init.startswith("hf:"):
+            print_rank_0(load_hf_folder(scorer.module, config.init[3:], groups))
+            scorer.weights_changed()
+    return scorer, _description(config, scorer)
+
+
+def _take_over_positions(dwm: DataWeightingModel, llm: Any) -> None:
+    """Uses the LLM's own rotary frequencies, with whatever scaling they were made."""
+    if dwm.rotary_pos_emb is not None:
+        dwm.rotary_pos_emb.inv_freq = llm.rotary_pos_emb.inv_freq
+        factor = llm.rotary_pos_emb.seq_len_interpolation_factor
+        dwm.rotary_pos_emb.seq_len_interpolation_factor = factor
+
+
+def _description(config: DWMConfig, scorer: Scorer) -> dict[str, Any]:
+    """Returns all that must agree between this DWM and one in a checkpoint, as plain values."""
+    transformer, embedding = scorer.transformer_config, scorer.module.embedding_shape
+    tokenizer = get_tokenizer()
+    return {
+        **config.shape(),
+        "kv_channels": transformer.kv_channels,
+        "normalization": transformer.normalization,
+        "layernorm_epsilon": transformer.layernorm_epsilon,
+        "gated_linear_unit": transformer.gated_linear_unit,
+        "activation_func": transformer.activation_func.__name__,
+        "add_bias_linear": transformer.add_bias_linear,
+        "add_qkv_bias": transformer.add_qkv_bias,
+        "qk_layernorm": transformer.qk_layernorm,
+        "position_embedding_type": embedding.position_embedding_type,
+        "rotary_base": float(embedding.rotary_base),
+        "rotary_percent": float(embedding.rotary_percent),
+        "rope_scaling": embedding.rope_scaling,
+        "rope_scaling_factor": float(embedding.rope_scaling_factor),
+        # Not the padded size, which depends on the tensor-parallel size.
+        "vocab_size": min(megatron_vocabulary_size(tokenizer), embedding.vocab_size),
+    }
+
+
+def _not_set(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("the trainer's forward step is set before the first step")
+
+
+def _build_scorer(
+    config: DWMConfig, args: Any, llm_config: Any, groups: Any, device: torch.device
+) -> Scorer:
+    like_llm = config.init.startswith("llm:")
+    shape: dict[str, Any] = {
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.resolved_ffn_hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_query_groups": config.num_query_groups or config.num_attention_heads,
+    }
+    embedding = EmbeddingShape(args.padded_vocab_size, args.max_position_embeddings)
+    if like_llm:
+        embedding = dataclasses.replace(
+            embedding,
+            position_embedding_type=args.position_embedding_type,
+            rotary_base=args.rotary_base,
+            rotary_percent=args.rotary_percent,
+            rope_scaling=args.use_rope_scaling,
+        )
+    elif config.init.startswith("hf:"):
+        source = read_hf_config(config.init[3:])
+        shape["layernorm_epsilon"] = source.layernorm_epsilon
+        shape["kv_channels"] = source.kv_channels
+        scaling = source.rope_scaling
+        _check_scaling(config.init, scaling)
+        embedding = dataclasses.replace(
+            embedding,
+            rotary_base=source.rotary_base,
+            rope_scaling=scaling is not None,
+            rope_scaling_factor=float(scaling["factor"]) if scaling is not None else 8.0,
+        )
+    model = DataWeightingModel(
+        config=dwm_transformer_config(llm_config, config.num_layers, like_llm, **shape),
+        embedding=embedding,
+        pooling=config.pooling,
+        pg_collection=groups,
+        pre_process=groups.pp.rank() == 0,
+        post_process=groups.pp.rank() == groups.pp.size() - 1,
+    )
+    together = micro_batches_at_once(llm_config, model.config)
+    return Scorer(model, config, groups, args.micro_batch_size, args.seq_length, device, together)
+
+
+def _check_scaling(init: str, scaling: Any) -> None:
+    """Refuses scaled RoPE that Megatron's rotary embedding does not compute."""
+    if scaling is None:
+        return
+    fits = {"rope_type": "llama3", **LLAMA3_ROPE}
+    different = [
+        f"{name} is {scaling.get(name)!r}, needs {value!r}"
+        for name, value in fits.items()
+        if scaling.get(name) != value
+    ]
+    if different:
+        raise DWMError(f"--dwm-init {init}: scaled RoPE of another kind: {'; '.join(different)}")
+
+
+def _build_meta_data(config: DWMConfig, args: Any) -> MetaData:
+    vp_size = args.virtual_pipeline_model_parallel_size
+    stages: list[int | None] = [None] if vp_size is None else list(range(vp_size))
+
+    def on_this_rank() -> bool:
+        reads = any(is_first_or_last_pipeline_stage(stage) for stage in stages)
+        return mpu.get_tensor_model_parallel_rank() == 0 and reads
+
+    prefixes, weights = blend_of(config.meta_data_path, "--dwm-meta-data-path")
+    build = partial(_build_dataset, args, on_this_rank, config.seed)
+    wanted: list[str | None] = [*prefixes] or [None]
+    datasets = [build(prefix) for prefix in wanted]
+    assert config.meta_batch_size is not None
+    return MetaData(
+        datasets=[dataset for dataset in datasets if dataset is not None],
+        weights=weights if len(prefixes) > 1 else None,
+        batch_size=config.meta_batch_size,
+        micro_batch_size=args.micro_batch_size,
+        dp_rank=mpu.get_data_parallel_rank(),
+        dp_size=mpu.get_data_parallel_world_size(),
+        seed=config.seed,
+    )
+
+
+def _build_dataset(
+    args: Any, on_this_rank: Callable[[], bool], seed: int, prefix: str | None
+) -> Any:
+    """Builds one pass over a data set, or a mock one for `--mock-data`; None off data ranks."""
+    config = GPTDatasetConfig(
+        random_seed=seed + (args.seed if prefix is None else 0),
+        sequence_length=args.seq_length,
+        blend=None if prefix is None else ([prefix], None),
+        split="1,0,0",
+        tokenizer=get_tokenizer(),
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        allow_ambiguous_pad_tokens=getattr(args, "allow_ambiguous_pad_tokens", False),
+        inter_document_masking=getattr(args, "dataloader_inter_document_masking", False),
+    )
+    kind = MockGPTDataset if prefix is None else GPTDataset
+    sizes = [_MOCK_META_SAMPLES if prefix is None else None, None, None]
+    return BlendedMegatronDatasetBuilder(kind, sizes, on_this_rank, config).build()[0]
+
+
+@contextmanager
+def _random_states_kept(seed: int) -> Iterator[None]:
+    """Seeds every generator for what is built inside, and puts all back.
+
+    So the LLM's training does not depend on there being a weighting model.
+    """
+    states = _get_all_rng_states()
+    python_state, numpy_state = random.getstate(), numpy.random.get_state()
+    model_parallel_cuda_manual_seed(seed)
+    torch.manual_seed(seed)
+    numpy.random.seed(seed)
+    try:
+        yield
+    finally:
+        cpu, cuda, tracker = states
+        _set_all_rng_states(cpu, cuda, dict(tracker))
+        random.setstate(python_state)
+        numpy.random.set_state(numpy_state)

@@ -1,0 +1,415 @@
+"""What a run's arguments must satisfy before the weighting model is attached."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+from megatron.core.datasets.utils import get_blend_from_list
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron_dwm.config.schema import DWMConfig, raise_all
+from megatron_dwm.data.index import DatasetError, read_index
+from megatron_dwm.data.weight_file import read_weights, weights_path
+from megatron_dwm.errors import DWMError
+
+# Flags under which weighted steps are not right, or were never shown to be: why, and the way out.
+REFUSED = {
+    "sft": ("packed (thd) sequences have no per-sample loss", "train without it"),
+    "dataloader_inter_document_masking": (
+        "packed (thd) sequences have no per-sample loss",
+        "use --reset-attention-mask, or train without it",
+    ),
+    "fp16": ("dynamic loss scaling is not carried through the meta-gradient", "use --bf16"),
+    "use_megatron_fsdp": (
+        "its parameters cannot be perturbed in place",
+        "use --use-distributed-optimizer",
+    ),
+    "use_torch_fsdp2": (
+        "its parameters cannot be perturbed in place",
+        "use --use-distributed-optimizer",
+    ),
+    "perform_rl_step": (
+        "reinforcement learning has no per-sample language-model loss",
+        "use --dwm for pre-training",
+    ),
+    "hybrid_context_parallel": ("samples are split over ranks", "train without it"),
+    "mtp_num_layers": (
+        "the multi-token-prediction loss does not pass through the loss function",
+        "train without the extra layers",
+    ),
+    "fp8_param_gather": (
+        "quantised parameters cannot be perturbed in place",
+        "leave it out; --bf16 parameters are gathered as they are",
+    ),
+    "reuse_grad_buf_for_mxfp8_param_ag": ("parameters share the gradient buffer", "leave it out"),
+    "overlap_moe_expert_parallel_comm": (
+        "its schedule was not shown to work with extra passes",
+        "leave it out",
+    ),
+    "optimizer_cuda_graph": ("the optimizer's state is read between steps", "leave it out"),
+    "overlap_param_gather_with_optimizer_step": (
+        "parameters must be whole between the passes",
+        "use --overlap-param-gather alone",
+    ),
+    "moe_expert_rank_capacity_factor": (
+        "it wraps the schedule that the extra passes use",
+        "use --moe-expert-capacity-factor",
+    ),
+    "te_rng_tracker": ("its random states cannot be put back between the passes", "leave it out"),
+}
+# The same, where influence on a meta set is wanted.
+WITHOUT_META = "leave it out, or weigh by a policy without a meta set (linupper, truncation)"
+REFUSED_WITH_META_SET = {
+    "fp8": ("a perturbation is far below its precision", WITHOUT_META),
+    "fp4": ("a perturbation is far below its precision", WITHOUT_META),
+    "moe_router_enable_expert_bias": (
+        "the extra passes would update the router's bias",
+        WITHOUT_META,
+    ),
+}
+# Parallel sizes that must be 1.
+_ONE = (
+    "context_parallel_size",
+    "gtp_weight_remat_size",
+    "expert_gtp_weight_remat_size",
+    "num_distributed_optimizer_instances",
+)
+
+
+def refusals() -> list[tuple[str, str, str]]:
+    """Returns every flag that is refused by name, why, and the way out, as the README lists them.
+
+    Returns:
+        Flag, reason, and what to do; of those that matter with a meta set only, the flag says so.
+    """
+    rows = [(_flag(name), *words) for name, words in REFUSED.items()]
+    rows += [
+        (f"{_flag(name)} (with a meta set)", *words)
+        for name, words in REFUSED_WITH_META_SET.items()
+    ]
+    rows += [(f"{_flag(name)} above 1", "not supported yet", "use 1") for name in _ONE]
+    rows.append((_flag("non_persistent_ckpt_type"), *_NON_PERSISTENT))
+    rows.append((_flag("cuda_graph_impl"), *_CUDA_GRAPH))
+    return rows
+
+
+_NON_PERSISTENT = (
+    "the language model and the weighting would resume from different checkpoints",
+    "use a shorter --save-interval, with --save-retain-interval to keep fewer",
+)
+_CUDA_GRAPH = ("weights change between steps, and extra passes run outside graphs", "use none")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def check_arguments(config: DWMConfig, args: Any) -> None:
+    """Refuses what cannot work, all problems in one line.
+
+    Args:
+        config: the settings, shapes not yet taken over from the LLM.
+        args: Megatron's parsed and validated arguments.
+
+    Raises:
+        DWMError: lists every problem with its flag.
+    """
+    problems = [*config.problems(), *_share_problems(args)]
+    if args.sft and not config.scores:
+        problems.append(f"--sft is not supported with --dwm: {REFUSED['sft'][0]}")
+    if config.scores:
+        problems += _unsupported_flags(config, args)
+    if config.has_model:
+        if config.init == "random":
+            problems += config.head_dim_problems(args.tensor_model_parallel_size)
+        problems += _init_problems(config, args)
+    if config.uses_meta_set:
+        problems += _meta_problems(config, args)
+    if args.save and args.ckpt_format != "torch_dist" and config.scores:
+        problems.append(
+            f"--ckpt-format {args.ckpt_format} cannot hold the weighting model; use torch_dist"
+        )
+    if config.sampling == "weights":
+        problems += _sampling_problems(args)
+    raise_all(problems)
+
+
+def _unsupported_flags(config: DWMConfig, args: Any) -> list[str]:
+    found = [
+        f"{_flag(name)} is not supported with --dwm: {why}; {way_out}"
+        for name, (why, way_out) in REFUSED.items()
+        if getattr(args, name, None)
+    ]
+    if config.uses_meta_set:
+        found += [
+            f"{_flag(name)} is not supported with a meta set: {why}; {way_out}"
+            for name, (why, way_out) in REFUSED_WITH_META_SET.items()
+            if getattr(args, name, None)
+        ]
+    found += [
+        f"{_flag(name)} {getattr(args, name)} is not supported with --dwm yet; use 1"
+        for name in _ONE
+        if (getattr(args, name, 1) or 1) > 1
+    ]
+    for name, none, (why, way_out) in (
+        ("non_persistent_ckpt_type", (None,), _NON_PERSISTENT),
+        ("cuda_graph_impl", (None, "none"), _CUDA_GRAPH),
+    ):
+        value = getattr(args, name, None)
+        if value not in none:
+            found.append(f"{_flag(name)} {value} is not supported with --dwm: {why}; {way_out}")
+    return found
+
+
+def _sampling_problems(args: Any) -> list[str]:
+    refused = {
+        "mock_data": "mock data has no documents",
+        "dataloader_fast_cache_load": "it expects Megatron's own index cache",
+        "dataloader_defer_npy_index_mmap": "it expects Megatron's own index cache",
+        "phase_transition_iterations": "it starts the data anew in mid-run",
+    }
+    found = [
+        f"--{name.replace('_', '-')} is not supported with --dwm-sampling weights: {why}"
+        for name, why in refused.items()
+        if getattr(args, name, None)
+    ]
+    if args.dataloader_type != "single":
+        found.append(
+            f"--dataloader-type {args.dataloader_type} has an order of its own; "
+            "--dwm-sampling weights needs single"
+        )
+    blend, per_split = get_blend_and_blend_per_split(args)
+    training = blend if blend is not None else (per_split or [None])[0]
+    if training is not None and training[1] is None and len(training[0]) > 1:
+        found.append(
+            "--dwm-sampling weights needs a share before each of several training data sets (as in "
+            "--data-path 0.7 A 0.3 B): without, Megatron blends them by how many samples the "
+            "weights make of each"
+        )
+    if args.save and args.ckpt_format != "torch_dist":
+        found.append(
+            f"--ckpt-format {args.ckpt_format} cannot hold which documents were drawn; use "
+            "torch_dist"
+        )
+    return found
+
+
+def _share_problems(args: Any) -> list[str]:
+    """Returns one line for each share that no blend can have, and for a split without a part."""
+    found = []
+    for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
+        words = getattr(args, name, None)
+        if not words or len(words) == 1 or len(words) % 2:
+            continue
+        for word, prefix in zip(words[::2], words[1::2], strict=True):
+            share = _number(word)
+            if share is not None and not (share > 0 and math.isfinite(share)):
+                found.append(
+                    f"{_flag(name)}: the share of {prefix} is {word}; it must be above 0 and "
+                    "finite: give one, or leave the data set out"
+                )
+    split, evaluates = getattr(args, "split", None), args.eval_iters and args.eval_iters > 0
+    shares = [_number(word) for word in split.split(",")] if split else []
+    if evaluates and getattr(args, "data_path", None) and len(shares) > 1 and shares[1] == 0:
+        found.append(
+            f"--split {split} leaves nothing to validate on, but --eval-iters is "
+            f"{args.eval_iters}; give the second number a share, or --eval-iters 0"
+        )
+    return found
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
+
+
+def _init_problems(config: DWMConfig, args: Any) -> list[str]:
+    if config.init.startswith("llm:"):
+        layers = int(config.init[4:])
+        found = []
+        if layers > args.num_layers:
+            found.append(
+                f"--dwm-init {config.init} asks for {layers} layers, but the LLM has "
+                f"--num-layers {args.num_layers}"
+            )
+        if args.num_experts:
+            found.append(
+                f"--dwm-init {config.init} copies dense layers, but the LLM has --num-experts "
+                f"{args.num_experts}; use random or hf:DIR"
+            )
+        if args.position_embedding_type not in ("rope", "learned_absolute", "none"):
+            found.append(
+                f"--dwm-init {config.init} does not support --position-embedding-type "
+                f"{args.position_embedding_type}; use random or hf:DIR"
+            )
+        for name in ("no_rope_freq", "spec", "heterogeneous_layers_config_path"):
+            if getattr(args, name, None):
+                found.append(
+                    f"--dwm-init {config.init} does not support --{name.replace('_', '-')}; use "
+                    "random or hf:DIR"
+                )
+        if args.multi_latent_attention:
+            found.append(f"--dwm-init {config.init} does not support --multi-latent-attention")
+        return found
+    if config.init.startswith("hf:") and not os.path.isdir(config.init[3:]):
+        return [f"--dwm-init {config.init}: folder '{config.init[3:]}' does not exist"]
+    return []
+
+
+def _meta_problems(config: DWMConfig, args: Any) -> list[str]:
+    found = []
+    if config.verify_meta_gradient and getattr(args, "moe_routing_trace_path", None):
+        found.append(
+            "--dwm-verify-meta-gradient takes steps and undoes them, which "
+            "--moe-routing-trace-path would record; leave one of them out"
+        )
+    if not config.meta_data_path and not args.mock_data:
+        found.append(
+            "--dwm-meta-data-path is missing: name the meta set's data set prefix(es), or use "
+            "--dwm-policy uniform or --dwm-schedule frozen"
+        )
+    unit = _meta_batch_unit(args)
+    if config.meta_batch_size is not None and config.meta_batch_size % unit:
+        factors = "micro-batch-size x data-parallel size"
+        if args.virtual_pipeline_model_parallel_size is not None:
+            factors += " x pipeline stages (virtual pipeline)"
+        found.append(
+            f"--dwm-meta-batch-size {config.meta_batch_size} is not a multiple of {unit} "
+            f"({factors})"
+        )
+    return found
+
+
+def _meta_batch_unit(args: Any) -> int:
+    """Returns what the meta batch must be a multiple of, for the trainer's schedule."""
+    unit = args.micro_batch_size * args.data_parallel_size
+    if args.virtual_pipeline_model_parallel_size is not None:
+        stages = args.pipeline_model_parallel_size
+        unit *= max(stages, args.microbatch_group_size_per_vp_stage or stages)
+    return unit
+
+
+def default_meta_batch_size(args: Any) -> int:
+    """Returns the legal size nearest to a quarter of the global batch."""
+    unit, batch = _meta_batch_unit(args), args.global_batch_size
+    if getattr(args, "step_batch_size_schedule", None):
+        # The trainer's own size is then that of one micro-batch; "0:768 250B:1536" ends with 1536.
+        batch = int(args.step_batch_size_schedule.split()[-1].split(":")[1])
+    return max(1, round(batch / 4 / unit)) * unit
+
+
+def blend_of(paths: list[str] | None, flag: str) -> tuple[list[str], list[float] | None]:
+    """Parses `PREFIX ...` or `WEIGHT PREFIX ...` as `--data-path` does.
+
+    Raises:
+        DWMError: an even number of words that are not weights and prefixes in turn.
+    """
+    try:
+        blend = get_blend_from_list(paths)
+    except ValueError as error:
+        raise DWMError(
+            f"{flag} {' '.join(paths or [])}: an even number of words is read as WEIGHT PREFIX "
+            f"pairs, and {error}; give weights, or one prefix"
+        ) from None
+    return ([], None) if blend is None else (list(blend[0]), blend[1])
+
+
+def training_prefixes(args: Any) -> list[str]:
+    """Returns the prefixes of the training blend, in the order of the loader's `dataset_id`."""
+    blend, per_split = get_blend_and_blend_per_split(args)
+    if blend is None and per_split is not None:
+        blend = per_split[0]
+    return [] if blend is None else list(blend[0])
+
+
+def validation_prefixes(args: Any) -> list[str]:
+    """Returns the prefixes from which the reported validation loss comes."""
+    blend, per_split = get_blend_and_blend_per_split(args)
+    if args.eval_iters == 0 and not args.full_validation:
+        return []
+    if per_split is not None:
+        return [] if per_split[1] is None else list(per_split[1][0])
+    if blend is None:
+        return []
+    shares = [float(share) for share in (args.split or "969,30,1").split(",")]
+    return list(blend[0]) if len(shares) > 1 and shares[1] > 0 else []
+
+
+def check_data(config: DWMConfig, args: Any) -> None:
+    """Opens every index of the run, and refuses a meta set that is the validation set.
+
+    Raises:
+        DWMError: names the file, or the data set that is in both.
+    """
+    meta = (
+        blend_of(config.meta_data_path, "--dwm-meta-data-path")[0] if config.uses_meta_set else []
+    )
+    validation = validation_prefixes(args)
+    summaries = {}
+    for prefix in dict.fromkeys([*training_prefixes(args), *validation, *meta]):
+        try:
+            summaries[prefix] = read_index(prefix)
+        except DatasetError as error:
+            raise DWMError(str(error)) from None
+    if config.sampling == "weights":
+        check_weights(training_prefixes(args), summaries)
+    for prefix in meta:
+        if summaries[prefix].tokens < args.seq_length + 1:
+            raise DWMError(
+                f"--dwm-meta-data-path {prefix} holds {summaries[prefix].tokens} tokens, fewer "
+                f"than one sample of --seq-length {args.seq_length} + 1; give a larger meta set",
+            )
+        for other in validation:
+            if _same_data(prefix, other):
+                raise DWMError(
+                    f"--dwm-meta-data-path {prefix} is also the reported validation data "
+                    f"({other}); what the weights are tuned on cannot measure them. Split the "
+                    "held-out documents into two data sets",
+                )
+
+
+def check_weights(prefixes: list[str], indices: dict[str, Any]) -> None:
+    """Opens the weight file of every training data set.
+
+    Args:
+        prefixes: of the training data.
+        indices: what `read_index` returned for each.
+
+    Raises:
+        DWMError: a data set has none, or it is damaged or of another data set.
+    """
+    for prefix in prefixes:
+        if prefixes.count(prefix) > 1:
+            raise DWMError(
+                f"--dwm-sampling weights: the training data names {prefix} more than once; name "
+                "it once, with the sum of its shares"
+            )
+        if not os.path.exists(weights_path(prefix)):
+            raise DWMError(
+                f"--dwm-sampling weights: {weights_path(prefix)}: no such file; make it with "
+                f"tools/weights.py make {prefix} ..., or with tools/score_corpus.py"
+            )
+        try:
+            read_weights(weights_path(prefix), indices[prefix])
+        except DatasetError as error:
+            raise DWMError(str(error)) from None
+
+
+def _same_data(a: str, b: str) -> bool:
+    """Returns whether two prefixes name the same tokens, copies and links included."""
+    files = [f"{prefix}.bin" for prefix in (a, b)]
+    if os.path.samefile(*files):
+        return True
+    if os.path.getsize(files[0]) != os.path.getsize(files[1]):
+        return False
+    with open(files[0], "rb") as first, open(files[1], "rb") as second:
+        while True:
+            block, other = first.read(1 << 22), second.read(1 << 22)
+            if block != other:
+                return False
+            if not block:
+                return True

@@ -1,0 +1,161 @@
+"""Before the trainer loads a checkpoint: is it whole?"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from typing import Any
+
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
+from megatron.training.global_vars import get_tokenizer
+
+from megatron_dwm.checkpoint.health import (
+    INDEX,
+    common_state,
+    last_whole,
+    problems_of,
+    tracked,
+)
+from megatron_dwm.errors import ConversionError, DWMError
+
+_SHOWN = 3
+# With these, Megatron refuses a checkpoint that lacks something it asks for.
+_STRICT = ("assume_ok_unexpected", "raise_unexpected", "raise_all")
+
+
+def check_checkpoint(run: Any) -> None:
+    """Checks, on one rank, the checkpoint that the trainer is about to load.
+
+    No tensor is read; see `problems_of` for what is noticed.
+
+    Args:
+        run: Megatron's arguments.
+
+    Raises:
+        DWMError: It is damaged; names the files and the latest earlier iteration that is whole.
+    """
+    if not run.load or run.ckpt_format != "torch_dist":
+        return  # Other formats are the trainer's own affair.
+    if not os.path.isdir(run.load):
+        return
+    try:
+        name = f"iter_{run.ckpt_step:07d}" if run.ckpt_step else tracked(run.load)
+    except ConversionError as error:
+        raise DWMError(f"--load {run.load}: {error} {_way_out(run, None)}") from error
+    if name is None:
+        return  # Nothing was saved there: the trainer starts at iteration 0.
+    # A start with --finetune does not look at the iteration that is written inside.
+    problems = problems_of(os.path.join(run.load, name), any_iteration=run.finetune)
+    if not problems:
+        folder = os.path.join(run.load, name)
+        if os.path.exists(os.path.join(folder, INDEX)):
+            check_vocabulary(run, folder, _tokenizer_size())
+            check_conversion(run, folder)
+            check_extra_states(run, folder)
+        return
+    shown = "; ".join(problems[:_SHOWN])
+    if len(problems) > _SHOWN:
+        shown += f"; and {len(problems) - _SHOWN} more"
+    before = int(name[5:]) if name.startswith("iter_") else None
+    raise DWMError(
+        f"--load {run.load}: the checkpoint {name} is damaged: {shown}. {_way_out(run, before)}"
+    )
+
+
+def check_vocabulary(run: Any, folder: str, tokenizer_size: int | None) -> None:
+    """Refuses to load a vocabulary of which the trainer would silently drop rows.
+
+    The trainer loads an embedding into one of other rows, as the padding depends on the
+    tensor-parallel size. Rows that are no padding must not get lost that way.
+
+    Args:
+        run: Megatron's arguments.
+        folder: A whole checkpoint.
+        tokenizer_size: Size of the run's tokenizer; None where it is not known.
+
+    Raises:
+        DWMError: The run's model has fewer rows than the checkpoint's has without padding.
+    """
+    saved = common_state(folder).get("args")
+    stored, built = (getattr(a, "padded_vocab_size", None) for a in (saved, run))
+    if not stored or not built or built >= stored:
+        return
+    # An import says how many there are; elsewhere they are what the padding rule does not explain.
+    needed = getattr(saved, "hf_vocab_size", None)
+    if needed is None:
+        padded = stored
+        names = ("make_vocab_size_divisible_by", "tensor_model_parallel_size")
+        factors = {name: getattr(saved, name, None) for name in names}
+        if tokenizer_size is not None and all(factors.values()):
+            rule = argparse.Namespace(**factors, rank=-1)
+            padded = vocab_size_with_padding(tokenizer_size, rule, logging_enabled=False)
+        needed = built if padded == stored else stored
+    if built < needed:
+        raise DWMError(
+            f"--load {run.load}: the checkpoint has {stored} rows of vocabulary, and this run's "
+            f"model {built}, so rows would be dropped; give --padded-vocab-size {stored}"
+        )
+
+
+def check_conversion(run: Any, folder: str) -> None:
+    """Refuses a conversion that leaves out the weighting model: the trainer does it before.
+
+    Args:
+        run: Megatron's arguments.
+        folder: A whole checkpoint.
+
+    Raises:
+        DWMError: `--ckpt-convert-format` is given, and the checkpoint holds a weighting model.
+    """
+    if run.ckpt_convert_format and (common_state(folder).get("dwm") or {}).get("shape"):
+        raise DWMError(
+            f"--ckpt-convert-format {run.ckpt_convert_format}: the converted checkpoint would lack "
+            f"the weighting model that {folder} holds. Resume from it as it is, which any parallel "
+            "layout can; without --dwm, the language model alone is converted"
+        )
+
+
+def check_extra_states(run: Any, folder: str) -> None:
+    """Refuses what Megatron cannot load: a model saved without Transformer Engine, with it.
+
+    Its layers ask for states beside their weights, of which the local ones have fewer, and Megatron
+    loads all or nothing unless it is told to leave out what is not there. (The other way round it
+    loads: what is stored and not asked for is left alone.)
+
+    Args:
+        run: Megatron's arguments.
+        folder: A whole checkpoint.
+
+    Raises:
+        DWMError: The run's strictness does not allow for what the checkpoint lacks.
+    """
+    if run.transformer_impl != "transformer_engine" or run.dist_ckpt_strictness not in _STRICT:
+        return
+    names = load_sharded_metadata(folder)
+    attention = "decoder.layers.self_attention."
+    inside = [n for n in names if re.sub(r"layers\.\d+\.", "layers.", n).startswith(attention)]
+    if inside and not any("core_attention._extra_state" in n for n in inside):
+        raise DWMError(
+            f"--load {run.load}: the checkpoint was saved without Transformer Engine, whose layers "
+            "ask for more; give --dist-ckpt-strictness log_unexpected to load it into them, or "
+            "--transformer-impl local"
+        )
+
+
+def _tokenizer_size() -> int | None:
+    try:
+        return get_tokenizer().vocab_size
+    except (AssertionError, AttributeError, NotImplementedError):
+        return None  # There is none, or one that does not say.
+
+
+def _way_out(run: Any, before: int | None) -> str:
+    whole = last_whole(run.load, before)
+    if whole is None:
+        return (
+            "No earlier iteration is whole: restore the files from a copy, or start anew with "
+            "another --save and --load"
+        )
+    return f"Iteration {whole} is whole: go on from there with --ckpt-step {whole}"

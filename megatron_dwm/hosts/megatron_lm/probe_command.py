@@ -1,0 +1,369 @@
+"""The command `megatron_dwm.step.probe`: checks the meta-gradient of a saved run at its next step.
+
+The run is started again as it was, its own script and flags, and loads its checkpoint through the
+stock trainer. At the first training step the meta-gradient is compared with brute force, and the
+process ends. Nothing is written into the run: what would be is switched off before Megatron
+validates the arguments.
+
+torchrun ends with 1 whenever a rank does not end with 0. One process needs no torchrun (`python -m
+megatron_dwm.step.probe ...`), and its exit code is the command's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import runpy
+import socket
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_dwm.errors import DWMError, in_short
+from megatron_dwm.hosts import cpu
+from megatron_dwm.hosts.megatron_lm.probe_session import ProbeDone
+
+# What a run writes, and the value that stops it. The probe takes no step that would reach the
+# rest of the trainer's intervals.
+_SILENT: dict[str, Any] = {
+    "save": None,
+    "save_interval": None,
+    "non_persistent_save_interval": None,
+    "non_persistent_global_ckpt_dir": None,
+    "save_params_interval": None,
+    "save_activations_interval": None,
+    "save_tokens_per_expert_interval": None,
+    "save_wgrads_interval": None,
+    "save_dgrads_interval": None,
+    "save_config_filepath": None,
+    "ckpt_convert_format": None,
+    "ckpt_convert_save": None,
+    "logits_save_dir": None,
+    "async_save": False,
+    "log_progress": False,
+    "tensorboard_dir": None,
+    "wandb_project": "",
+    "enable_one_logger": False,
+    "enable_ft_package": False,
+    "config_logger_dir": "",
+    "moe_routing_trace_path": None,
+    "profile": False,
+    "use_pytorch_profiler": False,
+    "record_memory_history": False,
+    "result_rejected_tracker_filename": None,
+}
+# How a run that goes on from its own checkpoint loads it.
+_RESUME: dict[str, Any] = {
+    "finetune": False,
+    "pretrained_checkpoint": None,
+    "no_load_optim": None,
+    "no_load_rng": None,
+    "exit_on_missing_checkpoint": True,
+    "skip_train": False,
+    "exit_interval": None,
+    "exit_duration_in_mins": None,
+    "inprocess_restart": False,
+}
+
+
+@dataclass
+class Request:
+    """What the user asked for, paths absolute.
+
+    Attributes:
+        run: the folder that `--save` named.
+        iteration: of the checkpoint.
+        samples: how many are compared.
+        json: file for the figures, or None.
+        script: instead of the saved one, or None.
+        flags: more flags, after the saved ones.
+    """
+
+    run: str
+    iteration: int
+    samples: int
+    json: str | None
+    script: str | None
+    flags: list[str]
+
+    @property
+    def folder(self) -> str:
+        """The checkpoint itself."""
+        return os.path.join(self.run, f"iter_{self.iteration:07d}")
+
+    @property
+    def without_optimizer(self) -> bool:
+        """Whether the checkpoint was saved with `--no-save-optim`."""
+        from megatron.core import dist_checkpointing
+
+        saved = dist_checkpointing.load_common_state_dict(self.folder).get("args")
+        return bool(getattr(saved, "no_save_optim", False))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `python -m megatron_dwm.step.probe`.
+
+    Returns:
+        0: the correlation reaches `--dwm-verify-correlation`; 1: it does not; 2: no comparison,
+        for a reason that one line on standard error names.
+    """
+    first = int(os.environ.get("RANK", "0")) == 0
+    try:
+        request = parse(sys.argv[1:] if argv is None else argv)
+        cpu.install()
+        command = command_of(request)
+        code = _report(request, _run(request, command), first)
+        if argv is None:
+            _leave()
+        return code
+    except DWMError as error:
+        return _failed(str(error), first or error.this_rank_only)
+    except SystemExit as error:
+        if error.code == 2:  # argparse or attach() said why
+            return 2
+        return _failed(f"the run's script ended by itself, with code {error.code}", first)
+    except Exception as error:
+        traceback.print_exc()
+        return _failed(
+            f"the run could not be loaded or stepped: {in_short(error)}",
+            True,
+        )
+
+
+def _leave() -> None:
+    import torch
+
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _failed(message: str, prints: bool) -> int:
+    if prints:
+        print(f"megatron_dwm: error: {message}", file=sys.stderr, flush=True)
+    return 2
+
+
+# ----------------------------------------------------------------------------- the command line
+
+
+def parse(argv: list[str]) -> Request:
+    """Reads the command line.
+
+    Raises:
+        DWMError: there is no such checkpoint, or the file cannot be written.
+    """
+    at = argv.index("--") if "--" in argv else len(argv)
+    parser = argparse.ArgumentParser(
+        prog="megatron_dwm.step.probe",
+        description="Compares the meta-gradient of a saved run with brute force at its next step.",
+        epilog="After `--`: more flags for the run's script, which come after the saved ones.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--checkpoint", required=True, help="the folder that --save named")
+    parser.add_argument("--iteration", type=int, help="of the checkpoint; default: the last one")
+    parser.add_argument("--samples", type=int, default=8, help="samples that are compared (8)")
+    parser.add_argument("--json", help="write the figures to this file, too")
+    parser.add_argument("--script", help="the training script, if the saved one has moved")
+    given = parser.parse_args(argv[:at])
+    if given.samples < 3:
+        raise DWMError(f"--samples {given.samples}; a correlation needs 3 or more")
+    run, iteration = _checkpoint(os.path.abspath(given.checkpoint), given.iteration)
+    return Request(
+        run=run,
+        iteration=iteration,
+        samples=given.samples,
+        json=_json_path(given.json, run),
+        script=None if given.script is None else os.path.abspath(given.script),
+        flags=argv[at + 1 :],
+    )
+
+
+def _checkpoint(path: str, iteration: int | None) -> tuple[str, int]:
+    """Returns the run's folder and the iteration, of a run or of one of its checkpoints."""
+    if not os.path.isdir(path):
+        raise DWMError(f"--checkpoint {path}: no such folder")
+    named = re.fullmatch(r"iter_(\d+)", os.path.basename(path))
+    if named is not None and iteration is None:
+        return os.path.dirname(path), int(named[1])
+    found = sorted(
+        int(m[1]) for m in map(re.compile(r"iter_(\d+)").fullmatch, os.listdir(path)) if m
+    )
+    if not found:
+        raise DWMError(f"--checkpoint {path} holds no checkpoint (iter_*); give a run's --save")
+    if iteration is not None and iteration not in found:
+        shown = ", ".join(str(i) for i in found)
+        raise DWMError(f"--iteration {iteration} is not in {path}; it holds {shown}")
+    if iteration is not None:
+        return path, iteration
+    tracker = os.path.join(path, "latest_checkpointed_iteration.txt")
+    with contextlib.suppress(OSError, ValueError), open(tracker) as file:
+        latest = int(file.read())
+        if latest in found:
+            return path, latest
+    return path, found[-1]
+
+
+def _json_path(path: str | None, run: str) -> str | None:
+    if path is None:
+        return None
+    path = os.path.abspath(path)
+    folder = os.path.dirname(path)
+    if not os.path.isdir(folder):
+        raise DWMError(f"--json {path}: no such folder")
+    if os.path.isdir(path) or not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise DWMError(f"--json {path} cannot be written")
+    if os.path.commonpath([os.path.realpath(run), os.path.realpath(folder)]) == os.path.realpath(
+        run
+    ):
+        raise DWMError(f"--json {path} lies in the run, which is left as it is; choose another")
+    return path
+
+
+def command_of(request: Request) -> dict[str, Any]:
+    """Returns the command to start, as `session.started_as` describes it.
+
+    Raises:
+        DWMError: the checkpoint has no DWM, or does not say how the run was started.
+    """
+    from megatron_dwm.checkpoint import state as checkpoint
+
+    try:
+        run = checkpoint.saved_run(request.folder)
+    except Exception as error:  # whatever a damaged or foreign checkpoint makes of it
+        raise DWMError(
+            f"{request.folder} cannot be read as a torch_dist checkpoint: "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from None
+    if run is None:
+        raise DWMError(
+            f"{request.folder} holds no weighting model; give a run with a learned --dwm"
+        )
+    command = run.get("command")
+    if command is None:
+        if request.script is None or not request.flags:
+            raise DWMError(
+                f"{request.folder} does not say how the run was started; give its script and "
+                "flags: --script SCRIPT -- FLAGS"
+            )
+        command = {"args": [], "folder": os.getcwd(), "launched": False}
+    script = request.script or command["script"]
+    if not os.path.isfile(script):
+        raise DWMError(
+            f"the run's script {script} does not exist; say where it is: --script SCRIPT"
+        )
+    return {**command, "script": script, "args": [*command["args"], *request.flags]}
+
+
+# ------------------------------------------------------------------------------------- the run
+
+
+def _run(request: Request, command: dict[str, Any]) -> ProbeDone:
+    """Starts the run's script; its first training step raises `ProbeDone`."""
+    from megatron.training import arguments
+
+    from megatron_dwm.hosts.megatron_lm import session
+    from megatron_dwm.hosts.megatron_lm.attach import attach
+    from megatron_dwm.hosts.megatron_lm.probe_session import ProbeSession
+    from megatron_dwm.hosts.megatron_lm.rebind import rebound
+
+    _alone()
+    if os.path.isdir(command["folder"]):
+        os.chdir(command["folder"])
+    script = command["script"]
+    sys.argv = [script, *command["args"]]
+    sys.path.insert(0, os.path.dirname(script))
+
+    def parse_args(stock: Any, *args: Any, **kwargs: Any) -> Any:
+        return _altered(stock(*args, **kwargs), request)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(rebound(arguments, "parse_args", (), parse_args))
+        stack.enter_context(
+            rebound(session, "Session", (), lambda stock: ProbeSession(request.samples))
+        )
+        if command["launched"]:
+            stack.enter_context(attach(add_arguments=True))
+        # What the trainer prints is not the result.
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except ProbeDone as done:
+            return done
+    raise DWMError(f"{script} ended without a training step")
+
+
+def _altered(args: Any, request: Request) -> Any:
+    """Returns parsed arguments that load the checkpoint and write nothing."""
+    for name, value in {**_SILENT, **_RESUME}.items():
+        if hasattr(args, name):
+            setattr(args, name, value)
+    args.load, args.ckpt_step = request.run, request.iteration
+    if request.without_optimizer:
+        args.no_load_optim = True
+    return args
+
+
+def _alone() -> None:
+    """Sets what torchrun would set, so that one process needs no torchrun."""
+    if "MASTER_ADDR" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+# ----------------------------------------------------------------------------------- the report
+
+
+def _report(request: Request, done: ProbeDone, first: bool) -> int:
+    """Prints the table on the first rank, and returns the exit code."""
+    from megatron_dwm.hosts.megatron_lm.verification import drowned, passes, warning
+
+    found, threshold = done.found, done.config.verify_correlation
+    if found is None:
+        raise DWMError(
+            f"the step after iteration {request.iteration} cannot be compared: the optimizer has "
+            "no state of an earlier step (--no-save-optim?), or the trainer skipped the step"
+        )
+    passed = passes(found, threshold)
+    if not first:
+        return 0 if passed else 1
+    print("\n".join(_table(request, done)), flush=True)
+    if not passed:
+        print(warning(found, threshold, done.config.estimator), flush=True)
+    if request.json is not None:
+        figures = {
+            "checkpoint": request.folder,
+            "iteration": request.iteration,
+            "estimator": done.config.estimator,
+            **vars(found),
+            "threshold": threshold,
+            "passed": passed,
+            "drowned_in_noise": drowned(found, threshold),
+        }
+        with open(request.json, "w") as file:
+            json.dump(figures, file, indent=1)
+    return 0 if passed else 1
+
+
+def _table(request: Request, done: ProbeDone) -> Iterator[str]:
+    found = done.found
+    yield f"meta-gradient after iteration {request.iteration} of {request.run}"
+    yield f"estimator {done.config.estimator}, lookahead {done.config.lookahead}"
+    if done.rewound:
+        yield "the run is complete: its last batch is taken once more"
+    yield f"{'sample':>8} {'weight':>10} {'estimated':>14} {'measured':>14}"
+    rows = zip(found.samples, found.weights, found.estimated, found.measured, strict=True)
+    for sample, weight, estimated, measured in rows:
+        yield f"{sample:8d} {weight:10.4f} {estimated:14.6e} {measured:14.6e}"
+    yield (
+        f"correlation {found.correlation:.4f}   relative error {found.relative_error:.3e}   "
+        f"noise of brute force {found.noise:.3e}"
+    )

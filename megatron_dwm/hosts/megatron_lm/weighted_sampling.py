@@ -1,0 +1,381 @@
+"""Documents drawn by weight (`--dwm-sampling weights`): what the run adds to the data sets.
+
+Which weights hold from which sample on is the run's history, a list of stages for each training
+data set. It is in the checkpoint, and the weight files that it names are kept in the run's folder
+(`SAVE/dwm_weights`), so that a resumed run plans what this one did whatever became of the files
+beside the data.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import numpy
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
+from megatron.training import training
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron_dwm.config import DWMConfig
+from megatron_dwm.data.epoch_plan import PLAN_VERSION
+from megatron_dwm.data.index import read_index
+from megatron_dwm.data.weight_file import WeightFile, read_weights, weights_path
+from megatron_dwm.data.weighted_dataset import (
+    DocumentWeights,
+    SamplingSettings,
+    Stage,
+    WeightedSampling,
+    lengths_digest,
+    weighted,
+)
+from megatron_dwm.errors import DWMError
+from megatron_dwm.hosts.megatron_lm.checks import training_prefixes
+from megatron_dwm.hosts.megatron_lm.rebind import rebound
+
+FOLDER = "dwm_weights"
+
+
+class Sampling:
+    """Weighted sampling of one run.
+
+    Args:
+        config: settings.
+        run: Megatron's arguments.
+        printer: prints one line, on one rank.
+
+    Attributes:
+        domain_names: of the numbers in the batches' `domain_id`; grows when a new weight file
+            names new domains.
+    """
+
+    def __init__(self, config: DWMConfig, run: Any, printer: Callable[[str], None]) -> None:
+        self.run, self.printer = run, printer
+        self.prefixes = training_prefixes(run)
+        self.settings = SamplingSettings(
+            weights=self._weights,
+            stages={},
+            method="independent" if config.sampling_draws == "independent" else "systematic",
+            max_repeats=config.sampling_max_repeats,
+        )
+        self.domain_names: list[str] = []
+        self._domain_numbers: dict[str, int] = {}
+        self._files: dict[tuple[str, str], DocumentWeights] = {}
+        self._train_sets: list[Any] = []
+        self._in_force: dict[str, str] = {}
+        self._resumed = False
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the history and all else that the plan follows from, as plain values."""
+        return {
+            "stages": {
+                path: [(stage.start, stage.digest) for stage in stages]
+                for path, stages in self.settings.stages.items()
+            },
+            "rules": self._rules,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over the history of a checkpoint.
+
+        Raises:
+            DWMError: the run has other data or other rules of drawing, under which the samples
+                read so far could not be told from those to come.
+        """
+        saved, rules = state["rules"], self._rules
+        different = [
+            f"{name} was {saved.get(name)} and is {value}"
+            for name, value in rules.items()
+            if saved.get(name) != value
+        ]
+        if different:
+            raise DWMError(
+                f"--dwm-sampling weights: the run in {self.run.load} drew otherwise: "
+                f"{'; '.join(different)}. Give the same, or start anew with --finetune"
+            )
+        self._resumed = True
+        self.settings.stages = {
+            path: [Stage(int(start), digest) for start, digest in stages]
+            for path, stages in state["stages"].items()
+        }
+
+    @cached_property
+    def _rules(self) -> dict[str, Any]:
+        """What must stay the same for a plan to be followed, named as a user knows it."""
+        blend, per_split = get_blend_and_blend_per_split(self.run)
+        shares = (blend or per_split[0])[1]
+        return {
+            "the version of the plan": PLAN_VERSION,
+            "the training data": self.prefixes,
+            "its shares": None if shares is None else [float(share) for share in shares],
+            "its documents": [
+                lengths_digest(read_index(p).sequence_lengths) for p in self.prefixes
+            ],
+            "--split": self.run.split if blend is not None else None,
+            "--seed": self.run.seed,
+            "--seq-length": self.run.seq_length,
+            "--dwm-sampling-draws": self.settings.method,
+            "--dwm-sampling-max-repeats": self.settings.max_repeats,
+        }
+
+    # ------------------------------------------------------------------ building and changing
+
+    def build_data_iterators(self, stock: Any, provider: Any) -> Any:
+        """Builds the trainer's data iterators with documents drawn by weight."""
+        digests = self._in_force = self._current_digests()
+        # If not, only some ranks call it.
+        is_distributed = getattr(provider, "is_distributed", False)
+
+        def with_weights(*args: Any, **kwargs: Any) -> Any:
+            datasets = provider(*args, **kwargs)
+            # Of several chunks of a virtual pipeline the first one brings the history up to date.
+            changed = self._take_over(datasets[0], digests, is_distributed)
+            self.settings.stages.update(changed)
+            self._train_sets.append(datasets[0])
+            return datasets
+
+        with_weights.is_distributed = is_distributed  # type: ignore[attr-defined]
+        if not self._resumed:
+            self.settings.stages = {path: [Stage(0, digests[path])] for path in self.prefixes}
+        if self.run.save and torch.distributed.get_rank() == 0:
+            self._keep_history()
+        for path, stages in self.settings.stages.items():
+            # So that domains have the same numbers on every rank, whichever of them read data.
+            for digest in [*(stage.digest for stage in stages), digests[path]]:
+                self._weights(path, digest)
+        with rebound(
+            BlendedMegatronDatasetBuilder,
+            "__init__",
+            ("self", "cls", "sizes", "is_built_on_rank", "config"),
+            self._make_builder,
+        ):
+            return stock(with_weights)
+
+    def at_stage(self, data_iterator: Any) -> None:
+        """Looks for new weight files; where there are, the rest of the run is planned by them.
+
+        Args:
+            data_iterator: the trainer's, which goes on with the samples of the new plan.
+        """
+        self._resumed = True
+        try:
+            digests = self._current_digests()
+        except DWMError as error:
+            # The weights in force are safe in the run's folder, and so is the training.
+            self.printer(f"WARNING: DWM: documents are drawn as before, as {error}")
+            return
+        if digests == self._in_force:
+            return
+        self._in_force = digests
+        for path, digest in digests.items():
+            self._weights(path, digest)
+        iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
+        # A provider without `is_distributed` is called on the ranks that read data only.
+        datasets = self._train_sets or [None] * len(iterators)
+        changed: dict[str, list[Stage]] = {}
+        for dataset, iterator in zip(datasets, iterators, strict=True):
+            # Each chunk of a virtual pipeline has data sets of its own, with the same history.
+            changed.update(self._take_over(dataset, digests, everywhere=True))
+            if iterator is not None:
+                consumed = self.run.consumed_train_samples
+                loader = training.build_pretraining_data_loader(dataset, consumed)
+                iterator.iterable = iter(loader)
+                iterator.advance()
+        self.settings.stages.update(changed)
+
+    def _make_builder(
+        self, stock: Any, builder: Any, cls: Any, sizes: Any, is_built_on_rank: Any, config: Any
+    ) -> None:
+        if isinstance(cls, type) and issubclass(cls, GPTDataset):
+            if not issubclass(cls, MockGPTDataset):
+                _check_class(cls)
+                config.dwm_sampling = self.settings
+                cls = weighted(cls)
+        stock(builder, cls, sizes, is_built_on_rank, config)
+
+    def _take_over(
+        self, dataset: Any, digests: dict[str, str], everywhere: bool
+    ) -> dict[str, list[Stage]]:
+        """Begins a new stage in every data set whose weight file is not the one in force.
+
+        Args:
+            dataset: the training data: a blend, one data set, or None on ranks without.
+            digests: of the current weight files.
+            everywhere: whether all ranks call this; then rank 0 plans, and the others find the
+                plan in the cache.
+
+        Returns:
+            The history of the data sets that have begun one.
+
+        Raises:
+            DWMError: on every rank when rank 0 cannot plan by the new weights.
+        """
+        if not everywhere:
+            return self._begin_stages(dataset, digests)
+        found: list[Any] = [None]
+        if torch.distributed.get_rank() == 0:
+            try:
+                found = [self._begin_stages(dataset, digests)]
+            except (DWMError, OSError) as error:
+                found = [str(error)]
+        torch.distributed.broadcast_object_list(found, src=0)
+        if isinstance(found[0], str):
+            raise DWMError(found[0])
+        if torch.distributed.get_rank() == 0:
+            return found[0]
+        # A rank of another pipeline stage may have data where rank 0 has none.
+        return {**found[0], **self._begin_stages(dataset, digests)}
+
+    def _begin_stages(self, dataset: Any, digests: dict[str, str]) -> dict[str, list[Stage]]:
+        """Does so on this rank; samples of a run that did not draw by weight count as not seen."""
+        changed = {}
+        for part, position in parts_of(dataset, self.run.consumed_train_samples):
+            if not isinstance(part, WeightedSampling):
+                raise DWMError(
+                    f"--dwm-sampling weights needs Megatron's GPTDataset (or a class derived from "
+                    f"it), but the script's training data is {type(part).__name__}",
+                    this_rank_only=True,
+                )
+            path = part.dataset_path
+            stages, digest = self.settings.stages[path], digests[path]
+            if self._resumed and stages[-1].digest != digest:
+                changed[path] = [*stages, Stage(position, digest)]
+            elif not self._resumed and position > 0 and stages[-1].start != position:
+                changed[path] = [Stage(position, digest)]
+            else:
+                continue
+            self.printer(
+                f"DWM: {path} is drawn by new weights from its sample {position} on "
+                f"(weight file {digest[:12]})"
+            )
+            part.use_stages(changed[path])
+        return changed
+
+    # ------------------------------------------------------------------ weight files
+
+    def _current_digests(self) -> dict[str, str]:
+        """Returns the digest of each data set's weight file, the same on every rank.
+
+        Rank 0 reads them, and keeps a copy in the run's folder, which the others then read: a
+        file that is replaced meanwhile cannot make ranks differ.
+        """
+        found: list[Any] = [None]
+        if torch.distributed.get_rank() == 0:
+            try:
+                found = [{path: self._keep(path) for path in self.prefixes}]
+            except (DWMError, OSError) as error:
+                found = [str(error)]
+        torch.distributed.broadcast_object_list(found, src=0)
+        if isinstance(found[0], str):
+            raise DWMError(found[0])
+        return found[0]
+
+    def _keep(self, prefix: str) -> str:
+        """Copies a data set's weight file to the run's folder; returns its digest."""
+        file = read_weights(weights_path(prefix), read_index(prefix))
+        if self.run.save:
+            self._copy(file)
+        return file.digest
+
+    def _keep_history(self) -> None:
+        """Copies the weight files of a resumed run's history to this run's folder."""
+        for prefix, stages in self.settings.stages.items():
+            for stage in stages:
+                self._copy(self._find(prefix, stage.digest, read_index(prefix)))
+
+    def _copy(self, file: WeightFile) -> None:
+        path = os.path.join(self.run.save, FOLDER, f"{file.digest}.weights")
+        if os.path.exists(path):
+            return
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        shutil.copyfile(file.path, f"{path}.tmp")
+        if read_weights(f"{path}.tmp").digest != file.digest:
+            raise DWMError(f"{file.path} was changed while it was read; try again")
+        os.replace(f"{path}.tmp", path)
+
+    def _weights(self, prefix: str, digest: str) -> DocumentWeights:
+        """Returns the weights of a data set, by its weight file's digest.
+
+        Raises:
+            DWMError: no file with this digest is to be found.
+        """
+        known = self._files.get((prefix, digest))
+        if known is None:
+            index = read_index(prefix)
+            file = self._find(prefix, digest, index)
+            known = self._files[prefix, digest] = self._by_sequence(prefix, file, index)
+        return known
+
+    def _find(self, prefix: str, digest: str, index: Any) -> WeightFile:
+        folders = [os.path.join(f, FOLDER) for f in (self.run.save, self.run.load) if f]
+        places = [os.path.join(f, f"{digest}.weights") for f in folders] + [weights_path(prefix)]
+        for path in places:
+            if os.path.exists(path):
+                file = read_weights(path, index)
+                if file.digest == digest:
+                    return file
+        raise DWMError(
+            f"{prefix} was drawn by a weight file {digest[:12]}... that is none of "
+            f"{', '.join(places)}; put it back, or start anew with --finetune",
+            this_rank_only=True,
+        )
+
+    def _by_sequence(self, prefix: str, file: WeightFile, index: Any) -> DocumentWeights:
+        weights, domains, document_of = file.weights, file.domains, None
+        if index.sequences != index.documents:
+            sizes = numpy.diff(index.document_indices)
+            document_of = numpy.repeat(numpy.arange(index.documents), sizes)
+            weights = weights[document_of]
+            domains = None if domains is None else domains[document_of]
+        names = list(file.domain_names)
+        if domains is not None and not names:
+            # Bare numbers, of any size: numbered anew, -1 stays.
+            found, domains = numpy.unique(domains, return_inverse=True)
+            names = [str(number) for number in found[found >= 0]]
+            domains = domains - int(found[0] < 0)
+        # A document without a domain belongs to its data set.
+        numbers = [self._number_of(name) for name in [*names, os.path.basename(prefix)]]
+        return DocumentWeights(weights, domains, numpy.array(numbers), document_of)
+
+    def _number_of(self, domain: str) -> int:
+        if domain not in self._domain_numbers:
+            self._domain_numbers[domain] = len(self.domain_names)
+            self.domain_names.append(domain)
+        return self._domain_numbers[domain]
+
+
+def _check_class(cls: type) -> None:
+    """Refuses a data set class that finds its samples in a way of its own."""
+    for name in (
+        "_build_document_sample_shuffle_indices",
+        "_query_document_sample_shuffle_indices",
+    ):
+        if getattr(cls, name) not in (
+            getattr(GPTDataset, name),
+            getattr(WeightedSampling, name),
+        ):
+            raise DWMError(
+                f"--dwm-sampling weights would replace {cls.__name__}.{name}, which finds samples "
+                "in a way of its own (as --fim-data does); leave one of them out"
+            )
+
+
+def parts_of(dataset: Any, consumed: int) -> list[tuple[Any, int]]:
+    """Returns the data sets of a blend, each with how many of its samples have been read.
+
+    Args:
+        dataset: a `BlendedDataset`, one data set, or None.
+        consumed: samples that have been read of the whole.
+    """
+    if dataset is None:
+        return []
+    if not hasattr(dataset, "dataset_index"):
+        return [(dataset, consumed)]
+    counts = numpy.bincount(dataset.dataset_index[:consumed], minlength=len(dataset.datasets))
+    return [(part, int(n)) for part, n in zip(dataset.datasets, counts, strict=True)]

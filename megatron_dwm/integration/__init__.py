@@ -1,1 +1,0 @@
-"""The only place that rebinds a name of Megatron's trainer: checked, and restored on exit."""

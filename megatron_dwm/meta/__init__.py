@@ -1,1 +1,0 @@
-"""Meta-gradients: optimizer Jacobians, per-sample influence, their collectives and a probe."""

@@ -1,0 +1,287 @@
+"""Per-sample influence from hooks on the layers' inputs and output gradients: exact, one pass.
+
+`c_i = <v, g_i>` is summed layer by layer, by the rule of each (`rules`), during one forward and
+backward of the step's micro-batches without weight gradients (3 forwards' worth of arithmetic), or
+during the training pass itself when v is known before it (one more forward's worth).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
+from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
+from megatron.core.utils import unwrap_model
+
+from megatron_dwm.core import collectives
+from megatron_dwm.errors import DWMError
+from megatron_dwm.meta_gradient.ghost.rule import Call, Direction, GhostRule
+from megatron_dwm.meta_gradient.ghost.rules import rule_of
+
+
+class Ghost:
+    """The layers of the LLM on this rank, with the formula of each.
+
+    Args:
+        model: DDP-wrapped model chunks.
+        config: the LLM's `TransformerConfig`.
+        groups: the LLM's process groups.
+        micro_batch_size: b.
+        device: where results are summed.
+
+    Raises:
+        DWMError: a trained parameter of this rank has no formula; it is named.
+    """
+
+    def __init__(
+        self,
+        model: list[Any],
+        config: Any,
+        groups: Any,
+        micro_batch_size: int,
+        device: torch.device,
+    ) -> None:
+        uncovered = uncovered_parameters(model)
+        if uncovered:
+            raise DWMError(refusal(uncovered), this_rank_only=True)
+        self.config, self.groups, self.device = config, groups, device
+        self.micro_batch_size = micro_batch_size
+        self.chunks: list[torch.nn.Module] = unwrap_model(model)
+        # (number of the chunk, name, module, rule)
+        self.layers: list[tuple[int, str, torch.nn.Module, GhostRule]] = []
+        self.names: dict[int, str] = {}
+        for number, chunk in enumerate(self.chunks):
+            self.names.update((id(p), name) for name, p in chunk.named_parameters())
+            for name, module in chunk.named_modules():
+                rule = rule_of(module)
+                if rule is not None and _takes_part(module):
+                    self.layers.append((number, name, module, rule))
+
+    def share(self, parameter: torch.nn.Parameter) -> float:
+        """Returns how much a replicated parameter's term counts on this tensor-parallel rank.
+
+        By the rules of Megatron's `finalize_model_grads`: parameters of which each rank sees
+        only a part of the gradient are summed (or averaged) over tensor parallelism; the others
+        have equal gradients on all its ranks and count on the first only.
+        """
+        tp = self.groups.tp
+        if tp.size() == 1 or getattr(parameter, "tensor_model_parallel", False):
+            return 1.0
+        if getattr(parameter, "average_gradients_across_tp_domain", False):
+            return 1.0 / tp.size()
+        if self.config.sequence_parallel and getattr(parameter, "sequence_parallel", False):
+            return 1.0
+        name = self.names[id(parameter)]
+        if self.config.qk_layernorm and ("q_layernorm" in name or "k_layernorm" in name):
+            return 1.0
+        return 1.0 if tp.rank() == 0 else 0.0
+
+    @contextlib.contextmanager
+    def recording(self, v: Direction, num_microbatches: int) -> Iterator[Callable[[], Any]]:
+        """Within it, passes of the LLM are recorded.
+
+        Args:
+            v: the direction of each parameter, None for those that are not trained.
+            num_microbatches: m.
+
+        Yields:
+            A function that returns this rank's part of `<v, d loss / d theta>` for each local
+            sample, `[m * b]` float32, with `loss` as the schedule differentiates it.
+
+        Raises:
+            DWMError: (from the function) a layer took part in the loss in a way that the hooks
+                did not see, so that a sum would miss its terms.
+        """
+        shape = (len(self.layers), num_microbatches, self.micro_batch_size)
+        handles: list[Any] = []
+        if not any(p.requires_grad for chunk in self.chunks for p in chunk.parameters()):
+            # Without weight gradients the backward pass would end before it got there.
+            for module in (m for chunk in self.chunks for m in chunk.modules()):
+                if isinstance(module, VocabParallelEmbedding | torch.nn.Embedding):
+                    handles.append(module.register_forward_hook(_begin_graph))
+        found = torch.zeros(shape, dtype=torch.float32, device=self.device)
+        passes, seen = [0] * len(self.chunks), [0] * len(self.layers)
+        for row, (_, _, module, rule) in enumerate(self.layers):
+            hook = self._hook(row, rule, v, found, seen, num_microbatches)
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        for number, chunk in enumerate(self.chunks):
+            handles.append(chunk.register_forward_pre_hook(_counter(passes, number)))
+
+        def total() -> torch.Tensor:
+            self._check(passes, seen, num_microbatches)
+            return found.double().sum(0).float().view(-1)
+
+        try:
+            yield total
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check(self, passes: list[int], seen: list[int], num_microbatches: int) -> None:
+        """Raises unless every layer took part exactly once in each pass of its chunk."""
+        for (number, name, module, _), count in zip(self.layers, seen, strict=True):
+            if count != passes[number] or not count:
+                raise DWMError(
+                    f"--dwm-estimator ghost: layer '{name}' ({type(module).__name__}) was seen "
+                    f"{count} times in {passes[number]} micro-batches, so its parameters' part of "
+                    "the meta-gradient is not known; use --dwm-estimator finite_difference",
+                    this_rank_only=True,
+                )
+        # The trainer's rerun machine may take all of the step's passes again.
+        rerun = get_rerun_state_machine().get_mode() != RerunMode.DISABLED
+        for count in passes:
+            if count != num_microbatches and (not rerun or count % num_microbatches):
+                raise DWMError(
+                    f"--dwm-estimator ghost: the model ran {count} times in {num_microbatches} "
+                    "micro-batches, so it is not known which samples it was given; use "
+                    "--dwm-estimator finite_difference",
+                    this_rank_only=True,
+                )
+
+    def _hook(
+        self,
+        row: int,
+        rule: GhostRule,
+        v: Direction,
+        found: torch.Tensor,
+        seen: list[int],
+        num_microbatches: int,
+    ) -> Callable[..., None]:
+        """Returns a forward hook that hangs the layer's formula on its output's gradient.
+
+        Micro-batches reach a layer, forward and backward, in their order, so a count tells which
+        one it is. The first forward of a recomputed layer runs without gradients and is not one.
+        If the trainer's rerun machine takes the step's passes again, the last ones hold.
+        """
+        calls = 0
+
+        def hook(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            nonlocal calls
+            output = output[0] if isinstance(output, tuple) else output
+            if not torch.is_grad_enabled() or not isinstance(output, torch.Tensor):
+                return  # not a tensor: a fused implementation that does not show it
+            if not output.requires_grad:
+                return
+            x = args[0] if args else next(iter(kwargs.values()))
+            weight = args[1] if len(args) > 1 else kwargs.get("weight")
+            samples = rule.samples(module)
+            weight = module.weight if weight is None else weight
+            call = Call(module, x.detach(), weight, samples)
+            k = calls % num_microbatches
+            calls += 1
+
+            def record(grad: torch.Tensor) -> None:
+                problem = samples.problem(grad, self.micro_batch_size)
+                if problem is not None:
+                    raise DWMError(
+                        f"--dwm-estimator ghost: layer '{self.layers[row][1]}' has an output of "
+                        f"{problem}; use --dwm-estimator finite_difference",
+                        this_rank_only=True,
+                    )
+                with torch.no_grad():
+                    found[row, k] = rule.formula(call, grad, v, self.share)
+                seen[row] += 1
+
+            output.register_hook(record)
+
+        return hook
+
+
+def _takes_part(module: torch.nn.Module) -> bool:
+    """Returns whether a layer has trained parameters, or is given them (tied embeddings)."""
+    if isinstance(module, ColumnParallelLinear) and getattr(module, "weight", None) is None:
+        return True
+    return any(p.requires_grad for p in module.parameters(recurse=False))
+
+
+def _begin_graph(module: Any, args: tuple, output: torch.Tensor) -> None:
+    if torch.is_grad_enabled():
+        output.requires_grad_()
+
+
+def _counter(passes: list[int], number: int) -> Callable[..., None]:
+    def count(*_: Any) -> None:
+        passes[number] += torch.is_grad_enabled()
+
+    return count
+
+
+@contextlib.contextmanager
+def frozen_parameters(model: list[Any], config: Any) -> Iterator[None]:
+    """Within it, backward passes make no weight gradients and reduce none."""
+    trained = [p for chunk in model for p in chunk.parameters() if p.requires_grad]
+    names = ("finalize_model_grads_func", "grad_sync_func")
+    kept = {name: getattr(config, name) for name in names}
+    for name in names:
+        setattr(config, name, None)
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for name, value in kept.items():
+            setattr(config, name, value)
+
+
+def estimate(
+    ghost: Ghost, v: Direction, num_microbatches: int, model: list[Any], run: Callable[[], None]
+) -> torch.Tensor:
+    """Returns `<v, d loss / d theta>` of each local sample by a pass of its own.
+
+    Args:
+        ghost: the layers.
+        v: the direction of each parameter.
+        num_microbatches: m.
+        model: DDP-wrapped chunks, at the parameters where the gradients are wanted.
+        run: runs the trainer's forward and backward over the step's micro-batches.
+
+    Returns:
+        `[m * b]` float32, complete on every rank of the model-parallel group; `loss` as the
+        schedule differentiates it, before DDP or the global token count scale it.
+    """
+    with (
+        frozen_parameters(model, ghost.config),
+        ghost.recording(v, num_microbatches) as total,
+    ):
+        run()
+        local = total()
+    return collectives.sum_over_model_parallel(local, ghost.groups.mp)
+
+
+def uncovered_parameters(model: list[Any]) -> list[str]:
+    """Returns trained parameters of this rank that no formula covers, each with the reason."""
+    found = []
+    for chunk in unwrap_model(model):
+        experts = [
+            f"{name}."
+            for name, module in chunk.named_modules()
+            if type(module).__name__.endswith("MoELayer")
+        ]
+        for prefix, module in chunk.named_modules():
+            known = rule_of(module) is not None
+            for name, parameter in module.named_parameters(recurse=False):
+                full = f"{prefix}.{name}" if prefix else name
+                if not parameter.requires_grad:
+                    continue
+                if any(full.startswith(layer) for layer in experts):
+                    found.append(
+                        f"the parameter {full} (in a mixture-of-experts layer, where tokens are no "
+                        "longer in the order of the samples)"
+                    )
+                elif not known:
+                    found.append(f"the parameter {full} (of a {type(module).__name__})")
+    return found
+
+
+def refusal(uncovered: list[str]) -> str:
+    """Returns the error for parameters that are not covered."""
+    more = f" and {len(uncovered) - 1} more" if len(uncovered) > 1 else ""
+    return (
+        f"--dwm-estimator ghost does not cover {uncovered[0]}{more}; use "
+        "--dwm-estimator finite_difference"
+    )

@@ -1,0 +1,155 @@
+"""What a layer type says of itself for per-sample inner products `<v, g_i>`: a `GhostRule`.
+
+Every layer here is linear in its own parameters, so `<v, dl_i/dp>` is the gradient of its output
+times what the layer would give with v in place of p, summed over the sample's tokens: for a linear
+layer `sum_t <grad_out_t, V x_t>`. No per-sample gradient is ever formed. Source: ghost dot
+products (In-Run Data Shapley, arXiv 2406.11011), here with an arbitrary direction v, for every
+layer of GPT and Llama models, and under tensor and sequence parallelism.
+
+Shapes: s tokens, b samples of a micro-batch; inside the transformer `[s, b, ...]`, in the
+embeddings `[b, s, h]`. Under sequence parallelism a norm sees `[s / tp, b, h]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+Direction = Callable[[torch.nn.Parameter], torch.Tensor | None]
+Share = Callable[[torch.nn.Parameter], float]
+
+
+class SampleMap(Protocol):
+    """Which sample each entry of a layer's input and output belongs to."""
+
+    def dot(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Returns each sample's inner product of two tensors of one shape, `[b]` float32."""
+        ...
+
+    def none(self, like: torch.Tensor) -> torch.Tensor:
+        """Returns the zeros `[b]` of a term that is missing, on the device of a tensor."""
+        ...
+
+    def problem(self, grad: torch.Tensor, samples: int) -> str | None:
+        """Returns why an output's gradient cannot be that of so many samples; None if it can."""
+        ...
+
+
+@dataclass(frozen=True)
+class ByDimension:
+    """One dimension counts the samples: 1 inside the transformer, 0 in the embeddings."""
+
+    dim: int = 1
+
+    def dot(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """As `SampleMap.dot`."""
+        return (a.float() * b).sum([d for d in range(a.dim()) if d != self.dim])
+
+    def none(self, like: torch.Tensor) -> torch.Tensor:
+        """As `SampleMap.none`."""
+        return torch.zeros(like.size(self.dim), dtype=torch.float32, device=like.device)
+
+    def problem(self, grad: torch.Tensor, samples: int) -> str | None:
+        """As `SampleMap.problem`."""
+        if grad.size(self.dim) == samples:
+            return None
+        return f"shape {list(grad.shape)}, not {samples} samples in dimension {self.dim}"
+
+
+@dataclass(frozen=True)
+class ByRow:
+    """Each row of the first dimension belongs to a sample of its own, as in an expert's input.
+
+    Attributes:
+        samples: `[rows]` integers, the sample of each row; -1 for rows of padding.
+        count: b.
+    """
+
+    samples: torch.Tensor
+    count: int
+
+    def dot(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """As `SampleMap.dot`."""
+        rows = (a.float() * b).flatten(1).sum(1)
+        found = torch.zeros(self.count + 1, dtype=torch.float32, device=rows.device)
+        # What is padding lands behind the last sample.
+        return found.index_add_(0, self.samples % (self.count + 1), rows)[: self.count]
+
+    def none(self, like: torch.Tensor) -> torch.Tensor:
+        """As `SampleMap.none`."""
+        return torch.zeros(self.count, dtype=torch.float32, device=like.device)
+
+    def problem(self, grad: torch.Tensor, samples: int) -> str | None:
+        """As `SampleMap.problem`."""
+        if (grad.size(0), self.count) == (self.samples.numel(), samples):
+            return None
+        return f"shape {list(grad.shape)}, not {self.samples.numel()} rows of {samples} samples"
+
+
+@dataclass
+class Call:
+    """One forward call of a layer.
+
+    Attributes:
+        module: the layer.
+        x: its first input.
+        weight: the weight that it used; not always its own (tied embeddings).
+        samples: which sample each entry of input and output belongs to.
+    """
+
+    module: Any
+    x: torch.Tensor
+    weight: torch.nn.Parameter
+    samples: SampleMap = ByDimension()
+
+
+Formula = Callable[[Call, torch.Tensor, Direction, Share], torch.Tensor]
+
+
+def one_dimension(module: torch.nn.Module) -> SampleMap:
+    """Returns the map of layers inside the transformer, `[s, b, ...]`."""
+    return ByDimension(1)
+
+
+@dataclass(frozen=True)
+class GhostRule:
+    """How a type of layer takes part in `<v, g_i>`.
+
+    Attributes:
+        formula: `(call, grad, v, share) -> [b]` float32, this rank's part of `<v, g_i>`: `grad` is
+            the gradient of the call's (first) output, `v(parameter)` the direction in the
+            parameter's shape or None where it is not trained, `share(parameter)` how much the term
+            of a parameter that tensor-parallel ranks replicate counts on this rank.
+        samples: the sample map of a layer, asked at each of its forward calls.
+    """
+
+    formula: Formula
+    samples: Callable[[torch.nn.Module], SampleMap] = one_dimension
+
+
+# ------------------------------------------------------------------------- shared by formulas
+
+
+def tensor_parallel_group(module: Any) -> Any:
+    """Returns the group that holds the parts of a layer; None where it is whole."""
+    group = getattr(module, "tp_group", None)
+    return None if group is None or group.size() == 1 else group
+
+
+def own_part(whole: torch.Tensor, group: Any) -> torch.Tensor:
+    """Returns this rank's part of the last dimension."""
+    return whole if group is None else whole.chunk(group.size(), dim=-1)[group.rank()]
+
+
+def bias_dot(call: Call, grad: torch.Tensor, v: Direction, share: Share) -> torch.Tensor:
+    """Returns the term of a bias, which has the output's gradient, even if it is added later."""
+    bias = getattr(call.module, "bias", None)
+    # Transformer Engine keeps an empty tensor where there is no bias.
+    direction = v(bias) if isinstance(bias, torch.nn.Parameter) and bias.numel() else None
+    part = 0.0 if direction is None else share(bias)
+    if direction is None or not part:
+        return call.samples.none(grad)
+    return part * call.samples.dot(grad, direction)

@@ -1,0 +1,135 @@
+"""How an optimizer's step is pulled back: `OptimizerRule`, and which optimizers have one.
+
+A rule turns the gradient h of the meta loss by the parameters into `(dU/dG)^T h`, where U is the
+step as a function of the gradient G. It gets whole slices and returns whole slices: nothing says
+that the Jacobian is a diagonal. Clipping by the global norm is not the rule's: see `pull_back`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from megatron_dwm.core.optimizers import ParamShard, is_distributed, leaf_optimizers, shards
+from megatron_dwm.errors import DWMError
+from megatron_dwm.meta_gradient.optimizers.adam import AdamRule
+from megatron_dwm.meta_gradient.optimizers.sgd import SGDRule
+
+
+class OptimizerRule(Protocol):
+    """What the meta-gradient has to know of an optimizer.
+
+    Attributes:
+        needs_gradient: whether the Jacobian depends on the gradient of the step.
+    """
+
+    needs_gradient: bool
+
+    def refusal(self, leaf: Any) -> str | None:
+        """Returns why a Megatron optimizer of this kind cannot be read; None where it can."""
+        ...
+
+    def has_stepped(self, shard: ParamShard) -> bool:
+        """Returns whether the state is there that `pull_back_ahead` needs."""
+        ...
+
+    def pull_back(
+        self, shard: ParamShard, lr: float, grad: torch.Tensor | None, h: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns `(dU/dG')^T h` of a slice, after the step and before the next one.
+
+        Args:
+            shard: the slice.
+            lr: the learning rate that the step used.
+            grad: `[k]` float32, the (clipped) gradient G' that it was stepped with; None where
+                the rule does not need it.
+            h: `[k]`, left as it is.
+        """
+        ...
+
+    def pull_back_ahead(self, shard: ParamShard, lr: float, h: torch.Tensor) -> torch.Tensor:
+        """Returns what `pull_back` is expected to give for the coming step.
+
+        Args:
+            shard: the slice, after at least one step.
+            lr: the learning rate of the coming step.
+            h: `[k]`, left as it is.
+        """
+        ...
+
+
+_RULES: dict[str, OptimizerRule] = {"adam": AdamRule(), "sgd": SGDRule()}
+
+
+def register(name: str, rule: OptimizerRule) -> None:
+    """Adds the rule of an optimizer, in the place of one that is there.
+
+    To be called before the training starts, such as in the module of one's own policy.
+
+    Args:
+        name: as `--optimizer` has it.
+        rule: how its step is pulled back.
+    """
+    _RULES[name] = rule
+
+
+def rule_of(shard: ParamShard) -> OptimizerRule:
+    """Returns the rule of the optimizer that steps a slice."""
+    return _RULES[shard.optimizer.config.optimizer]
+
+
+def has_stepped(optimizer: Any) -> bool:
+    """Returns whether the optimizer has the state of an earlier step on this rank."""
+
+    def stepped(shard: ParamShard) -> bool:
+        rule = _RULES.get(shard.optimizer.config.optimizer)
+        return shard.steps() > 0 if rule is None else rule.has_stepped(shard)
+
+    return all(map(stepped, shards(optimizer)))
+
+
+def check_supported(optimizer: Any, kind: str) -> None:
+    """Refuses optimizers whose Jacobian is not known.
+
+    Args:
+        optimizer: the Megatron optimizer that the trainer built.
+        kind: `--dwm-jacobian`; `identity` needs nothing of the optimizer.
+
+    Raises:
+        DWMError: names the optimizer or the flag, and the way out.
+    """
+    for leaf in leaf_optimizers(optimizer):
+        if leaf.config.fp16:
+            raise DWMError("--fp16 is not supported with a learned --dwm-policy; use --bf16")
+        problem = None if kind == "identity" else _why_unknown(leaf)
+        if problem:
+            raise DWMError(
+                f"{problem}; use --dwm-jacobian identity (the optimizer taken for plain SGD) or "
+                "--dwm-policy uniform"
+            )
+
+
+def _why_unknown(leaf: Any) -> str | None:
+    """Returns why the Jacobian of a Megatron optimizer is not known, None where it is."""
+    config = leaf.config
+    rule = _RULES.get(config.optimizer)
+    if rule is None:
+        known = " and ".join(sorted(_RULES))
+        return (
+            f"--optimizer {config.optimizer}: its Jacobian is not known to the meta-gradient, only "
+            f"those of {known} are"
+        )
+    if config.optimizer_cpu_offload:
+        return (
+            "--optimizer-cpu-offload keeps gradients and states where the meta-gradient cannot "
+            "read them"
+        )
+    problem = rule.refusal(leaf)
+    if problem is not None or config.use_precision_aware_optimizer:
+        return problem
+    if hasattr(leaf, "fp32_from_float16_groups") or is_distributed(leaf):
+        return None
+    if type(leaf).__name__ != "FP32Optimizer":
+        return f"Megatron optimizer {type(leaf).__name__}: its states are not known"
+    return None

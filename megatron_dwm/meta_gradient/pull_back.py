@@ -1,0 +1,173 @@
+"""From the meta loss's gradient h to `v = (dU/dG)^T h`: how the meta loss sees the gradient G.
+
+`theta+ = theta + U(clip(sum_i w_i g_i))`, so `dL_meta/dw_i = <h, dU/dG g_i> = <v, g_i>` with
+h taken at theta+. v lives in the model's gradient buffers (`main_grad`), full on every rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_dwm.core import collectives
+from megatron_dwm.core.optimizers import ParamShard, all_leaves, shards
+from megatron_dwm.meta_gradient.optimizers.derivatives import clip_projection
+from megatron_dwm.meta_gradient.optimizers.rules import rule_of
+
+
+@dataclass
+class InnerStep:
+    """What has to be kept of an optimizer step to differentiate it.
+
+    The gradient only, 4 bytes an element that this rank steps: the moments stay with the
+    optimizer until its next step, and the Jacobian is computed from both when h is there.
+
+    Attributes:
+        entries: for each slice that this rank steps: the slice and the (clipped) gradient that it
+            was stepped with, `[k]` float32, None where the Jacobian does not need it.
+        lrs: the step's learning rates, by the id of the group.
+        clip: `(a, b)` of `clip_projection`.
+        optimizers: the Megatron optimizers, those without a share on this rank too.
+    """
+
+    entries: list[tuple[ParamShard, torch.Tensor | None]]
+    lrs: dict[int, float]
+    clip: tuple[float, float]
+    optimizers: list[Any]
+
+    @classmethod
+    @torch.no_grad()
+    def capture(cls, optimizer: Any, lrs: dict[int, float], grad_norm: float | None) -> InnerStep:
+        """Reads the optimizer right after its step, before its gradients are overwritten.
+
+        Args:
+            optimizer: Megatron's optimizer.
+            lrs: `learning_rates(optimizer)` from before the step.
+            grad_norm: global norm before clipping, as the trainer reports it.
+        """
+        leaves = all_leaves(optimizer)
+        clip = clip_projection(float(grad_norm or 0.0), leaves[0].config.clip_grad)
+        entries = [
+            (s, s.stepped_grad().clone() if clip[1] or rule_of(s).needs_gradient else None)
+            for s in shards(optimizer)
+        ]
+        return cls(entries, lrs, clip, leaves)
+
+    @torch.no_grad()
+    def pull_back(self, model: list[Any], device: torch.device) -> None:
+        """Replaces h in the gradient buffers by v, completes v on every rank, forgets the step.
+
+        Args:
+            model: the DDP-wrapped chunks whose `main_grad` hold h, reduced over data parallelism
+                (with the distributed optimizer: this rank's shard of it).
+            device: of the parameters; a rank without any takes part in the sums.
+        """
+        a, b = self.clip
+        dot = self._dot_with_clipped_gradient(device) if b else 0.0
+        by_parameter: dict[int, list[tuple[ParamShard, torch.Tensor | None]]] = {}
+        for entry in self.entries:
+            by_parameter.setdefault(id(entry[0].model_param), []).append(entry)
+        self.entries = []
+
+        def apply(parameter: torch.nn.Parameter) -> None:
+            for shard, clipped in by_parameter.pop(id(parameter), ()):
+                h = shard.grad_slice()
+                h.copy_(rule_of(shard).pull_back(shard, self.lrs[id(shard.group)], clipped, h))
+                if clipped is not None:
+                    # The batch has no gradient there (a token that it does not contain), so no
+                    # sample of it that has a weight has: <v, g_i> is the same. Adam's dU/dG can be
+                    # lr / eps there, which would leave a finite difference along v nothing of all
+                    # other parameters.
+                    h.masked_fill_(clipped == 0, 0.0)
+                if a != 1.0:
+                    h.mul_(a)
+                if b and clipped is not None:
+                    h.add_(clipped.to(h.dtype), alpha=-b * dot)
+
+        _transform(model, apply)
+
+    def _dot_with_clipped_gradient(self, device: torch.device) -> float:
+        """Returns `<G', D h>` over the whole model, each parameter once."""
+        terms: dict[int, list[torch.Tensor]] = {id(o): [] for o in self.optimizers}
+        for shard, clipped in self.entries:
+            if shard.counts_in_norm() and clipped is not None:
+                lr, h = self.lrs[id(shard.group)], shard.grad_slice()
+                pulled = rule_of(shard).pull_back(shard, lr, clipped, h)
+                term = (pulled * clipped).sum().double()
+                terms[id(shard.optimizer)].append(term)
+        total = 0.0
+        for optimizer in self.optimizers:
+            mine = terms[id(optimizer)]
+            local = torch.stack(mine).sum() if mine else torch.zeros((), dtype=torch.float64)
+            group = optimizer.get_grad_stats_parallel_group()
+            total += collectives.sum_of_shards(local.to(device), group).item()
+        return total
+
+
+@torch.no_grad()
+def pull_back_before_step(optimizer: Any, lrs: dict[int, float], model: list[Any]) -> None:
+    """Replaces h, taken before the step, by v with the Jacobian that the step is expected to have.
+
+    The gradient of the coming step is not known yet. Adam's Jacobian is taken with the second
+    moment as it stands (a frozen preconditioner, as in OPUS, ICML 2026); SGD's does not
+    depend on the gradient and is exact. Clipping is left to the caller, which knows its factor
+    after the step; its projection is not applied.
+
+    Args:
+        optimizer: Megatron's optimizer, which must have taken a step before.
+        lrs: the coming step's learning rates.
+        model: as for `InnerStep.pull_back`.
+    """
+    by_parameter: dict[int, list[ParamShard]] = {}
+    for shard in shards(optimizer):
+        by_parameter.setdefault(id(shard.model_param), []).append(shard)
+
+    def apply(parameter: torch.nn.Parameter) -> None:
+        for shard in by_parameter.pop(id(parameter), ()):
+            h = shard.grad_slice()
+            h.copy_(rule_of(shard).pull_back_ahead(shard, lrs[id(shard.group)], h))
+
+    _transform(model, apply)
+
+
+@torch.no_grad()
+def pull_back_identity(lr: float, model: list[Any]) -> None:
+    """Replaces h by `v = -lr h` (`--dwm-jacobian identity`): any optimizer taken for plain SGD.
+
+    One learning rate for all parameters: which group a parameter is in, an unknown optimizer need
+    not tell.
+    """
+
+    def apply(parameter: torch.nn.Parameter) -> None:
+        parameter.main_grad.mul_(-lr)
+
+    _transform(model, apply)
+
+
+def _transform(model: list[Any], apply: Any) -> None:
+    """Applies a function to each parameter's `main_grad`, and completes it on every rank.
+
+    With the distributed optimizer a rank's own shards become right, and are gathered bucket by
+    bucket while the next bucket is worked on; at most two buckets' own shards are held for that.
+    """
+    handle = None
+    for chunk in model:
+        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+            for bucket in buffer.buckets:
+                for parameter in bucket.params_list:
+                    apply(parameter)
+                if handle is not None:
+                    handle.wait()
+                    handle = None
+                if buffer.ddp_config.use_distributed_optimizer:
+                    group = buffer.data_parallel_group
+                    handle = collectives.gather_shards(bucket.grad_data, group)
+    if handle is not None:
+        handle.wait()
+
+
+def trainable_parameters(model: list[Any]) -> list[torch.nn.Parameter]:
+    """Returns the parameters of the DDP-wrapped chunks that have a gradient buffer."""
+    return [p for chunk in model for p in chunk.parameters() if hasattr(p, "main_grad")]

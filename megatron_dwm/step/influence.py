@@ -1,0 +1,364 @@
+"""Passes B to D: the trainer's step, and how each sample's weight in it changes the meta loss.
+
+Two orders of the same passes (`--dwm-lookahead`):
+
+    next     B inner step, C meta gradient h at theta+, v = (dU/dG)^T h, D c_i = <v, g_i> at theta
+    current  C meta gradient h at theta, v with the Jacobian expected, B inner step, which is D too
+
+"next" is the exact derivative of the meta loss after the step. "current" saves pass D: it asks
+how the meta loss falls from theta on, and takes Adam's preconditioner before the step.
+
+Shapes: n samples on this data-parallel rank, N in the global batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.rerun_state_machine import RerunDataIterator
+from megatron.core.tensor_parallel.random import _get_all_rng_states
+
+from megatron_dwm.config import DWMConfig
+from megatron_dwm.core import collectives
+from megatron_dwm.core.batches import StepBatches
+from megatron_dwm.core.contexts import gathered_parameters, quiet, restore_rng
+from megatron_dwm.core.optimizers import learning_rates
+from megatron_dwm.core.trainee import Trainee, loss_scale
+from megatron_dwm.meta_gradient import finite_difference
+from megatron_dwm.meta_gradient.ghost import recording as ghost
+from megatron_dwm.meta_gradient.optimizers import derivatives as jacobian
+from megatron_dwm.meta_gradient.optimizers.rules import has_stepped
+from megatron_dwm.meta_gradient.pull_back import (
+    InnerStep,
+    pull_back_before_step,
+    pull_back_identity,
+    trainable_parameters,
+)
+from megatron_dwm.step.loss import Applied, PolicyWeights
+from megatron_dwm.step.passes import Passes
+
+# Given weights `[N]`, what makes them inside the forward step, or None on ranks without losses.
+type Weighing = torch.Tensor | PolicyWeights | None
+StockStep = Callable[[Any], tuple]
+
+
+@dataclass
+class Influence:
+    """What passes C and D found.
+
+    Attributes:
+        values: `[N]` float32, `c_i = dL_meta/dw_i`, on last-stage ranks; zeros elsewhere.
+        meta_loss: per token, on last-stage ranks.
+        lr: the inner step's largest learning rate.
+        quality: what the estimator can say of itself, for the log.
+    """
+
+    values: torch.Tensor
+    meta_loss: float
+    lr: float
+    quality: dict[str, float] = field(default_factory=dict)
+
+
+class MetaGradient:
+    """Takes the trainer's step and finds every sample's influence on the meta loss.
+
+    Args:
+        config: settings; `estimator` is resolved (not `auto`).
+        passes: the LLM's extra passes.
+    """
+
+    def __init__(self, config: DWMConfig, passes: Passes) -> None:
+        self.config, self.passes = config, passes
+        self._ghost: ghost.Ghost | None = None
+        self._has_stepped = False
+        self.applied = Applied()
+
+    def step(
+        self,
+        stock_step: StockStep,
+        trainee: Trainee,
+        batches: StepBatches,
+        weights: Weighing,
+        estimator: str | None = None,
+    ) -> tuple[tuple, Influence | None]:
+        """Takes one weighted step of the trainer with passes C and D.
+
+        Args:
+            stock_step: runs the trainer's own step on the data iterator it is given.
+            trainee: the LLM.
+            batches: the step's micro-batches.
+            weights: `[N]` weights or what makes them, None on ranks that see no losses.
+            estimator: instead of the configured one.
+
+        Returns:
+            The trainer's own result; the influence, None when the trainer skipped the step or
+            there is nothing to look ahead from yet.
+        """
+        with gathered_parameters(trainee):
+            if self.config.lookahead == "current":
+                return self._current(stock_step, trainee, batches, weights)
+            name = estimator or self.config.estimator
+            return self._next(stock_step, trainee, batches, weights, name)
+
+    def weighted_step(
+        self, stock_step: StockStep, batches: StepBatches, weights: Weighing
+    ) -> tuple[tuple, Applied]:
+        """Pass B: the trainer's own step under weights `[N]`, or under a policy's.
+
+        Returns:
+            The trainer's result, and what was applied to each micro-batch.
+        """
+        local: Weighing = None
+        if weights is not None and self.passes.sees_losses:
+            local = weights
+            if isinstance(weights, torch.Tensor):
+                local = self.passes.local_part(weights).view(get_num_microbatches(), -1)
+        with self.passes.forward_step.weighted(local, get_num_microbatches()) as self.applied:
+            result = stock_step(batches.replay(RerunDataIterator))
+        return result, self.applied
+
+    # ------------------------------------------------------------------ lookahead: next
+
+    def _next(
+        self,
+        stock_step: StockStep,
+        trainee: Trainee,
+        batches: StepBatches,
+        weights: Weighing,
+        estimator: str,
+    ) -> tuple[tuple, Influence | None]:
+        parameters = trainable_parameters(trainee.model)
+        # kept: a copy of the parameters, theta now, theta+ while pass D runs at theta.
+        theta = [p.detach().clone() for p in parameters]
+        lrs, rng = learning_rates(trainee.optimizer), _get_all_rng_states()
+        # B
+        result, _ = self.weighted_step(stock_step, batches, weights)
+        if result[1]:
+            return result, None
+        # C: h at theta+, and what it is in terms of the step's gradient
+        inner = None
+        if self.config.jacobian == "exact":
+            # kept: the step's gradient, until v is there.
+            inner = InnerStep.capture(trainee.optimizer, lrs, result[5])
+        with quiet(trainee):
+            loss = self.passes.meta_gradient(trainee)
+            if inner is not None:
+                inner.pull_back(trainee.model, self.passes.shape.device)
+            else:
+                pull_back_identity(max(lrs.values(), default=0.0), trainee.model)
+            # D: <v, g_i> at theta, with the step's own dropout masks
+            rng_after = _get_all_rng_states()
+            if estimator == "ghost":
+                local, quality = self._by_ghost(trainee, batches, parameters, theta, rng)
+            else:
+                local, quality = self._by_difference(trainee, batches, parameters, theta, rng)
+            restore_rng(rng_after)
+        return result, self._influence(local, loss, lrs, quality)
+
+    def _by_ghost(
+        self,
+        trainee: Trainee,
+        batches: StepBatches,
+        parameters: list[torch.nn.Parameter],
+        theta: list[torch.Tensor],
+        rng: tuple,
+    ) -> tuple[torch.Tensor | None, dict[str, float]]:
+        _swap(parameters, theta)
+        restore_rng(rng)
+        with self.passes.forward_step.counted() as num_tokens:
+            local = ghost.estimate(
+                self.ghost(trainee),
+                _main_grad,
+                get_num_microbatches(),
+                trainee.model,
+                lambda: self.passes.run(trainee, batches, get_num_microbatches(), False),
+            )
+        _swap(parameters, theta)
+        return self._scaled(local, num_tokens, loss_scale(trainee)), {}
+
+    def _by_difference(
+        self,
+        trainee: Trainee,
+        batches: StepBatches,
+        parameters: list[torch.nn.Parameter],
+        theta: list[torch.Tensor],
+        rng: tuple,
+    ) -> tuple[torch.Tensor | None, dict[str, float]]:
+        def measure() -> torch.Tensor | None:
+            restore_rng(rng)
+            with self.passes.forward_step.measured() as losses:
+                self.passes.run(trainee, batches, get_num_microbatches(), True)
+            return self.passes.contributions(losses) if self.passes.sees_losses else None
+
+        # The parameters are overwritten, and theta is needed for every move.
+        after = [p.detach().clone() for p in parameters]
+        found = finite_difference.estimate(
+            parameters,
+            theta,
+            measure,
+            torch.distributed.group.WORLD,
+            self.passes.shape.device,
+            trainee.config.params_dtype,
+            self.config.fd_relative_step,
+            self._linearity_is_due(),
+        )
+        with torch.no_grad():
+            for parameter, value in zip(parameters, after, strict=True):
+                parameter.data.copy_(value)
+        return found.values, found.quality
+
+    def _linearity_is_due(self) -> bool:
+        """Whether this meta step, by its number in the whole run, checks finite differences.
+
+        Counted by the meta batches read, which a checkpoint keeps, so that a resumed run logs
+        what one without an interruption would.
+        """
+        assert self.passes.meta_data is not None
+        data = self.passes.meta_data
+        number = data.consumed_samples // data.batch_size - 1  # pass C has read this step's
+        return number % finite_difference.LINEARITY_INTERVAL == 0
+
+    # ------------------------------------------------------------------ lookahead: current
+
+    def _current(
+        self,
+        stock_step: StockStep,
+        trainee: Trainee,
+        batches: StepBatches,
+        weights: Weighing,
+    ) -> tuple[tuple, Influence | None]:
+        lrs, rng = learning_rates(trainee.optimizer), _get_all_rng_states()
+        if self.config.jacobian == "exact" and not self._optimizer_has_stepped(trainee):
+            return self.weighted_step(stock_step, batches, weights)[0], None
+        # C: h at theta, and v with the Jacobian that the step is expected to have
+        with quiet(trainee):
+            loss = self._direction_ahead(trainee, lrs)
+            # kept: v, as the step needs the gradient buffers for its own gradient.
+            v = {id(p): p.main_grad.clone() for p in trainable_parameters(trainee.model)}
+        restore_rng(rng)
+        # B and D in one
+        layers = self.ghost(trainee)
+
+        def direction(parameter: torch.nn.Parameter) -> torch.Tensor | None:
+            return v.get(id(parameter))
+
+        with layers.recording(direction, get_num_microbatches()) as total:
+            result, applied = self.weighted_step(stock_step, batches, weights)
+            recorded = total()
+        if result[1]:
+            return result, None
+        recorded = collectives.sum_over_model_parallel(recorded, self.passes.groups.mp)
+        local, w = self._scaled(recorded, applied.num_tokens, loss_scale(trainee)), applied.weights
+        if local is not None and w is not None:
+            # The pass was weighted, so sample i was seen w_i times; one without weight not at all.
+            local = torch.where(w > 0, local / w.clamp(min=1e-30), 0.0)
+            if self.config.jacobian == "exact":
+                max_norm = _clip_grad(trainee.optimizer)
+                local = local * jacobian.clip_coefficient(float(result[5] or 0.0), max_norm)
+        return result, self._influence(local, loss, lrs, {})
+
+    def ahead(self, trainee: Trainee, batches: StepBatches) -> Influence | None:
+        """Returns the influence of the step's samples before it, by passes of their own.
+
+        With the Jacobian that the step is expected to have, as in `current`, at weights of 1.
+        """
+        if self.config.jacobian == "exact" and not self._optimizer_has_stepped(trainee):
+            return None
+        lrs, rng = learning_rates(trainee.optimizer), _get_all_rng_states()
+        with gathered_parameters(trainee), quiet(trainee):
+            loss = self._direction_ahead(trainee, lrs)
+            restore_rng(rng)
+            with self.passes.forward_step.counted() as num_tokens:
+                local = ghost.estimate(
+                    self.ghost(trainee),
+                    _main_grad,
+                    get_num_microbatches(),
+                    trainee.model,
+                    lambda: self.passes.run(trainee, batches, get_num_microbatches(), False),
+                )
+        restore_rng(rng)
+        local = self._scaled(local, num_tokens, loss_scale(trainee))
+        return self._influence(local, loss, lrs, {})
+
+    def _direction_ahead(self, trainee: Trainee, lrs: dict[int, float]) -> float:
+        """Leaves v before the step in the gradient buffers; returns the meta loss."""
+        loss = self.passes.meta_gradient(trainee)
+        if self.config.jacobian == "exact":
+            pull_back_before_step(trainee.optimizer, lrs, trainee.model)
+        else:
+            pull_back_identity(max(lrs.values(), default=0.0), trainee.model)
+        return loss
+
+    # ------------------------------------------------------------------ helpers
+
+    def ghost(self, trainee: Trainee) -> ghost.Ghost:
+        """Returns the LLM's layers with their formulas; looked up once."""
+        if self._ghost is None:
+            shape = self.passes.shape
+            self._ghost = ghost.Ghost(
+                trainee.model,
+                trainee.config,
+                self.passes.groups,
+                shape.micro_batch_size,
+                shape.device,
+            )
+        return self._ghost
+
+    def _optimizer_has_stepped(self, trainee: Trainee) -> bool:
+        """Returns, on every rank alike, whether the optimizer has moments already."""
+        if not self._has_stepped:
+            missing = torch.tensor(float(not has_stepped(trainee.optimizer)))
+            missing = missing.to(self.passes.shape.device)
+            world = torch.distributed.group.WORLD
+            self._has_stepped = not bool(collectives.largest(missing, world).item())
+        return self._has_stepped
+
+    def _scaled(
+        self, local: torch.Tensor, num_tokens: list[torch.Tensor | None], scale: float
+    ) -> torch.Tensor | None:
+        """From the schedule's loss to the trainer's; None on ranks that see no losses.
+
+        Args:
+            local: `[n]` inner products with gradients of the schedule's loss.
+            num_tokens: of each micro-batch.
+            scale: `--loss-scale`, which those gradients hold.
+        """
+        if not self.passes.sees_losses:
+            return None
+        return (local * (self.passes.gradient_scale(num_tokens) / scale)).float()
+
+    def _influence(
+        self,
+        local: torch.Tensor | None,
+        loss: float,
+        lrs: dict[int, float],
+        quality: dict[str, float],
+    ) -> Influence:
+        if local is None:
+            values = torch.zeros(1, device=self.passes.shape.device)
+        else:
+            values = collectives.gather_samples(local, self.passes.groups.dp)
+        return Influence(values, loss, max(lrs.values(), default=0.0), quality)
+
+
+def _main_grad(parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    direction = getattr(parameter, "main_grad", None)
+    return None if direction is None else direction.view_as(parameter)
+
+
+def _clip_grad(optimizer: Any) -> float:
+    first = getattr(optimizer, "chained_optimizers", [optimizer])[0]
+    return float(first.config.clip_grad)
+
+
+@torch.no_grad()
+def _swap(parameters: list[torch.nn.Parameter], values: list[torch.Tensor]) -> None:
+    """Exchanges the parameters with a copy in place, with one parameter's room to spare."""
+    for parameter, value in zip(parameters, values, strict=True):
+        kept = parameter.detach().clone()
+        parameter.data.copy_(value)
+        value.copy_(kept)

@@ -1,0 +1,305 @@
+"""Ground truth for the meta-gradient, by really re-running the trainer's own step.
+
+`brute_force`: change one sample's weight, run the trainer's step from the saved state, measure the
+meta loss. `reference`: the loop of per-sample backward passes, with the v of the product's own
+passes B and C. Both are far too slow for training; they prove the estimators on real runs.
+
+As a command it takes a saved run one step on and compares there:
+
+    torchrun --nproc-per-node N -m megatron_dwm.step.probe --checkpoint RUN [--samples 8]
+"""
+
+# ruff: noqa: E402  (as a command, the host must be installed before Megatron is imported)
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+from megatron_dwm.core import collectives
+from megatron_dwm.core.batches import StepBatches
+from megatron_dwm.core.contexts import gathered_parameters, quiet, restore_rng
+from megatron_dwm.core.optimizers import learning_rates
+from megatron_dwm.core.trainee import Trainee
+from megatron_dwm.core.trainer_state import TrainerState
+from megatron_dwm.errors import DWMError
+from megatron_dwm.meta_gradient import per_sample as reference_estimator
+from megatron_dwm.meta_gradient.optimizers.rules import has_stepped
+from megatron_dwm.meta_gradient.pull_back import (
+    InnerStep,
+    pull_back_before_step,
+    pull_back_identity,
+    trainable_parameters,
+)
+from megatron_dwm.step.influence import Influence, StockStep
+from megatron_dwm.step.train_step import DWMTrainStep
+
+
+@dataclass
+class ProbedStep:
+    """One training step that can be taken again and again.
+
+    Attributes:
+        step: the modified step; its meta data's next batch measures the meta loss.
+        trainee: the LLM, at the state before the step; every function here leaves it there.
+        scheduler: Megatron's learning-rate scheduler.
+        stock_step: the trainer's own step on a data iterator.
+        batches: the step's micro-batches.
+        weights: `[N]` of the global batch, on every rank (only last-stage ranks use the values).
+    """
+
+    step: DWMTrainStep
+    trainee: Trainee
+    scheduler: Any
+    stock_step: StockStep
+    batches: StepBatches
+    weights: torch.Tensor
+
+    def state(self) -> TrainerState:
+        """Returns a copy of all that the step changes."""
+        with gathered_parameters(self.trainee):
+            return TrainerState(self.trainee, self.scheduler)
+
+    def quiet_step(self, iterator: Any) -> tuple:
+        """Takes the trainer's step, whose checks of results could otherwise end the run."""
+        with quiet(self.trainee):
+            return self.stock_step(iterator)
+
+    def ready(self) -> bool:
+        """Returns, on every rank alike, whether there is anything to compare.
+
+        Adam's first step is the gradient's sign, which no weight changes; and at a learning rate
+        of 0, as at the start of a warm-up, no step changes anything.
+        """
+        missing = torch.tensor(float(not self._can_look_ahead()), device=self.weights.device)
+        return not collectives.largest(missing, torch.distributed.group.WORLD).item()
+
+    def _can_look_ahead(self) -> bool:
+        """Returns whether this rank's optimizer has moments, and will move at all."""
+        rates = learning_rates(self.trainee.optimizer).values()
+        moves = not rates or any(rate != 0.0 for rate in rates)
+        return has_stepped(self.trainee.optimizer) and moves
+
+
+def influence(probed: ProbedStep, estimator: str | None = None) -> Influence | None:
+    """Returns what the product's own passes B to D find, without taking the step.
+
+    Args:
+        probed: the step.
+        estimator: instead of the configured one.
+    """
+    step = probed.step
+    assert step.meta_data is not None
+    position, state = step.meta_data.consumed_samples, probed.state()
+    _, found = step.meta_gradient.step(
+        probed.quiet_step, probed.trainee, probed.batches, probed.weights, estimator
+    )
+    with gathered_parameters(probed.trainee):
+        state.restore()
+    step.meta_data.consumed_samples = position
+    return found
+
+
+def brute_force(probed: ProbedStep, samples: list[int], delta: float) -> torch.Tensor:
+    """Returns `(L_meta(w_i + delta) - L_meta(w_i - delta)) / (2 delta)` for chosen samples.
+
+    Args:
+        probed: the step.
+        samples: global sample numbers.
+        delta: change of the weight.
+
+    Returns:
+        `[len(samples)]` float64 on last-stage ranks, zeros elsewhere; NaN where the trainer
+        skipped the step.
+    """
+    state = probed.state()
+    up, down = (_changed(probed, samples, sign * delta, state) for sign in (1.0, -1.0))
+    return (up - down) / (2.0 * delta)
+
+
+def _changed(
+    probed: ProbedStep, samples: list[int], delta: float, state: TrainerState
+) -> torch.Tensor:
+    """Returns the meta loss with each sample's weight changed in turn, float64."""
+    losses = []
+    for sample in samples:
+        weights = probed.weights.clone()
+        weights[sample] += delta
+        losses.append(_meta_loss_after(probed, weights, state))
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+def _meta_loss_after(probed: ProbedStep, weights: torch.Tensor, state: TrainerState) -> float:
+    """Returns the meta loss after the step under `weights`, and undoes the step."""
+    step, trainee = probed.step, probed.trainee
+    assert step.meta_data is not None
+    with gathered_parameters(trainee):
+        result, _ = step.meta_gradient.weighted_step(probed.quiet_step, probed.batches, weights)
+        with quiet(trainee):
+            loss = step.passes.meta_loss(trainee, step.meta_data.consumed_samples)
+        state.restore()
+    return math.nan if result[1] else loss
+
+
+def reference(probed: ProbedStep) -> torch.Tensor:
+    """Returns `c_i = <v, g_i>` `[N]` by per-sample backward passes, float64, on every rank.
+
+    v is that of the configured lookahead and Jacobian. The meta data's position is put back.
+    """
+    step, trainee = probed.step, probed.trainee
+    assert step.meta_data is not None
+    position, state = step.meta_data.consumed_samples, probed.state()
+    lrs = learning_rates(trainee.optimizer)
+    with gathered_parameters(trainee):
+        exact = step.config.jacobian == "exact"
+        inner = None
+        if step.config.lookahead == "next":
+            result, _ = step.meta_gradient.weighted_step(
+                probed.quiet_step, probed.batches, probed.weights
+            )
+            inner = InnerStep.capture(trainee.optimizer, lrs, result[5]) if exact else None
+        with quiet(trainee):
+            step.passes.meta_gradient(trainee)
+            if not exact:
+                pull_back_identity(max(lrs.values(), default=0.0), trainee.model)
+            elif inner is not None:
+                inner.pull_back(trainee.model, step.shape.device)
+            else:
+                pull_back_before_step(trainee.optimizer, lrs, trainee.model)
+            v = [p.main_grad.clone() for p in trainable_parameters(trainee.model)]
+            state.restore()
+            for parameter, value in zip(trainable_parameters(trainee.model), v, strict=True):
+                parameter.main_grad.copy_(value)
+            found = reference_estimator.estimate(
+                trainee.optimizer,
+                probed.weights.numel(),
+                lambda i: _backward_of_sample(probed, i, state),
+                step.shape.device,
+            )
+        state.restore()
+    step.meta_data.consumed_samples = position
+    return found
+
+
+def _backward_of_sample(probed: ProbedStep, sample: int, state: TrainerState) -> None:
+    step, trainee = probed.step, probed.trainee
+    one_hot = torch.zeros_like(probed.weights)
+    one_hot[sample] = 1.0
+    for chunk in trainee.model:
+        chunk.zero_grad_buffer()
+    trainee.optimizer.zero_grad()
+    restore_rng(state.rng)
+    local = None
+    if step.sees_losses:
+        local = step.passes.local_part(one_hot).view(get_num_microbatches(), -1)
+    with step.forward_step.weighted(local):
+        step.passes.run(trainee, probed.batches, get_num_microbatches(), forward_only=False)
+
+
+# How much brute force changes a weight. Small where Adam's first steps are curved, large where the
+# parameters round away what a weight changes.
+DELTA, DELTA_BF16 = 0.1, 1.0
+
+
+@dataclass
+class Verification:
+    """How a step's meta-gradient compares with what a changed weight really does.
+
+    Attributes:
+        samples: global sample numbers.
+        weights: their weights.
+        estimated: `c_i` of the product, for those samples.
+        measured: the same by brute force.
+        correlation: Pearson's, NaN where one side is constant.
+        relative_error: `|estimated - measured| / |measured|`.
+        noise: half the difference of brute force upwards and downwards, relative to the spread of
+            their mean over the samples: rounding, which moves other parameters up than down, and
+            curvature.
+    """
+
+    samples: list[int]
+    weights: list[float]
+    estimated: list[float]
+    measured: list[float]
+    correlation: float
+    relative_error: float
+    noise: float
+
+    @property
+    def ceiling(self) -> float:
+        """The correlation that a perfect estimate would have with measurements of this noise.
+
+        `sqrt(signal / measured)` in variances, as what was measured is signal and noise.
+        """
+        return math.sqrt(max(0.0, 1.0 - self.noise**2)) if self.noise >= 0 else math.nan
+
+
+def verify(probed: ProbedStep, count: int, delta: float | None = None) -> Verification | None:
+    """Compares the product's meta-gradient with brute force on a few samples.
+
+    The samples are those with the largest and the smallest estimate, half of each, as the
+    others drown first in the rounding of the meta loss.
+
+    Args:
+        probed: the step.
+        count: number of samples, at most the batch.
+        delta: change of a weight; None: what suits the parameters' precision.
+
+    Returns:
+        The comparison, equal on every rank; None when there is nothing to look ahead from yet,
+        or the trainer skipped the step.
+    """
+    found = influence(probed)
+    if found is None:
+        return None
+    count = min(count, probed.weights.numel())
+    if count < 3:
+        raise DWMError(
+            f"the meta-gradient cannot be verified on a global batch of {count}: a correlation "
+            "needs 3 samples or more (--global-batch-size, --dwm-verify-samples)"
+        )
+    if delta is None:
+        low = probed.trainee.config.params_dtype == torch.bfloat16
+        delta = DELTA_BF16 if low else DELTA
+    step, device = probed.step, probed.weights.device
+    chosen = torch.zeros(count, dtype=torch.int64, device=device)
+    values = torch.zeros(4, count, dtype=torch.float64, device=device)
+    if step.sees_losses:
+        order = torch.argsort(found.values)
+        chosen = torch.cat([order[: count // 2], order[len(order) - (count - count // 2) :]])
+        values[0], values[1] = probed.weights[chosen], found.values[chosen]
+    chosen = collectives.broadcast_from_last_stage(chosen.contiguous(), step.groups.pp)
+    samples = [int(i) for i in chosen.tolist()]
+    state = probed.state()
+    unchanged = _meta_loss_after(probed, probed.weights, state)
+    for row, signed in ((2, delta), (3, -delta)):
+        values[row] = ((_changed(probed, samples, signed, state) - unchanged) / signed).to(device)
+    values = collectives.broadcast_from_last_stage(values, step.groups.pp).cpu()
+    return _compare(samples, *values)
+
+
+def _compare(
+    samples: list[int],
+    weights: torch.Tensor,
+    estimated: torch.Tensor,
+    upwards: torch.Tensor,
+    downwards: torch.Tensor,
+) -> Verification:
+    """From both one-sided differences to the figures; all `[len(samples)]` float64."""
+    measured, difference = (upwards + downwards) / 2, (upwards - downwards) / 2
+    norm = torch.linalg.vector_norm
+    spread = norm(measured - measured.mean())
+    return Verification(
+        samples=samples,
+        weights=weights.tolist(),
+        estimated=estimated.tolist(),
+        measured=measured.tolist(),
+        correlation=torch.corrcoef(torch.stack([estimated, measured]))[0, 1].item(),
+        relative_error=(norm(estimated - measured) / norm(measured)).item(),
+        # Where nothing that was measured differs, nothing was seen.
+        noise=(norm(difference - difference.mean()) / spread).item() if spread else math.inf,
+    )

@@ -1,0 +1,70 @@
+"""What a step leaves for the log."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from megatron_dwm.policies.maps import Mapped
+from megatron_dwm.step.budget import Overhead
+from megatron_dwm.step.plan import StepPlan
+
+
+@dataclass
+class MetaResult:
+    """What a meta step found.
+
+    Attributes:
+        loss: the meta loss per token.
+        influence: `[N]`, in units of the LLM's learning rate.
+        grad_norm: of a weighting model that learns by gradient, before clipping; else NaN.
+        updated: whether the policy has learned from it.
+        seconds: what the step took beyond scoring: passes B to E.
+        quality: what the estimator said of itself.
+    """
+
+    loss: float
+    influence: torch.Tensor
+    grad_norm: float
+    updated: bool
+    seconds: float
+    quality: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class StepRecord:
+    """What a step leaves for the log. Tensors are read when the log is written, not before.
+
+    Attributes:
+        iteration: 1-based, as the trainer prints it.
+        plan: what the step did.
+        weights: `[N]` on last-stage ranks, None where no losses are seen.
+        domains: `[N]` data set of the blend of each sample, on last-stage ranks; -1 unknown.
+        meta: the meta step's results, if one was taken.
+        lm_loss: what the trainer reports.
+        overhead: the DWM's share of the time, where it has a budget.
+        batch: what the guards of the weights did, on last-stage ranks, where samples were scored.
+        causes: what was NaN or infinite, see `bad_steps`; the same on every rank.
+        bad_steps: the run's bad steps by cause, this one among them.
+        figures: what the policy says of the step.
+        notices: lines for the user.
+        scores: `[N]` that the weights were made of, where samples are logged and there are any.
+        time_share: estimate of the weighting's share of the time, at meta steps, see `TimeShare`.
+    """
+
+    iteration: int
+    plan: StepPlan
+    weights: torch.Tensor | None
+    domains: torch.Tensor | None
+    meta: MetaResult | None
+    lm_loss: float | torch.Tensor | None
+    overhead: Overhead | None = None
+    batch: Mapped | None = None
+    causes: list[str] = field(default_factory=list)
+    bad_steps: dict[str, int] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+    time_share: float | None = None
+    scores: torch.Tensor | None = None

@@ -1,1 +1,0 @@
-"""The weighting model, and how its scores become weights in the loss."""

@@ -1,0 +1,297 @@
+"""Runs the weighting model over a step's micro-batches with Megatron's pipeline schedules."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+)
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
+from torch.nn.utils import get_total_norm
+
+from megatron_dwm.config import DWMConfig
+from megatron_dwm.core.agreement import agreed
+from megatron_dwm.core.collectives import broadcast_from_first_tensor_rank
+from megatron_dwm.weighting_model.model import DataWeightingModel
+
+# Megatron finds the group that a saved one belongs to by, among others, its largest learning rate.
+# These constants tell head and backbone apart whatever the learning rates are, so that those can be
+# changed on resume.
+_HEAD_MARK, _BACKBONE_MARK = 2.0, 1.0
+
+
+@dataclass
+class Update:
+    """What came of a step of the DWM's optimizer.
+
+    Attributes:
+        updated: whether it was taken.
+        grad_norm: before clipping; NaN where it was not taken.
+        causes: what was NaN or infinite: `gradient`, `parameters`.
+    """
+
+    updated: bool
+    grad_norm: float
+    causes: list[str] = field(default_factory=list)
+
+
+class Scorer:
+    """The weighting model in its DDP wrapper, with its optimizer.
+
+    Args:
+        model: this rank's pipeline stage of the DWM.
+        config: settings.
+        pg_collection: the LLM's process groups.
+        micro_batch_size: b.
+        seq_length: s.
+        device: where token ids are sent.
+        together: micro-batches that are scored as one batch at most, see `micro_batches_at_once`.
+    """
+
+    def __init__(
+        self,
+        model: DataWeightingModel,
+        config: DWMConfig,
+        pg_collection: Any,
+        micro_batch_size: int,
+        seq_length: int,
+        device: torch.device,
+        together: int = 1,
+    ) -> None:
+        self.groups, self.together = pg_collection, together
+        self.micro_batch_size, self.seq_length, self.device = micro_batch_size, seq_length, device
+        for parameter in model.parameters():
+            set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+        model.to(device=device, dtype=model.config.params_dtype)
+        self.config = config
+        self.transformer_config = model.config
+        self.ddp = DistributedDataParallel(
+            config=model.config,
+            ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True),
+            module=model,
+        )
+        model.config.finalize_model_grads_func = _finalize_grads
+        self.optimizer = build_optimizer(self.ddp, config, model.config)
+        self.weights_changed()
+        self.schedule = get_forward_backward_func(pp_size=pg_collection.pp.size(), vp_size=None)
+        self.position_ids = torch.arange(seq_length, device=device).unsqueeze(0)
+
+    @property
+    def module(self) -> DataWeightingModel:
+        """The weighting model without its wrapper."""
+        return self.ddp.module
+
+    @torch.no_grad()
+    def weights_changed(self) -> None:
+        """To be called after the weights were set from outside.
+
+        Makes the data-parallel replicas equal, whatever each was built from, and takes the
+        weights over into the optimizer's own copies.
+        """
+        self.ddp.broadcast_params()
+        self.optimizer.reload_model_params()
+
+    @torch.no_grad()
+    def scores(self, tokens: list[torch.Tensor] | None, num_microbatches: int) -> torch.Tensor:
+        """Returns this rank's scores.
+
+        Args:
+            tokens: `[b, s]` ids of each micro-batch on ranks that read data, else None.
+            num_microbatches: m.
+
+        Returns:
+            `[m * b]` float32 on last-stage ranks; zeros elsewhere.
+        """
+        found: list[torch.Tensor] = []
+
+        def loss_func(output: torch.Tensor) -> tuple[torch.Tensor, dict]:
+            found.append(output.detach())
+            return output.sum(), {}
+
+        self._run(tokens, num_microbatches, loss_func, forward_only=True)
+        if not self.module.post_process:
+            return torch.zeros(num_microbatches * self.micro_batch_size, device=self.device)
+        return torch.cat(found)
+
+    def update(
+        self,
+        tokens: list[torch.Tensor] | None,
+        num_microbatches: int,
+        score_gradient: torch.Tensor,
+    ) -> Update:
+        """Takes one step of the DWM's optimizer along `-dL_meta/ds`.
+
+        The surrogate loss `sum_i dL/ds_i * s_i` has the wanted gradient. The schedule divides it
+        by the micro-batches and DDP by the data-parallel size, which is undone here, as every
+        sample's term counts once in the meta loss.
+
+        A gradient or a parameter that is NaN or infinite on any rank leaves the DWM, the
+        optimizer's moments among it, as it was, on every rank alike.
+
+        Args:
+            tokens: as for `scores`.
+            num_microbatches: m.
+            score_gradient: `[m * b]` of this rank's samples, on last-stage ranks.
+
+        Returns:
+            What came of it, the same on every rank.
+        """
+        batches = num_microbatches // self._together(num_microbatches)
+        scale = batches * self.groups.dp_cp.size()
+        parts = iter((score_gradient * scale).view(batches, -1))
+
+        def loss_func(output: torch.Tensor) -> tuple[torch.Tensor, dict]:
+            return (output * next(parts)).sum(), {}
+
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self._run(tokens, num_microbatches, loss_func, forward_only=False)
+        found = {"gradient": self._bad_gradient(), "parameters": self.bad_parameters()}
+        causes = agreed(found, self.device)
+        if causes:
+            self.ddp.zero_grad_buffer()
+            return Update(False, math.nan, causes)
+        successful, grad_norm, _ = self.optimizer.step()
+        return Update(bool(successful), float(grad_norm or 0.0))
+
+    def bad_parameters(self) -> torch.Tensor:
+        """Returns, as a scalar bool tensor, whether a parameter of this rank is not finite."""
+        largest = get_total_norm(list(self.module.parameters()), norm_type=math.inf)
+        return ~torch.isfinite(largest)
+
+    def _bad_gradient(self) -> torch.Tensor:
+        """Returns whether this rank's gradient, or the sum of its squares, is not finite.
+
+        The sum, as Adam's second moment would never recover from it.
+        """
+        buffers = [b.grad_data for b in [*self.ddp.buffers, *self.ddp.expert_parallel_buffers]]
+        return ~torch.isfinite(get_total_norm(buffers))
+
+    def _run(
+        self,
+        tokens: list[torch.Tensor] | None,
+        num_microbatches: int,
+        loss_func: Any,
+        forward_only: bool,
+    ) -> None:
+        together = self._together(num_microbatches)
+        batch_size = together * self.micro_batch_size
+        starts = iter(range(0, num_microbatches, together))
+
+        def forward_step(data_iterator: Any, model: Any) -> tuple[torch.Tensor, Any]:
+            k = next(starts)
+            ids = None
+            if self.module.pre_process:
+                ids = broadcast_from_first_tensor_rank(
+                    None if tokens is None else torch.cat(tokens[k : k + together]),
+                    (batch_size, self.seq_length),
+                    self.groups.tp,
+                    self.device,
+                )
+            return model(ids, self.position_ids), loss_func
+
+        self.schedule(
+            forward_step_func=forward_step,
+            data_iterator=None,
+            model=[self.ddp],
+            num_microbatches=num_microbatches // together,
+            seq_length=self.seq_length,
+            micro_batch_size=batch_size,
+            forward_only=forward_only,
+        )
+
+    def _together(self, num_microbatches: int) -> int:
+        """Returns the largest divisor of the micro-batches that `together` allows."""
+        return next(k for k in range(self.together, 0, -1) if num_microbatches % k == 0)
+
+
+def micro_batches_at_once(llm: Any, dwm: Any) -> int:
+    """Returns how many micro-batches the DWM takes at once without more memory than the LLM.
+
+    A small model on a small batch is all kernel launches. Activations of a layer grow with the
+    hidden size and the width of the MLP, those of unfused attention with the heads; under sequence
+    parallelism the LLM keeps a part of them on each rank, and the DWM all. One where the LLM
+    recomputes its activations, so that they say nothing, and under pipeline parallelism, where
+    micro-batches keep the stages busy.
+
+    Args:
+        llm: the LLM's `TransformerConfig`.
+        dwm: the DWM's.
+    """
+    if llm.pipeline_model_parallel_size > 1 or llm.recompute_granularity is not None:
+        return 1
+    ranks = llm.tensor_model_parallel_size if llm.sequence_parallel else 1
+    ratios = (
+        llm.num_layers * getattr(llm, name) // (ranks * dwm.num_layers * getattr(dwm, name))
+        for name in ("hidden_size", "ffn_hidden_size", "num_attention_heads")
+    )
+    return max(1, min(ratios))
+
+
+def build_optimizer(ddp: Any, config: DWMConfig, transformer: Any) -> Any:
+    """Returns the DWM's AdamW with two learning rates, head and backbone.
+
+    Epsilon is tiny because the meta-gradient's scale is that of the LLM's learning rate times
+    its gradients; Adam's usual 1e-8 would damp it.
+    """
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        lr=_BACKBONE_MARK,
+        min_lr=_BACKBONE_MARK,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_eps=1e-15,
+        clip_grad=config.clip_grad,
+        bf16=transformer.bf16,
+        params_dtype=transformer.params_dtype,
+        use_distributed_optimizer=False,
+    )
+    optimizer = get_megatron_optimizer(
+        optimizer_config,
+        [ddp],
+        config_overrides={
+            **get_standard_config_overrides(optimizer_config),
+            ParamKey(name="*score.weight"): {"max_lr": _HEAD_MARK, "min_lr": _HEAD_MARK},
+        },
+        # Those serve the distributed optimizer's checkpoints, and may not exist.
+        use_gloo_process_groups=False,
+    )
+    set_hyperparameters(optimizer, config)
+    return optimizer
+
+
+def set_hyperparameters(optimizer: Any, config: DWMConfig) -> None:
+    """Sets what the settings say: after building, and after loading an older optimizer."""
+    for group in optimizer.param_groups:
+        head = group["max_lr"] == _HEAD_MARK
+        group["lr"] = config.head_lr if head else config.backbone_lr
+        group["weight_decay"] = config.weight_decay * group.get("wd_mult", 1.0)
+        group["betas"] = (config.adam_beta1, config.adam_beta2)
+
+
+def _finalize_grads(
+    model: list[Any],
+    num_tokens: Any = None,
+    pg_collection: Any = None,
+    force_all_reduce: bool = False,
+) -> None:
+    """Reduces the DWM's gradients over data parallelism.
+
+    Nothing else: without sequence parallelism, replicated parameters see equal gradients on
+    tensor-parallel peers, and the DWM ties no embeddings.
+    """
+    for chunk in model:
+        chunk.finish_grad_sync(force_all_reduce=force_all_reduce)

@@ -41,11 +41,12 @@ FAULT_SEED ?= 20250711
 test-faults: setup ## kill a real run at 200 random instants and compare (FAULTS=n, FAULT_SEED=n)
 	FAULTS=$(FAULTS) FAULT_SEED=$(FAULT_SEED) $(PYTEST) -s $(PYTEST_ARGS) tests/functional/test_faults.py
 
-lint: setup ## check style, spelling and types
+lint: setup ## check style, spelling, types and layers
 	$(PYTHON_VENV) -m ruff check .
 	$(PYTHON_VENV) -m ruff format --check .
 	$(PYTHON_VENV) -m codespell_lib
 	$(PYTHON_VENV) -m mypy megatron_dwm
+	.venv/bin/lint-imports
 
 clean: ## remove .venv, builds, caches and the examples' output
 	rm -rf .venv .venv.lock build dist demo_out smollm2_out *.egg-info

@@ -36,9 +36,10 @@ import sys
 import torch
 import torch.distributed as dist
 
+from megatron_dwm.core.ranks import rank_0_first, start_ranks
 from megatron_dwm.errors import DWMError
 from megatron_dwm.hosts import cpu
-from megatron_dwm.scoring.run import plan, rank_0_first, score, start_ranks, window_length, write
+from megatron_dwm.scoring.run import plan, score, window_length, write
 from megatron_dwm.scoring.score_chunk import WindowScorer
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
-from megatron.core.tensor_parallel.random import _get_all_rng_states, _set_all_rng_states
+
+from megatron_dwm.core.random_states import random_states, restore_random_states
 
 if TYPE_CHECKING:
     from megatron_dwm.core.trainee import Trainee
@@ -82,7 +83,7 @@ def deterministic(trainee: Trainee) -> Iterator[None]:
     that mode (and its dropout, if it has any); the auxiliary losses are switched off by their
     coefficients, and the random state is put back afterwards.
     """
-    rng = _get_all_rng_states()
+    rng = random_states()
     config = trainee.config
     kept = {
         name: getattr(config, name, None) for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff")
@@ -103,10 +104,4 @@ def deterministic(trainee: Trainee) -> Iterator[None]:
         if config.num_moe_experts is not None:
             for name, value in kept.items():
                 setattr(config, name, value)
-        restore_rng(rng)
-
-
-def restore_rng(states: tuple) -> None:
-    """Puts back random states; copies the tracker's dict, which the tracker goes on to change."""
-    cpu, cuda, tracker = states
-    _set_all_rng_states(cpu, cuda, dict(tracker))
+        restore_random_states(rng)

@@ -9,12 +9,11 @@ from typing import Any
 import numpy
 import torch
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.tensor_parallel.random import _get_all_rng_states
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.utils import unwrap_model
 
-from megatron_dwm.core.contexts import restore_rng
 from megatron_dwm.core.optimizers import leaf_optimizers
+from megatron_dwm.core.random_states import random_states, restore_random_states
 from megatron_dwm.core.trainee import Trainee
 
 # What the rerun state machine changes when it only lets a step pass (mode DISABLED).
@@ -48,7 +47,7 @@ class TrainerState:
         self.scales = [(s, {k: _kept(v) for k, v in s.items()}) for s in _scales(trainee)]
         self.modules = [(module, dict(vars(module))) for module in _modules(trainee)]
         self.scheduler, self.num_steps = scheduler, scheduler.num_steps
-        self.rng = _get_all_rng_states()
+        self.rng = random_states()
         self.other_rng = random.getstate(), numpy.random.get_state()
         machine = get_rerun_state_machine()
         self.machine = {name: getattr(machine, name) for name in _MACHINE if hasattr(machine, name)}
@@ -71,7 +70,7 @@ class TrainerState:
         for module, values in self.modules:
             _put_back(vars(module), values)
         self.scheduler.num_steps = self.num_steps
-        restore_rng(self.rng)
+        restore_random_states(self.rng)
         random.setstate(self.other_rng[0])
         numpy.random.set_state(self.other_rng[1])
         machine = get_rerun_state_machine()

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -25,9 +24,6 @@ from megatron_dwm.scoring.identity import corpus_digest
 from megatron_dwm.scoring.score_chunk import WindowScorer, score_chunk
 from megatron_dwm.scoring.weighing import summary, weights_of
 from megatron_dwm.scoring.work_folder import WorkFolder, work_key
-
-# A rank may wait for another as long as a chunk takes, and the first one for all others.
-_TIMEOUT = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -50,44 +46,6 @@ class Corpus:
 def scores_path(output: str) -> str:
     """Returns where `--keep-scores` writes the scores that belong to a weight file."""
     return f"{output.removesuffix('.weights')}.scores.npy"
-
-
-def start_ranks() -> None:
-    """Joins the ranks of torchrun, or makes a single one without it.
-
-    gloo on GPUs too: no tensor is exchanged, and so ranks may share a GPU.
-    """
-    if "RANK" in os.environ:
-        dist.init_process_group("gloo", timeout=_TIMEOUT)
-    else:
-        dist.init_process_group(
-            "gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT
-        )
-
-
-def rank_0_first[T](action: Callable[[], T]) -> T:
-    """Does something that may fail on rank 0, and where that succeeds on all other ranks.
-
-    So a user's error, which all ranks would meet, is reported once.
-
-    Raises:
-        DWMError: rank 0's on all ranks, or this rank's own.
-    """
-    rank = dist.get_rank()
-    message: list[str | None] = [None]
-    result = None
-    if rank == 0:
-        try:
-            result = action()
-        except DWMError as error:
-            message = [str(error)]
-    dist.broadcast_object_list(message, src=0)
-    if message[0] is not None:
-        raise DWMError(message[0])
-    try:
-        return action() if rank else result  # type: ignore[return-value]
-    except DWMError as error:
-        raise DWMError(str(error), this_rank_only=True) from error
 
 
 def plan(

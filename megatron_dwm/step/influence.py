@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import RerunDataIterator
-from megatron.core.tensor_parallel.random import _get_all_rng_states
 
 from megatron_dwm.config import DWMConfig
 from megatron_dwm.core import collectives
 from megatron_dwm.core.batches import StepBatches
-from megatron_dwm.core.contexts import gathered_parameters, quiet, restore_rng
+from megatron_dwm.core.contexts import gathered_parameters, quiet
 from megatron_dwm.core.optimizers import learning_rates
+from megatron_dwm.core.random_states import random_states, restore_random_states
 from megatron_dwm.core.trainee import Trainee, loss_scale
 from megatron_dwm.meta_gradient import finite_difference
 from megatron_dwm.meta_gradient.ghost import recording as ghost
@@ -134,7 +134,7 @@ class MetaGradient:
         parameters = trainable_parameters(trainee.model)
         # kept: a copy of the parameters, theta now, theta+ while pass D runs at theta.
         theta = [p.detach().clone() for p in parameters]
-        lrs, rng = learning_rates(trainee.optimizer), _get_all_rng_states()
+        lrs, rng = learning_rates(trainee.optimizer), random_states()
         # B
         result, _ = self.weighted_step(stock_step, batches, weights)
         if result[1]:
@@ -151,12 +151,12 @@ class MetaGradient:
             else:
                 pull_back_identity(max(lrs.values(), default=0.0), trainee.model)
             # D: <v, g_i> at theta, with the step's own dropout masks
-            rng_after = _get_all_rng_states()
+            rng_after = random_states()
             if estimator == "ghost":
                 local, quality = self._by_ghost(trainee, batches, parameters, theta, rng)
             else:
                 local, quality = self._by_difference(trainee, batches, parameters, theta, rng)
-            restore_rng(rng_after)
+            restore_random_states(rng_after)
         return result, self._influence(local, loss, lrs, quality)
 
     def _by_ghost(
@@ -168,7 +168,7 @@ class MetaGradient:
         rng: tuple,
     ) -> tuple[torch.Tensor | None, dict[str, float]]:
         _swap(parameters, theta)
-        restore_rng(rng)
+        restore_random_states(rng)
         with self.passes.forward_step.counted() as num_tokens:
             local = ghost.estimate(
                 self.ghost(trainee),
@@ -189,7 +189,7 @@ class MetaGradient:
         rng: tuple,
     ) -> tuple[torch.Tensor | None, dict[str, float]]:
         def measure() -> torch.Tensor | None:
-            restore_rng(rng)
+            restore_random_states(rng)
             with self.passes.forward_step.measured() as losses:
                 self.passes.run(trainee, batches, get_num_microbatches(), True)
             return self.passes.contributions(losses) if self.passes.sees_losses else None
@@ -231,7 +231,7 @@ class MetaGradient:
         batches: StepBatches,
         weights: Weighing,
     ) -> tuple[tuple, Influence | None]:
-        lrs, rng = learning_rates(trainee.optimizer), _get_all_rng_states()
+        lrs, rng = learning_rates(trainee.optimizer), random_states()
         if self.config.jacobian == "exact" and not self._optimizer_has_stepped(trainee):
             return self.weighted_step(stock_step, batches, weights)[0], None
         # C: h at theta, and v with the Jacobian that the step is expected to have
@@ -239,7 +239,7 @@ class MetaGradient:
             loss = self._direction_ahead(trainee, lrs)
             # kept: v, as the step needs the gradient buffers for its own gradient.
             v = {id(p): p.main_grad.clone() for p in trainable_parameters(trainee.model)}
-        restore_rng(rng)
+        restore_random_states(rng)
         # B and D in one
         layers = self.ghost(trainee)
 
@@ -268,10 +268,10 @@ class MetaGradient:
         """
         if self.config.jacobian == "exact" and not self._optimizer_has_stepped(trainee):
             return None
-        lrs, rng = learning_rates(trainee.optimizer), _get_all_rng_states()
+        lrs, rng = learning_rates(trainee.optimizer), random_states()
         with gathered_parameters(trainee), quiet(trainee):
             loss = self._direction_ahead(trainee, lrs)
-            restore_rng(rng)
+            restore_random_states(rng)
             with self.passes.forward_step.counted() as num_tokens:
                 local = ghost.estimate(
                     self.ghost(trainee),
@@ -280,7 +280,7 @@ class MetaGradient:
                     trainee.model,
                     lambda: self.passes.run(trainee, batches, get_num_microbatches(), False),
                 )
-        restore_rng(rng)
+        restore_random_states(rng)
         local = self._scaled(local, num_tokens, loss_scale(trainee))
         return self._influence(local, loss, lrs, {})
 

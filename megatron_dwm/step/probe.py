@@ -22,8 +22,9 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from megatron_dwm.core import collectives
 from megatron_dwm.core.batches import StepBatches
-from megatron_dwm.core.contexts import gathered_parameters, quiet, restore_rng
+from megatron_dwm.core.contexts import gathered_parameters, quiet
 from megatron_dwm.core.optimizers import learning_rates
+from megatron_dwm.core.random_states import restore_random_states
 from megatron_dwm.core.trainee import Trainee
 from megatron_dwm.core.trainer_state import TrainerState
 from megatron_dwm.errors import DWMError
@@ -192,7 +193,7 @@ def _backward_of_sample(probed: ProbedStep, sample: int, state: TrainerState) ->
     for chunk in trainee.model:
         chunk.zero_grad_buffer()
     trainee.optimizer.zero_grad()
-    restore_rng(state.rng)
+    restore_random_states(state.rng)
     local = None
     if step.sees_losses:
         local = step.passes.local_part(one_hot).view(get_num_microbatches(), -1)

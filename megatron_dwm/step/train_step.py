@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.core.tensor_parallel.random import _get_all_rng_states
 
 from megatron_dwm.config import DWMConfig
 from megatron_dwm.core import collectives
 from megatron_dwm.core.agreement import agreed
 from megatron_dwm.core.batches import StepBatches
-from megatron_dwm.core.contexts import gathered_parameters, quiet, restore_rng
+from megatron_dwm.core.contexts import gathered_parameters, quiet
+from megatron_dwm.core.random_states import random_states, restore_random_states
 from megatron_dwm.core.state_tap import StateTap
 from megatron_dwm.core.trainee import Trainee
 from megatron_dwm.policies.base import SampleView, StepView, WeightPolicy
@@ -194,7 +194,7 @@ class DWMTrainStep:
         """
         count = get_num_microbatches()
         step = StepView(iteration, count, batches, self._domains(batches))
-        rng = _get_all_rng_states()
+        rng = random_states()
         weighing = self._begin(step, self.schedule.plan(iteration))
         if self.policy.needs.losses or self.policy.needs.states:
             with gathered_parameters(trainee), quiet(trainee):
@@ -208,7 +208,7 @@ class DWMTrainStep:
             local = torch.cat([self.policy.weights(view) for view in views])
         else:
             local = None
-        restore_rng(rng)
+        restore_random_states(rng)
         return self._gathered(local)
 
     # ------------------------------------------------------------------ E

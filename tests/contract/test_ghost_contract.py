@@ -39,7 +39,7 @@ from megatron.core.tensor_parallel import random as megatron_random  # noqa: E40
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from megatron_dwm.config import DWMConfig  # noqa: E402
-from megatron_dwm.core.contexts import restore_rng  # noqa: E402
+from megatron_dwm.core.random_states import restore_random_states  # noqa: E402
 from megatron_dwm.errors import DWMError  # noqa: E402
 from megatron_dwm.meta_gradient.estimators import choose_estimator  # noqa: E402
 from megatron_dwm.meta_gradient.ghost import recording as ghost  # noqa: E402
@@ -180,7 +180,7 @@ class Run:
 
     def schedule(self):
         """The trainer's forward and backward passes of one step."""
-        restore_rng(self.rng)
+        restore_random_states(self.rng)
         forward_backward_no_pipelining(
             forward_step_func=self.forward_step,
             data_iterator=iter(self.batches),
@@ -221,11 +221,11 @@ class Run:
     def per_sample_gradients(self):
         """One forward and backward for each sample: the truth."""
         found = []
-        restore_rng(self.rng)
+        restore_random_states(self.rng)
         for batch in self.batches:
             before = megatron_random._get_all_rng_states()
             for i in range(B):
-                restore_rng(before)
+                restore_random_states(before)
                 self.model[0].zero_grad_buffer()
                 mask = batch["mask"]
                 share = (self.losses(self.model[0], batch)[i] * mask[i]).sum() / mask.sum() / M

@@ -38,7 +38,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig  # no
 from megatron.training import arguments, checkpointing, training  # noqa: E402
 
 import megatron_dwm  # noqa: E402
-from megatron_dwm.core.contexts import quiet, restore_rng  # noqa: E402
+from megatron_dwm.core.contexts import quiet  # noqa: E402
+from megatron_dwm.core.random_states import restore_random_states  # noqa: E402
 from megatron_dwm.errors import DWMError  # noqa: E402
 from megatron_dwm.hosts.megatron_lm import checks, rebind  # noqa: E402
 from megatron_dwm.hosts.megatron_lm.rebind import check_version, rebound  # noqa: E402
@@ -277,7 +278,7 @@ class TestRandomStates:
             assert len(states) == 3 and set(states[2]) == {"contract-test"}
             draws = []
             for _ in range(3):
-                restore_rng(states)
+                restore_random_states(states)
                 with tracker.fork("contract-test"):
                     inside = torch.rand(5, device=cpu.device())
                 draws.append((torch.rand(5), inside))

@@ -188,7 +188,7 @@ def single_rank(folder: Path) -> None:
     cpu.install()
     import torch.distributed as dist
 
-    from megatron_dwm.scoring.run import start_ranks
+    from megatron_dwm.core.ranks import start_ranks
     from tools.score_corpus import main as score_corpus
 
     found: dict[str, Any] = {"scores": {}, "code": {}, "stdout": {}, "stderr": {}}

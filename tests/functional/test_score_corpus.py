@@ -225,7 +225,7 @@ def single_rank(folder: Path) -> None:
     import torch
     import torch.distributed as dist
 
-    from megatron_dwm.scoring.run import start_ranks
+    from megatron_dwm.core.ranks import start_ranks
     from tools.score_corpus import main
 
     big, odd = str(folder / "big"), str(folder / "odd")

@@ -15,7 +15,6 @@ from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.tensor_parallel.random import (
-    _get_all_rng_states,
     _set_all_rng_states,
     model_parallel_cuda_manual_seed,
 )
@@ -27,6 +26,7 @@ from megatron_dwm.config.schema import DWMConfig, raise_all
 from megatron_dwm.conversion.dwm_classifier import read_classifier
 from megatron_dwm.conversion.families.rope import LLAMA3_ROPE
 from megatron_dwm.conversion.hf_folder import read_hf_config
+from megatron_dwm.core.random_states import random_states
 from megatron_dwm.core.state_tap import StateTap
 from megatron_dwm.core.trainee import RunShape
 from megatron_dwm.core.trainer_state import refusal as step_refusal
@@ -322,7 +322,7 @@ def _random_states_kept(seed: int) -> Iterator[None]:
 
     So the LLM's training does not depend on there being a weighting model.
     """
-    states = _get_all_rng_states()
+    states = random_states()
     python_state, numpy_state = random.getstate(), numpy.random.get_state()
     model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)

@@ -21,10 +21,10 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.models.gpt import GPTModelBuilder
 
 from megatron_dwm.conversion.dist_checkpoint import TorchDistCheckpoint
+from megatron_dwm.core.ranks import start_ranks
 from megatron_dwm.core.stored_state import load_sharded, load_weights
 from megatron_dwm.errors import ConversionError, in_short
 from megatron_dwm.hosts import cpu
-from megatron_dwm.scoring.run import start_ranks
 
 # One process, and the arithmetic of float32 whatever the run had.
 _HERE: dict[str, Any] = {

@@ -1,0 +1,52 @@
+"""Ranks of a tool: joined without the trainer, and in agreement about what went wrong."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from megatron_dwm.errors import DWMError
+
+# A rank may wait for another as long as a chunk takes, and the first one for all others.
+_TIMEOUT = timedelta(days=7)
+
+
+def start_ranks() -> None:
+    """Joins the ranks of torchrun, or makes a single one without it.
+
+    gloo on GPUs too: no tensor is exchanged, and so ranks may share a GPU.
+    """
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo", timeout=_TIMEOUT)
+    else:
+        dist.init_process_group(
+            "gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT
+        )
+
+
+def rank_0_first[T](action: Callable[[], T]) -> T:
+    """Does something that may fail on rank 0, and where that succeeds on all other ranks.
+
+    So a user's error, which all ranks would meet, is reported once.
+
+    Raises:
+        DWMError: rank 0's on all ranks, or this rank's own.
+    """
+    rank = dist.get_rank()
+    message: list[str | None] = [None]
+    result = None
+    if rank == 0:
+        try:
+            result = action()
+        except DWMError as error:
+            message = [str(error)]
+    dist.broadcast_object_list(message, src=0)
+    if message[0] is not None:
+        raise DWMError(message[0])
+    try:
+        return action() if rank else result  # type: ignore[return-value]
+    except DWMError as error:
+        raise DWMError(str(error), this_rank_only=True) from error

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from megatron_dwm.config import DWMConfig
     from megatron_dwm.core.batches import StepBatches
+    from megatron_dwm.core.topology import Topology
 
 
 @dataclass
@@ -40,23 +41,26 @@ class PolicyContext:
 
     Attributes:
         config: all settings, defaults resolved.
-        groups: the language model's process groups.
+        topology: which ranks hold which samples, and parts of one.
         device: where tensors live.
         micro_batch_size: b.
         hidden_size: h.
         sequence_parallel: whether hidden states are spread over tensor-parallel ranks.
-        sees_losses: whether this rank is of the last pipeline stage.
         scorer: builds the separate weighting model; called by the policy that has one.
     """
 
     config: DWMConfig
-    groups: Any
+    topology: Topology
     device: torch.device
     micro_batch_size: int
     hidden_size: int
     sequence_parallel: bool
-    sees_losses: bool
     scorer: Any = None
+
+    @property
+    def sees_losses(self) -> bool:
+        """Whether this rank is of the last pipeline stage."""
+        return self.topology.sees_losses
 
 
 @dataclass

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from megatron_dwm.core import collectives
 from megatron_dwm.policies.base import (
     Lesson,
     PolicyContext,
@@ -61,8 +60,7 @@ class Shuffled(WeightPolicy):
         source = whole if whole is not None else self._last
         if source is None or source.numel() != self._order.numel():
             return torch.ones_like(self._now[view.index])
-        local = source[self._order].chunk(self.context.groups.dp.size())
-        mine = local[self.context.groups.dp.rank()]
+        mine = self.context.topology.own_samples(source[self._order])
         return mine[view.index * b : (view.index + 1) * b]
 
     def observe(self, step: StepView, influence: torch.Tensor) -> Lesson:
@@ -74,7 +72,7 @@ class Shuffled(WeightPolicy):
         causes = self.inner.end(step)
         if self.context.sees_losses and self._now:
             mine = torch.cat([self._now[k] for k in sorted(self._now)])
-            self._last = collectives.gather_samples(mine, self.context.groups.dp)
+            self._last = self.context.topology.gather_samples(mine)
         return causes
 
     @property
@@ -146,7 +144,7 @@ class Shuffled(WeightPolicy):
     def _shuffle(self, step: StepView) -> torch.Tensor:
         """Returns an order of the global batch, the same on every rank, another in every step."""
         count = step.num_microbatches * self.context.micro_batch_size
-        count *= self.context.groups.dp.size()
+        count *= self.context.topology.replicas
         seed = self.context.config.seed * 1_000_003 + step.iteration
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
         return order.to(self.context.device)

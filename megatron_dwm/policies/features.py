@@ -12,12 +12,12 @@ Shapes: b samples, s positions on this rank, h hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from megatron_dwm.core import collectives
+from megatron_dwm.core.topology import Topology
 
 # Elements of a float32 copy that is made at a time.
 _BLOCK = 1 << 22
@@ -62,12 +62,17 @@ def moments_over_positions(x: torch.Tensor, mask: torch.Tensor) -> Moments:
     return Moments(count, mean, torch.stack(squares).sum(0))
 
 
-def merged(parts: Moments, group: Any) -> Moments:
-    """Merges the moments of a group's ranks, each of which has other positions of the samples."""
-    if group.size() == 1:
-        return parts
+def merged(parts: Moments, gather: Callable[[torch.Tensor], torch.Tensor]) -> Moments:
+    """Merges the moments of ranks of which each has other positions of the samples.
+
+    Args:
+        parts: this rank's.
+        gather: a method of `Topology` that returns `[ranks, ...]`.
+    """
     packed = torch.cat([parts.count, parts.mean, parts.deviations], dim=1)
-    found = collectives.gather_moments(packed, group)
+    found = gather(packed)
+    if len(found) == 1:
+        return parts
     width = parts.mean.size(1)
     counts, means, deviations = found.split([1, width, width], dim=2)
     count = counts.sum(0)
@@ -76,7 +81,7 @@ def merged(parts: Moments, group: Any) -> Moments:
 
 
 def sample_features(
-    states: torch.Tensor, losses: torch.Tensor, mask: torch.Tensor, groups: Any
+    states: torch.Tensor, losses: torch.Tensor, mask: torch.Tensor, topology: Topology
 ) -> torch.Tensor:
     """Returns the features of a micro-batch, `[b, 2 h + 2]` float32, the same on all its ranks.
 
@@ -84,16 +89,18 @@ def sample_features(
         states: `[s, b, h]` final hidden states; `[s / tp, b, h]` under sequence parallelism.
         losses: `[b, s]` per-token losses.
         mask: `[b, s]` how much each position counts.
-        groups: the language model's process groups.
+        topology: which rank has which positions.
     """
     over_losses = moments_over_positions(losses.t().unsqueeze(-1), mask.t())
     positions = mask.t()
     if states.size(0) != positions.size(0):
-        positions = positions.chunk(groups.tp.size())[groups.tp.rank()]
-        over_states = merged(moments_over_positions(states, positions), groups.tp)
+        positions = topology.own_positions(positions)
+        parts = moments_over_positions(states, positions)
+        over_states = merged(parts, topology.gather_parts_of_states)
     else:
         over_states = moments_over_positions(states, positions)
-    over_states, over_losses = merged(over_states, groups.cp), merged(over_losses, groups.cp)
+    over_states = merged(over_states, topology.gather_parts_of_context)
+    over_losses = merged(over_losses, topology.gather_parts_of_context)
     return torch.cat(
         [over_states.mean, over_states.variance, over_losses.mean, over_losses.variance.sqrt()],
         dim=1,

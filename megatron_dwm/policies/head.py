@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from megatron_dwm.config.policy_table import Needs
-from megatron_dwm.core import collectives
 from megatron_dwm.policies.base import Lesson, PolicyContext, SampleView, StepView
 from megatron_dwm.policies.features import Projection, sample_features
 from megatron_dwm.policies.learned import LearnedPolicy
@@ -61,7 +60,7 @@ class Head(LearnedPolicy):
     def weights(self, view: SampleView) -> torch.Tensor:
         """As `WeightPolicy.weights`."""
         assert view.states is not None and view.mask is not None
-        features = sample_features(view.states, view.losses, view.mask, self.context.groups)
+        features = sample_features(view.states, view.losses, view.mask, self.context.topology)
         self._features[view.index] = features
         scores = self.scores(features)
         self.keep_scores(view, scores)
@@ -79,19 +78,19 @@ class Head(LearnedPolicy):
         """One update of the regression, on ranks that see losses."""
         if not self.context.sees_losses or scores is None:
             return Lesson(True)
-        groups = self.context.groups
+        topology = self.context.topology
         targets = self.targets(influence)
-        local = targets.chunk(groups.dp.size())[groups.dp.rank()]
+        local = topology.own_samples(targets)
         phi = self._standardised(self._local_features())
         phi = torch.where(torch.isfinite(phi), phi, 0.0)
-        mean = collectives.sum_over_data_parallel(phi.sum(0), groups.dp) / len(targets)
+        mean = topology.sum_over_samples(phi.sum(0)) / len(targets)
         # Around the batch's own mean, as its targets are.
         phi = phi - mean
         products = torch.cat([phi.T @ phi, (phi.T @ local).unsqueeze(0)])
-        products = collectives.sum_over_data_parallel(products, groups.dp)
+        products = topology.sum_over_samples(products)
         self.ridge.update(products[:-1], products[-1], len(targets), self.gate.mean)
-        collectives.broadcast_over_tensor_parallel(self.ridge.w, groups.tp)
-        collectives.broadcast_over_tensor_parallel(self.ridge.scale, groups.tp)
+        topology.make_equal(self.ridge.w)
+        topology.make_equal(self.ridge.scale)
         return Lesson(True)
 
     def end(self, step: StepView) -> list[str]:
@@ -102,7 +101,7 @@ class Head(LearnedPolicy):
         scores = self.local_scores()
         assert scores is not None
         packed = torch.cat([self.standard.sums(features), self.map.sums(scores)])
-        handle = collectives.start_sum_over_data_parallel(packed, self.context.groups.dp)
+        handle = self.context.topology.start_sum_over_samples(packed)
         self._pending = (packed, handle)
         return []
 

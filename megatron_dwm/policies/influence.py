@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from megatron_dwm.config.policy_table import Needs
-from megatron_dwm.core import collectives
 from megatron_dwm.policies.base import PolicyContext, SampleView, StepView, WeightPolicy
 from megatron_dwm.policies.learned import Targets
 from megatron_dwm.policies.maps import build_map
@@ -41,9 +40,8 @@ class Influence(WeightPolicy):
         if influence is None or not self.context.sees_losses:
             return
         self._scores = self.targets(influence)
-        groups = self.context.groups
         mapped = self.map.weights(self._scores).weights
-        self._weights = mapped.chunk(groups.dp.size())[groups.dp.rank()]
+        self._weights = self.context.topology.own_samples(mapped)
 
     def weights(self, view: SampleView) -> torch.Tensor:
         """As `WeightPolicy.weights`; 1 as long as there is nothing to look ahead from."""
@@ -55,10 +53,9 @@ class Influence(WeightPolicy):
     def end(self, step: StepView) -> list[str]:
         """Takes the step's scores into the map."""
         if self._scores is not None and not self.map.whole_batch:
-            groups = self.context.groups
-            local = self._scores.chunk(groups.dp.size())[groups.dp.rank()]
-            sums = collectives.sum_over_data_parallel(self.map.sums(local), groups.dp)
-            self.map.update(sums)
+            topology = self.context.topology
+            local = topology.own_samples(self._scores)
+            self.map.update(topology.sum_over_samples(self.map.sums(local)))
         return []
 
     def description(self) -> dict[str, Any]:

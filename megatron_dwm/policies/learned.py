@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from megatron_dwm.core import collectives
 from megatron_dwm.policies.base import Lesson, PolicyContext, SampleView, StepView, WeightPolicy
 from megatron_dwm.policies.gate import Gate
 from megatron_dwm.policies.maps import Mapped, build_map
@@ -95,7 +94,7 @@ class LearnedPolicy(WeightPolicy):
         scores = None
         local = self.local_scores()
         if self.context.sees_losses and local is not None:
-            scores = collectives.gather_samples(local, self.context.groups.dp)
+            scores = self.context.topology.gather_samples(local)
             self._samples = scores.numel()
             self.gate.observe(scores, influence)
         return self.learn(step, influence, scores)

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from megatron_dwm.config.policy_table import Needs
-from megatron_dwm.core import collectives
 from megatron_dwm.policies.base import PolicyContext, SampleView, StepView, WeightPolicy
 from megatron_dwm.policies.features import merged, moments_over_positions
 from megatron_dwm.policies.maps import DECAY
@@ -59,7 +58,8 @@ class LossPolicy(WeightPolicy):
         """As `WeightPolicy.weights`; 1 until two steps have been seen."""
         assert view.mask is not None
         parts = moments_over_positions(view.losses.t().unsqueeze(-1), view.mask.t())
-        losses = merged(parts, self.context.groups.cp).mean.squeeze(1).double()
+        whole = merged(parts, self.context.topology.gather_parts_of_context)
+        losses = whole.mean.squeeze(1).double()
         self._losses[view.index] = losses
         weights = self.raw(losses) / self.running[4]
         # The first step finds the losses' range, the second one what the weights of it come to.
@@ -79,10 +79,10 @@ class LossPolicy(WeightPolicy):
         infinite = torch.full_like(losses, -torch.inf)
         either = torch.where(finite, torch.stack([-losses, losses]), infinite)
         extremes = either.amax(1)
-        group = self.context.groups.dp
+        topology = self.context.topology
         self._pending = [
-            (sums, collectives.start_sum_over_data_parallel(sums, group)),
-            (extremes, collectives.start_largest(extremes, group)),
+            (sums, topology.start_sum_over_samples(sums)),
+            (extremes, topology.start_largest_over_samples(extremes)),
         ]
         return []
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_dwm.config.policy_table import Needs
-from megatron_dwm.core import collectives
 from megatron_dwm.core.batches import tokens_of
 from megatron_dwm.policies.base import Lesson, PolicyContext, SampleView, StepView
 from megatron_dwm.policies.head import Head
@@ -76,20 +75,18 @@ class Model(LearnedPolicy):
         if not self.context.sees_losses:
             return
         self._scores = {0: self._local}
-        groups = self.context.groups
+        topology = self.context.topology
         if not self.map.whole_batch:
             self._weights = self.mapped(self._local)
             return
-        scores = collectives.gather_samples(self._local, groups.dp)
+        scores = topology.gather_samples(self._local)
         self.batch_of_step = self._agreed(self.mapped(scores))
-        self._weights = self.batch_of_step.chunk(groups.dp.size())[groups.dp.rank()]
+        self._weights = topology.own_samples(self.batch_of_step)
 
     def _agreed(self, weights: torch.Tensor) -> torch.Tensor:
         """Makes tensor-parallel peers agree on bad scores; data-parallel peers have seen them."""
-        if self.context.groups.tp.size() == 1:
-            return weights
         assert self.batch is not None
-        bad = collectives.largest(self.batch.bad.int(), self.context.groups.tp).bool()
+        bad = self.context.topology.any_of_peers(self.batch.bad)
         self.batch.bad, self._bad = bad, bad | self._bad
         return uniform_where(bad, weights)
 
@@ -133,18 +130,17 @@ class Model(LearnedPolicy):
             if self.context.sees_losses:
                 local = self.teacher.local_scores()
                 assert local is not None
-                labels = collectives.gather_samples(local, self.context.groups.dp)
+                labels = self.context.topology.gather_samples(local)
             due = step.learns and not step.causes and not self._learned
             if due and self.lessons >= _TEACHER_READY:
                 scores = None
                 if self.context.sees_losses:
-                    scores = collectives.gather_samples(self._local, self.context.groups.dp)
+                    scores = self.context.topology.gather_samples(self._local)
                 causes = self._fit(step, scores, labels).causes
             self.teacher.end(step)
         if self.context.sees_losses and not self.map.whole_batch:
             sums = self.map.sums(self._local)
-            group = self.context.groups.dp
-            self.map.update(collectives.sum_over_data_parallel(sums, group))
+            self.map.update(self.context.topology.sum_over_samples(sums))
         return causes
 
     def _fit(
@@ -161,9 +157,9 @@ class Model(LearnedPolicy):
         gradient = None
         if self.context.sees_losses:
             assert targets is not None
-            group = self.context.groups.dp
-            scores = collectives.gather_samples(local, group)
-            everyone = collectives.gather_samples(targets.to(self.context.device), group)
+            topology = self.context.topology
+            scores = topology.gather_samples(local)
+            everyone = topology.gather_samples(targets.to(self.context.device))
             gradient = _error_gradient(scores, everyone)
         return self.scorer.update(tokens, count, self._local_gradient(gradient, count))
 
@@ -182,8 +178,7 @@ class Model(LearnedPolicy):
     def _part(self, values: torch.Tensor | None) -> torch.Tensor | None:
         if values is None:
             return None
-        groups = self.context.groups
-        return values.chunk(groups.dp.size())[groups.dp.rank()]
+        return self.context.topology.own_samples(values)
 
     def _lesson(self, updates: list[Update]) -> Lesson:
         causes = list(dict.fromkeys(cause for update in updates for cause in update.causes))

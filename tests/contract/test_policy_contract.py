@@ -24,6 +24,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: 
 
 from megatron_dwm.config import DWMConfig  # noqa: E402
 from megatron_dwm.config.policy_table import BUILT_IN, Needs, policy_needs  # noqa: E402
+from megatron_dwm.core.topology import Megatron, OneProcess  # noqa: E402
 from megatron_dwm.policies.base import (  # noqa: E402
     PolicyContext,
     SampleView,
@@ -78,8 +79,12 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def groups():
+@pytest.fixture(scope="module", params=["megatron", "one process"])
+def topology(request):
+    """Both implementations of the seam; what is right is the same."""
+    if request.param == "one process":
+        yield OneProcess()
+        return
     import torch.distributed as dist
 
     started = not dist.is_initialized()
@@ -88,7 +93,7 @@ def groups():
         dist.init_process_group("gloo", rank=0, world_size=1, store=store)
     world = dist.group.WORLD
     names = ("tp", "pp", "dp", "dp_cp", "cp", "mp")
-    yield ProcessGroupCollection(**dict.fromkeys(names, world))
+    yield Megatron(ProcessGroupCollection(**dict.fromkeys(names, world)))
     if started:
         dist.destroy_process_group()
 
@@ -114,18 +119,17 @@ class Batch:
 class Driver:
     """Takes a policy through steps as the training step does."""
 
-    def __init__(self, groups, values, micro_batch_size=8) -> None:
+    def __init__(self, topology, values, micro_batch_size=8) -> None:
         config = DWMConfig(**values).with_defaults()
         assert config.problems() == []
         scorer = StandInScorer()
         context = PolicyContext(
             config=config,
-            groups=groups,
+            topology=topology,
             device=torch.device("cpu"),
             micro_batch_size=micro_batch_size,
             hidden_size=H,
             sequence_parallel=False,
-            sees_losses=True,
             scorer=lambda: (scorer, {"num_layers": 1}),
         )
         name = config.form if config.policy == "learned" else config.policy
@@ -165,16 +169,16 @@ def values(request):
     return CASES[request.param]
 
 
-def test_mean_is_one_in_expectation_and_weights_are_fit_to_train_with(groups, values):
-    weights = Driver(groups, values).run(0, 60)
+def test_mean_is_one_in_expectation_and_weights_are_fit_to_train_with(topology, values):
+    weights = Driver(topology, values).run(0, 60)
     assert weights.dtype == torch.float32 and weights.shape == (60, N)
     assert torch.isfinite(weights).all() and (weights >= 0).all()
     assert abs(weights[20:].mean().item() - 1) < 0.02
 
 
 @pytest.mark.parametrize("name", ["head", "head-ungated", "model-regression", "influence"])
-def test_learned_weights_prefer_what_helps(groups, name):
-    weights = Driver(groups, CASES[name]).run(0, 60)[20:]
+def test_learned_weights_prefer_what_helps(topology, name):
+    weights = Driver(topology, CASES[name]).run(0, 60)[20:]
     assert weights[:, USEFUL].mean() > 1.3 * weights[:, ~USEFUL].mean()
 
 
@@ -183,14 +187,14 @@ def test_what_settings_are_checked_by_is_what_the_class_needs(name):
     assert policy_needs(name) == policy_class(name).needs
 
 
-def test_shuffled_weights_know_nothing(groups):
-    weights = Driver(groups, CASES["shuffled"]).run(0, 60)[20:]
+def test_shuffled_weights_know_nothing(topology):
+    weights = Driver(topology, CASES["shuffled"]).run(0, 60)[20:]
     assert weights.std() > 0.2
     assert abs(weights[:, USEFUL].mean() - weights[:, ~USEFUL].mean()) < 0.1
 
 
-def test_a_sample_that_is_not_finite_spoils_no_other(groups, values):
-    driver = Driver(groups, values)
+def test_a_sample_that_is_not_finite_spoils_no_other(topology, values):
+    driver = Driver(topology, values)
     driver.run(0, 8)
     driver.policy.bad_scores()
     weights = driver.step(8, Batch(8, bad=True), meta=False)
@@ -199,20 +203,20 @@ def test_a_sample_that_is_not_finite_spoils_no_other(groups, values):
     assert torch.isfinite(after).all() and not bool(driver.policy.broken())
 
 
-def test_no_weight_depends_on_the_cut_into_micro_batches(groups, values):
-    whole = Driver(groups, values, 16).run(0, 12)
-    small = Driver(groups, values, 2).run(0, 12)
+def test_no_weight_depends_on_the_cut_into_micro_batches(topology, values):
+    whole = Driver(topology, values, 16).run(0, 12)
+    small = Driver(topology, values, 2).run(0, 12)
     assert (whole - small).abs().max() < 1e-6
 
 
-def test_no_weight_depends_on_the_order_or_on_being_asked_twice(groups, values):
-    plain = Driver(groups, values).run(0, 12)
-    backwards = Driver(groups, values).run(0, 12, order=[3, 2, 1, 0], again=True)
+def test_no_weight_depends_on_the_order_or_on_being_asked_twice(topology, values):
+    plain = Driver(topology, values).run(0, 12)
+    backwards = Driver(topology, values).run(0, 12, order=[3, 2, 1, 0], again=True)
     assert torch.equal(plain, backwards)
 
 
-def test_a_saved_state_goes_on_bit_for_bit(groups, values):
-    whole, first, second = (Driver(groups, values) for _ in range(3))
+def test_a_saved_state_goes_on_bit_for_bit(topology, values):
+    whole, first, second = (Driver(topology, values) for _ in range(3))
     expected = whole.run(0, 16)
     first.run(0, 9)
     file = io.BytesIO()

@@ -4,13 +4,13 @@ What these tests do not exercise: process groups (tests/distributed) and the tra
 """
 
 import math
-from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
 
 from megatron_dwm.config import DWMConfig
+from megatron_dwm.core.topology import OneProcess
 from megatron_dwm.policies import features
 from megatron_dwm.policies.features import Moments, Projection, moments_over_positions
 from megatron_dwm.policies.gate import LEAST, Gate, correlation
@@ -45,22 +45,21 @@ class TestMoments:
         assert torch.equal(found.variance, torch.zeros(1, 2))
 
     @pytest.mark.parametrize("cut", [1, 4, 9])
-    def test_parts_merge_to_the_whole(self, cut, monkeypatch):
+    def test_parts_merge_to_the_whole(self, cut):
         x = torch.randn(10, 2, 3, generator=generator()) + 7
         mask = torch.rand(10, 2, generator=generator(1))
         parts = [
             moments_over_positions(x[part], mask[part]) for part in (slice(cut), slice(cut, None))
         ]
         packed = torch.stack([torch.cat([p.count, p.mean, p.deviations], 1) for p in parts])
-        monkeypatch.setattr(features.collectives, "gather_moments", lambda part, group: packed)
-        group = SimpleNamespace(size=lambda: 2)
-        found, whole = features.merged(parts[0], group), moments_over_positions(x, mask)
+        found = features.merged(parts[0], lambda part: packed)
+        whole = moments_over_positions(x, mask)
         for name in ("count", "mean", "deviations"):
             assert torch.allclose(getattr(found, name), getattr(whole, name), rtol=1e-5)
 
     def test_one_rank_merges_nothing(self):
         parts = Moments(torch.ones(1, 1), torch.ones(1, 2), torch.ones(1, 2))
-        assert features.merged(parts, SimpleNamespace(size=lambda: 1)) is parts
+        assert features.merged(parts, OneProcess().gather_parts_of_context) is parts
 
 
 class TestProjection:

@@ -28,6 +28,7 @@ from megatron_dwm.conversion.families.rope import LLAMA3_ROPE
 from megatron_dwm.conversion.hf_folder import read_hf_config
 from megatron_dwm.core.random_states import random_states
 from megatron_dwm.core.state_tap import StateTap
+from megatron_dwm.core.topology import Megatron
 from megatron_dwm.core.trainee import RunShape
 from megatron_dwm.core.trainer_state import refusal as step_refusal
 from megatron_dwm.core.vocabulary import megatron_vocabulary_size
@@ -131,14 +132,14 @@ def build_train_step(
         per_token=args.calculate_per_token_loss,
         device=device,
     )
+    topology = Megatron(groups)
     context = PolicyContext(
         config=config,
-        groups=groups,
+        topology=topology,
         device=device,
         micro_batch_size=args.micro_batch_size,
         hidden_size=args.hidden_size,
         sequence_parallel=args.sequence_parallel,
-        sees_losses=groups.pp.rank() == groups.pp.size() - 1,
         scorer=partial(_scorer, config, args, llm_config, groups, device),
     )
     with _random_states_kept(config.seed):

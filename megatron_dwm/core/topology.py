@@ -56,7 +56,7 @@ class Topology(Protocol):
         ...
 
     def own_positions(self, positions: torch.Tensor) -> torch.Tensor:
-        """Returns the positions `[s / tp, ...]` whose hidden states are here (sequence parallel)."""
+        """Returns those positions `[s / tp, ...]` whose hidden states are on this rank."""
         ...
 
     def gather_parts_of_states(self, part: torch.Tensor) -> torch.Tensor:

@@ -7,9 +7,8 @@ import os
 
 import torch
 
-from megatron_dwm.config.policy_table import Needs
 from megatron_dwm.errors import DWMError
-from megatron_dwm.policies.base import PolicyContext, SampleView, WeightPolicy
+from megatron_dwm.policies.base import Needs, PolicyContext, SampleView, WeightPolicy
 from quality.plan import ORACLE_VARIABLE
 
 

@@ -35,6 +35,17 @@ if TYPE_CHECKING:
     from megatron_dwm.core.topology import Topology
 
 
+__all__ = [
+    "Lesson",
+    "Needs",
+    "PolicyContext",
+    "SampleView",
+    "StepView",
+    "WeightPolicy",
+    "policy_class",
+]
+
+
 @dataclass
 class PolicyContext:
     """What policies are built from.

@@ -2,8 +2,7 @@
 
 import torch
 
-from megatron_dwm.config.policy_table import Needs
-from megatron_dwm.policies.base import WeightPolicy
+from megatron_dwm.policies.base import Needs, WeightPolicy
 
 
 class ByDomain(WeightPolicy):

@@ -48,7 +48,7 @@ def main(corpus: Path, data: Path) -> int:
     )
     for file in files:
         index = read_index(str(data / file.stem))
-        samples = num_packed_samples(index.prefix_sums, SEQUENCE_LENGTH)
+        samples = num_packed_samples(index.tokens, SEQUENCE_LENGTH)
         print(f"{file.stem:<14} {index.documents:>9} {index.tokens:>10} {samples:>8}")
     return 0
 

@@ -41,7 +41,7 @@ def describe(index: IndexSummary, sequence_length: int | None) -> list[tuple[str
     if index.documents:
         lines.append(("tokens per document", f"{index.tokens / index.documents:,.1f} (mean)"))
     if sequence_length is not None:
-        samples = num_packed_samples(index.prefix_sums, sequence_length)
+        samples = num_packed_samples(index.tokens, sequence_length)
         lines.append((f"samples of {sequence_length:,} tokens", f"{samples:,}"))
     # Legitimate, but the usual sign of a .bin from another run than the .idx.
     unused = index.bin_bytes - index.tokens * index.dtype.itemsize

@@ -163,7 +163,7 @@ def run(args: argparse.Namespace) -> None:
     """
     first = dist.get_rank() == 0
     corpora = rank_0_first(
-        lambda: plan(args.data, args.output, args.domain, args.force, args.keep_scores)
+        lambda: plan(args.data, args.output, args.domain, args.force, args.keep_scores, first)
     )
     scorer = load_scorer(args)
     seq_length = window_length(scorer, args.seq_length)

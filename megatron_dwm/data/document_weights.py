@@ -1,4 +1,4 @@
-"""Document weights as numbers: from scores, cut to the best, summed up over all and by domain.
+"""Document weights as numbers: from scores, cut to the best, by sequence, summed up by domain.
 
 Works in chunks, so that 10^8 documents need little memory beside the arrays themselves.
 Shapes: D documents, K domains.
@@ -6,11 +6,11 @@ Shapes: D documents, K domains.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from megatron_dwm.data.index import IndexSummary
+from megatron_dwm.data.index import IndexSummary, documents_of
 from megatron_dwm.data.weight_file import WeightFile, document_chunks
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -83,6 +83,47 @@ def keep_top_fraction(weights: np.ndarray, fraction: float) -> np.ndarray:
     return result
 
 
+def weights_by_sequence(
+    weights: np.ndarray, document_indices: np.ndarray, first: int, last: int
+) -> np.ndarray:
+    """Return the weight of each sequence from `first` up to `last`: that of its document.
+
+    Args:
+        weights: `[D]` float32.
+        document_indices: `[D + 1]`, see `IndexSummary`.
+        first: First sequence.
+        last: The sequence after the last one.
+
+    Returns:
+        `[last - first]` float32; a part of `weights` itself where every document is one sequence.
+    """
+    if _one_sequence_each(document_indices, first, last):
+        return weights[first:last]
+    result = np.empty(last - first, np.float32)
+    begin, end = documents_of(document_indices, np.array([first, last - 1]))
+    for chunk in document_chunks(int(end) + 1, int(begin)):
+        bounds = np.clip(document_indices[chunk.start : chunk.stop + 1], first, last)
+        places = slice(bounds[0] - first, bounds[-1] - first)
+        result[places] = np.repeat(weights[chunk], np.diff(bounds))
+    return result
+
+
+def _one_sequence_each(document_indices: np.ndarray, first: int, last: int) -> bool:
+    """Whether each of the sequences is the document of the same number."""
+    return last < len(document_indices) and all(
+        np.array_equal(document_indices[chunk], np.arange(chunk.start, chunk.stop))
+        for chunk in document_chunks(last + 1, first)
+    )
+
+
+def distinct_domains(parts: Iterable[np.ndarray]) -> np.ndarray:
+    """Return the domains that occur in arrays of domains, ascending and without -1."""
+    found = np.zeros(0, np.int32)
+    for part in parts:
+        found = np.union1d(found, part)
+    return found[found >= 0]
+
+
 def weight_summary(weight_file: WeightFile) -> dict:
     """Sum up the weights of a file.
 
@@ -147,7 +188,7 @@ def domain_summary(weight_file: WeightFile, index: IndexSummary | None) -> list[
         documents += np.bincount(places, minlength=bins)
         weight += np.bincount(places, weights, minlength=bins)
         if index is not None:
-            lengths = np.diff(index.prefix_sums[chunk.start : chunk.stop + 1])
+            lengths = index.document_tokens(chunk.start, chunk.stop)
             np.add.at(tokens, places, lengths)
             expected += np.bincount(places, weights * lengths, minlength=bins)
     rows = [
@@ -175,10 +216,7 @@ def _domain_positions(
     """
     if names:
         return [NO_DOMAIN, *names], lambda values: values.astype(np.int64) + 1
-    found = np.unique(
-        np.concatenate([np.unique(domains[c]) for c in document_chunks(len(domains))])
-    )
-    found = found[found >= 0]
+    found = distinct_domains(domains[chunk] for chunk in document_chunks(len(domains)))
     return [NO_DOMAIN, *map(str, found.tolist())], lambda values: np.where(
         values < 0, 0, np.searchsorted(found, values) + 1
     )

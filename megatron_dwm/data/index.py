@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import os
 import struct
+from bisect import bisect_right
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -42,29 +44,44 @@ class DatasetError(DWMError):
 class IndexSummary:
     """What an index says about its corpus. The arrays are memory-mapped and read-only.
 
+    Nothing is kept in memory that grows with the corpus.
+
     Attributes:
         prefix: Path of the pair without `.idx` and `.bin`.
         documents: Number of documents D.
-        sequences: Number of sequences S; a document has one or more.
-        tokens: Number of tokens.
+        sequences: Number of sequences S; a document has one, several or none.
         dtype: Type of a token in the `.bin`.
         bin_bytes: Size of the `.bin`.
         sequence_lengths: `[S]` int32, tokens per sequence.
         sequence_pointers: `[S]` int64, first byte of each sequence in the `.bin`.
         document_indices: `[D + 1]` int64, first sequence of each document, then S.
-        prefix_sums: `[D + 1]` int64, tokens before each document, then all tokens.
     """
 
     prefix: str
     documents: int
     sequences: int
-    tokens: int
     dtype: np.dtype
     bin_bytes: int
     sequence_lengths: np.ndarray
     sequence_pointers: np.ndarray
     document_indices: np.ndarray
-    prefix_sums: np.ndarray
+
+    @cached_property
+    def tokens(self) -> int:
+        """Number of tokens; reads the lengths of all sequences when first asked for."""
+        return int(self.sequence_lengths.sum(dtype=np.int64))
+
+    def document_tokens(self, first: int, last: int) -> np.ndarray:
+        """Return the number of tokens of each document from `first` up to `last`.
+
+        Takes memory for these documents: go through a corpus in chunks.
+
+        Returns:
+            `[last - first]` int64.
+        """
+        bounds = self.document_indices[first : last + 1]
+        lengths = self.sequence_lengths[bounds[0] : bounds[-1]]
+        return np.diff(_data_engine.document_token_prefix_sums(lengths, bounds - bounds[0]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,14 +114,13 @@ class SampleDocuments:
         return positions if self.document_order is None else self.document_order[positions]
 
 
-def read_index(prefix: str | os.PathLike[str]) -> IndexSummary:
+def read_index(prefix: str | os.PathLike[str], verify: bool = True) -> IndexSummary:
     """Read and check the index of a Megatron dataset.
 
     Args:
         prefix: Path of the pair without `.idx` and `.bin`, as in `--data-path`.
-
-    Returns:
-        The summary; every token that it speaks of is inside the `.bin`.
+        verify: Whether to read all of the index to check that every token that it speaks of is
+            inside the `.bin`. Without it only the header and the size of the index are checked.
 
     Raises:
         DatasetError: A file is missing or damaged, or the two do not belong together.
@@ -134,46 +150,65 @@ def read_index(prefix: str | os.PathLike[str]) -> IndexSummary:
     document_indices = raw[offset : offset + 8 * index_entries].view("<i8")
 
     bin_bytes = _file_size(bin_path, prefix)
-    try:
-        _data_engine.check_index(lengths, pointers, document_indices, dtype.itemsize, bin_bytes)
-        prefix_sums = _data_engine.document_token_prefix_sums(lengths, document_indices)
-    except ValueError as error:
-        raise DatasetError(
-            f"{idx_path}: {error}; the file is damaged or does not belong to {bin_path} "
-            f"({bin_bytes} bytes): {_REBUILD}"
-        ) from error
+    if verify:
+        try:
+            _data_engine.check_index(lengths, pointers, document_indices, dtype.itemsize, bin_bytes)
+        except ValueError as error:
+            raise DatasetError(
+                f"{idx_path}: {error}; the file is damaged or does not belong to {bin_path} "
+                f"({bin_bytes} bytes): {_REBUILD}"
+            ) from error
     return IndexSummary(
         prefix=prefix,
         documents=index_entries - 1,
         sequences=sequences,
-        tokens=int(prefix_sums[-1]),
         dtype=dtype,
         bin_bytes=bin_bytes,
         sequence_lengths=lengths,
         sequence_pointers=pointers,
         document_indices=document_indices,
-        prefix_sums=prefix_sums,
     )
 
 
-def num_packed_samples(
-    prefix_sums: np.ndarray, sequence_length: int, *, add_extra_token: bool = True
-) -> int:
-    """Return how many packed samples one pass over the documents makes.
+def documents_of(document_indices: np.ndarray, sequences: np.ndarray) -> np.ndarray:
+    """Return the documents that sequences belong to.
 
     Args:
-        prefix_sums: `[D + 1]` int64 tokens before each document, then all tokens.
+        document_indices: `[D + 1]`, see `IndexSummary`; of a few entries only is read.
+        sequences: `[n]` sequence numbers; few, such as those of a sample.
+
+    Returns:
+        `[n]` int64.
+    """
+    found = [_document_of(document_indices, sequence) for sequence in sequences.tolist()]
+    return np.array(found, dtype=np.int64)
+
+
+def _document_of(document_indices: np.ndarray, sequence: int) -> int:
+    # Where every document is one sequence, two entries tell.
+    if document_indices[sequence : sequence + 2].tolist() == [sequence, sequence + 1]:
+        return sequence
+    # Not np.searchsorted, which copies an array that is not aligned, as no array of an .idx is.
+    # Of documents that begin with the same sequence, the last one is not empty.
+    return bisect_right(document_indices, sequence) - 1
+
+
+def num_packed_samples(tokens: int, sequence_length: int, *, add_extra_token: bool = True) -> int:
+    """Return how many packed samples one pass over a corpus makes.
+
+    Args:
+        tokens: Tokens of the corpus.
         sequence_length: Tokens per sample.
         add_extra_token: Whether the last sample needs one more token, for its last label.
 
     Raises:
-        ValueError: `sequence_length` is below 1 or `prefix_sums` is empty.
+        ValueError: `sequence_length` is below 1 or `tokens` below 0.
     """
     if sequence_length < 1:
         raise ValueError(f"sequence_length: expected at least 1, found {sequence_length}")
-    if len(prefix_sums) == 0:
-        raise ValueError("prefix_sums: expected at least one entry (number of documents + 1)")
-    return max(int(prefix_sums[-1]) - int(add_extra_token), 0) // sequence_length
+    if tokens < 0:
+        raise ValueError(f"tokens: expected at least 0, found {tokens}")
+    return max(tokens - int(add_extra_token), 0) // sequence_length
 
 
 def sample_documents(

@@ -63,6 +63,11 @@ class WeightFile:
     domain_names: tuple[str, ...]
     _raw: np.ndarray = field(repr=False)
 
+    @property
+    def header(self) -> bytes:
+        """The 64 bytes before the weights; they hold a checksum of all that follows."""
+        return self._raw[:_HEADER_BYTES].tobytes()
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the whole file in hexadecimal; reads the file when first asked for."""
@@ -74,10 +79,10 @@ def weights_path(prefix: str | os.PathLike[str]) -> str:
     return f"{os.fspath(prefix)}.weights"
 
 
-def document_chunks(documents: int) -> Iterator[slice]:
-    """Yield slices of at most CHUNK_DOCUMENTS that cover `range(documents)` in order."""
-    for first in range(0, documents, CHUNK_DOCUMENTS):
-        yield slice(first, min(first + CHUNK_DOCUMENTS, documents))
+def document_chunks(last: int, first: int = 0) -> Iterator[slice]:
+    """Yield slices of at most CHUNK_DOCUMENTS that cover `range(first, last)` in order."""
+    for start in range(first, last, CHUNK_DOCUMENTS):
+        yield slice(start, min(start + CHUNK_DOCUMENTS, last))
 
 
 def read_weights(

@@ -24,26 +24,37 @@ import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.utils import Split
 
+from megatron_dwm.data.document_weights import weights_by_sequence
 from megatron_dwm.data.epoch_plan import PLAN_VERSION, Corpus, Segment, first_segment, next_segment
+from megatron_dwm.data.index import documents_of
 from megatron_dwm.data.segment_cache import load_segment, save_segment
 
 
 @dataclass(frozen=True)
 class DocumentWeights:
-    """The weights of a data set, by sequence.
+    """The weights of a data set, by document; arrays of the corpus' size are memory-mapped.
 
     Attributes:
-        weights: `[S]` float32.
-        domains: `[S]` int32 domain of each sequence, -1: none; None without domains.
+        weights: `[D]` float32.
+        domains: `[D]` int32 domain of each document, -1: none; None without domains.
         domain_numbers: `[K + 1]` int64 what the log calls each of the K domains, and last a
-            sequence without one.
-        document_of: `[S]` document of each sequence; None where every document is one sequence.
+            document without one.
+        distinct: `[K]` the domains that occur, ascending; None: those from 0 to K - 1.
     """
 
     weights: numpy.ndarray
     domains: numpy.ndarray | None
     domain_numbers: numpy.ndarray
-    document_of: numpy.ndarray | None = None
+    distinct: numpy.ndarray | None = None
+
+    def numbers_of(self, documents: numpy.ndarray) -> numpy.ndarray:
+        """Returns `[n]` int64 what the log calls the domains of `[n]` documents."""
+        if self.domains is None:
+            return numpy.repeat(self.domain_numbers[-1:], len(documents))
+        domains = self.domains[documents]
+        if self.distinct is not None:
+            domains = numpy.where(domains < 0, -1, numpy.searchsorted(self.distinct, domains))
+        return self.domain_numbers[domains]
 
 
 @dataclass(frozen=True)
@@ -65,12 +76,14 @@ class SamplingSettings:
 
     Attributes:
         weights: returns the weights of a data set, by its path and a digest.
+        lengths: digest of the sequence lengths of each data set by its path, see `lengths_digest`.
         stages: the stages of each data set by its path, the last one in force. At least one.
         method: see `Corpus`.
         max_repeats: see `Corpus`.
     """
 
     weights: Callable[[str, str], DocumentWeights]
+    lengths: dict[str, str]
     stages: dict[str, list[Stage]]
     method: Literal["systematic", "independent"] = "systematic"
     max_repeats: int | None = None
@@ -103,7 +116,6 @@ class WeightedSampling:
     _pad_token_id: int
 
     _is_padding = False
-    _lengths_digest: str | None = None
 
     @property
     def draws_by_weight(self) -> bool:
@@ -151,7 +163,12 @@ class WeightedSampling:
             return found
         *earlier, stage = stages
         first = corpus.first_document
-        weights = self._weights(stage).weights[first : first + corpus.num_documents]
+        weights = weights_by_sequence(
+            self._weights(stage).weights,
+            self.dataset.document_indices,
+            first,
+            first + corpus.num_documents,
+        )
         if earlier:
             # As far as it was followed; what it planned beyond that does not matter.
             before = self._segment(earlier, stage.start + 1)
@@ -159,7 +176,8 @@ class WeightedSampling:
         else:
             segment = first_segment(corpus, weights, num_samples, stage.start)
         save_segment(path, segment)
-        return segment
+        # Memory-mapped, as it is for all who find it in the cache.
+        return load_segment(path, corpus) or segment
 
     def _weights(self, stage: Stage) -> DocumentWeights:
         settings: SamplingSettings = self.config.dwm_sampling
@@ -171,12 +189,10 @@ class WeightedSampling:
         folder = self.config.path_to_cache or os.path.join(
             self.dataset.path_prefix, "cache", "WeightedGPTDataset_indices"
         )
-        if self._lengths_digest is None:
-            self._lengths_digest = lengths_digest(self.dataset.sequence_lengths)
         key = [
             PLAN_VERSION,
             self.unique_description,
-            self._lengths_digest,
+            settings.lengths[self.dataset_path],
             num_samples,
             [(s.start, s.digest) for s in stages],
             settings.method,
@@ -197,14 +213,14 @@ class WeightedSampling:
         self._is_padding = idx is None
         sample = super().__getitem__(idx)  # type: ignore[misc]
         sequences, counts = self._provenance
-        per_token = numpy.repeat(sequences, counts)[: self.config.sequence_length]
-        table = self.in_force
-        documents = per_token if table.document_of is None else table.document_of[per_token]
-        ids = numpy.full(self.config.sequence_length, -1, dtype=numpy.int64)
-        ids[: len(documents)] = documents
+        length = self.config.sequence_length
+        documents = documents_of(self.dataset.document_indices, sequences)
+        per_token = numpy.repeat(documents, counts)[:length]
+        ids = numpy.full(length, -1, dtype=numpy.int64)
+        ids[: len(per_token)] = per_token
         sample["document_ids"] = torch.from_numpy(ids)
-        local = numpy.array([-1]) if table.domains is None else table.domains[per_token]
-        numbers, size = numpy.unique(table.domain_numbers[local], return_counts=True)
+        domains = numpy.repeat(self.in_force.numbers_of(documents), counts)[:length]
+        numbers, size = numpy.unique(domains, return_counts=True)
         sample["domain_id"] = torch.tensor(int(numbers[size.argmax()]))
         return sample
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_dwm.data.index import DatasetError, IndexSummary
+from megatron_dwm.data.weight_file import document_chunks
 
 # What a document costs beside its tokens, in tokens: keeps chunks of tiny documents short.
 _DOCUMENT_COST = 8
@@ -42,10 +43,15 @@ def chunk_bounds(index: IndexSummary, chunk_tokens: int) -> np.ndarray:
         `[C + 1]` int64: chunk c has the documents from bound c up to bound c + 1. No chunk is
         empty, and where one ends depends on the index alone.
     """
-    before = index.prefix_sums + _DOCUMENT_COST * np.arange(index.documents + 1, dtype=np.int64)
-    marks = np.arange(0, int(before[-1]), chunk_tokens, dtype=np.int64)
-    firsts = np.searchsorted(before[:-1], marks)
-    return np.unique(np.append(firsts, index.documents))
+    bounds, cost, number = [], 0, -1
+    for part in document_chunks(index.documents):
+        costs = index.document_tokens(part.start, part.stop) + _DOCUMENT_COST
+        ends = cost + np.cumsum(costs)
+        # Of the documents with the same number, the first one begins a chunk.
+        numbers = (ends - costs) // chunk_tokens
+        bounds.append(part.start + np.flatnonzero(np.diff(numbers, prepend=number)))
+        cost, number = int(ends[-1]), int(numbers[-1])
+    return np.append(np.concatenate([np.zeros(0, np.int64), *bounds]), index.documents)
 
 
 def cut_into_windows(lengths: np.ndarray, seq_length: int) -> Windows:

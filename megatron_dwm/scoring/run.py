@@ -33,7 +33,7 @@ class Corpus:
     Attributes:
         index: its index.
         output: weight file to write.
-        domains: `[D]` int32 domains for the weight file, or None.
+        domains: `[D]` int32 domains for the weight file, or None; on the rank that writes it.
         domain_names: their names.
     """
 
@@ -54,6 +54,7 @@ def plan(
     domains: Sequence[str] | None,
     force: bool,
     keep_scores: bool,
+    verify: bool = True,
 ) -> list[Corpus]:
     """Reads the indices and checks all that can be checked before a model is loaded.
 
@@ -64,6 +65,7 @@ def plan(
             replaced, or of `PREFIX.weights`.
         force: whether existing files are replaced.
         keep_scores: whether `.scores.npy` is written too.
+        verify: whether to read all of the files to check them; one rank is enough.
 
     Raises:
         DWMError: names the flag or the file, and what to do.
@@ -79,7 +81,7 @@ def plan(
         raise DWMError("two of the --data or --output paths are the same; give each once")
     corpora = []
     for number, (prefix, output) in enumerate(zip(prefixes, outputs, strict=True)):
-        index = read_index(prefix)
+        index = read_index(prefix, verify)
         if not index.documents:
             raise DWMError(f"{prefix}.idx has no documents; leave it out of --data")
         for path in (output, scores_path(output)) if keep_scores else (output,):
@@ -88,8 +90,10 @@ def plan(
         parent = os.path.dirname(output) or "."
         if not os.access(parent, os.W_OK | os.X_OK):
             raise DWMError(f"{output}: the folder {parent} is missing or not writable")
-        found, names = _domains(index, output, None if domains is None else domains[number])
-        corpora.append(Corpus(index, output, found, names))
+        corpora.append(Corpus(index, output, None, ()))
+        if verify:
+            found, names = _domains(index, output, None if domains is None else domains[number])
+            corpora[-1] = Corpus(index, output, found, names)
     return corpora
 
 
@@ -147,23 +151,22 @@ def score(
     Raises:
         DWMError: a token id outside the vocabulary, a score that is not finite, a full disk.
     """
-    keys: list[Any] = [None] * len(corpora)
+    work: list[Any] = [None] * len(corpora)
     if dist.get_rank() == 0:
         identity = scorer.identity()
-        keys = [
-            work_key(
+        for number, corpus in enumerate(corpora):
+            key = work_key(
                 model=identity,
                 corpus=corpus_digest(corpus.index),
                 seq_length=seq_length,
                 micro_batch_size=micro_batch_size,
                 chunk_tokens=chunk_tokens,
             )
-            for corpus in corpora
-        ]
-    dist.broadcast_object_list(keys, src=0)
+            work[number] = key, chunk_bounds(corpus.index, chunk_tokens)
+    dist.broadcast_object_list(work, src=0)
     folders = [
-        WorkFolder(f"{corpus.output}.scores", key, chunk_bounds(corpus.index, chunk_tokens))
-        for corpus, key in zip(corpora, keys, strict=True)
+        WorkFolder(f"{corpus.output}.scores", key, bounds)
+        for corpus, (key, bounds) in zip(corpora, work, strict=True)
     ]
     readers = [TokenReader(corpus.index, scorer.vocab_size) for corpus in corpora]
     chunks = _outstanding(folders)
@@ -221,7 +224,7 @@ class _Progress:
         self._shown = dist.get_rank() == 0
         if not self._shown:
             return
-        self._folders, self._prefix_sums = folders, [c.index.prefix_sums for c in corpora]
+        self._folders, self._indices = folders, [corpus.index for corpus in corpora]
         self._tokens, self._start, self._looked = 0, time.monotonic(), 0.0
         before = sum(int(np.diff(f.bounds)[f.done].sum()) for f in folders)
         self._bar = tqdm(
@@ -240,11 +243,11 @@ class _Progress:
     def _look(self) -> None:
         self._looked = time.monotonic()
         documents = 0
-        for folder, before in zip(self._folders, self._prefix_sums, strict=True):
+        for folder, index in zip(self._folders, self._indices, strict=True):
             for chunk in folder.scan():
                 first, last = folder.bounds[chunk : chunk + 2]
                 documents += int(last - first)
-                self._tokens += int(before[last] - before[first])
+                self._tokens += int(index.document_tokens(first, last).sum())
         rate = self._tokens / max(self._looked - self._start, 1e-6)
         self._bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
         self._bar.update(documents)

@@ -90,7 +90,7 @@ def summary(files: Sequence[WeightFile], indices: Sequence[IndexSummary]) -> str
         weight = drawn = 0.0
         for chunk in document_chunks(file.documents):
             values = file.weights[chunk].astype(np.float64)
-            lengths = np.diff(index.prefix_sums[chunk.start : chunk.stop + 1])
+            lengths = index.document_tokens(chunk.start, chunk.stop)
             weight += float(values.sum())
             squares += float((values * values).sum())
             drawn += float((values * lengths).sum())

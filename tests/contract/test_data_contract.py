@@ -89,6 +89,7 @@ def prefix(tmp_path_factory):
 def build(prefix, folder, weights, cls, num_samples=200, split="80,20,0", **config):
     settings = SamplingSettings(
         weights=lambda path, digest: DocumentWeights(weights, None, np.array([0])),
+        lengths={prefix: "digest of the lengths"},
         stages={prefix: [Stage(0, "digest")]},
     )
     made = GPTDatasetConfig(

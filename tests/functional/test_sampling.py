@@ -227,6 +227,7 @@ class Expected:
     def __init__(self, prefix: str) -> None:
         self.index = read_index(prefix)
         lengths = np.asarray(self.index.sequence_lengths)
+        self.first_tokens = np.cumsum(lengths) - lengths
         self.corpus = Corpus(prefix, lengths, 0, len(lengths), SEQUENCE, True, SEED)
         self.tokens = np.fromfile(f"{prefix}.bin", dtype=self.index.dtype)
         self.segment = None
@@ -245,7 +246,7 @@ class Expected:
             ids: list[int] = []
             tokens: list[int] = []
             for document, start, count in self.segment.parts(self.segment.row(position)):
-                begin = self.index.prefix_sums[document] + start
+                begin = self.first_tokens[document] + start
                 ids += [document] * count
                 tokens += self.tokens[begin : begin + count].tolist()
             found.append((tuple(ids[:SEQUENCE]), tuple(tokens[:SEQUENCE])))

@@ -25,6 +25,7 @@ from megatron_dwm.data import (
     read_index,
     sample_documents,
 )
+from megatron_dwm.data.index import documents_of
 
 INT64_MAX = 2**63 - 1
 HEADER_BYTES = 34
@@ -139,7 +140,7 @@ class TestSamples:
         assert len(found) == wanted
         if order is None:
             assert available == num_packed_samples(
-                prefix_sums_of(corpus), sequence_length, add_extra_token=add_extra_token
+                sum(lengths), sequence_length, add_extra_token=add_extra_token
             )
 
     def test_positions_tell_repeated_documents_apart(self):
@@ -157,12 +158,12 @@ class TestSamples:
             assert len(sample_documents(sums, 8)) == 0
             assert len(sample_documents(sums, 8, 0)) == 0
         assert len(sample_documents(i64(0, 9), 1, document_order=[])) == 0
-        assert num_packed_samples(i64(0), 8) == 0
+        assert num_packed_samples(0, 8) == 0
 
     def test_the_extra_token_decides_the_last_sample(self):
-        assert num_packed_samples(i64(0, 8), 4) == 1
-        assert num_packed_samples(i64(0, 8), 4, add_extra_token=False) == 2
-        assert num_packed_samples(i64(0, 9), 4) == 2
+        assert num_packed_samples(8, 4) == 1
+        assert num_packed_samples(8, 4, add_extra_token=False) == 2
+        assert num_packed_samples(9, 4) == 2
 
     def test_token_counts_near_the_limit(self):
         sums = i64(0, INT64_MAX - 1, INT64_MAX)
@@ -209,9 +210,9 @@ class TestSamples:
 
     def test_num_packed_samples_checks_its_arguments(self):
         with pytest.raises(ValueError, match="sequence_length"):
-            num_packed_samples(i64(0, 4), 0)
-        with pytest.raises(ValueError, match="prefix_sums"):
-            num_packed_samples(i64(), 4)
+            num_packed_samples(4, 0)
+        with pytest.raises(ValueError, match="tokens"):
+            num_packed_samples(-1, 4)
 
 
 class TestCheckIndex:
@@ -287,7 +288,9 @@ class TestReadIndex:
         assert index.sequence_lengths.tolist() == [3, 4, 0, 5]
         assert index.sequence_pointers.tolist() == [0, 6, 14, 14]
         assert index.document_indices.tolist() == [0, 1, 3, 4]
-        assert index.prefix_sums.tolist() == [0, 3, 7, 12]
+        assert index.document_tokens(0, 3).tolist() == [3, 4, 5]
+        assert index.document_tokens(1, 2).tolist() == [4]
+        assert index.document_tokens(2, 2).tolist() == []
         assert index.bin_bytes == 24
         assert isinstance(index.sequence_lengths, np.memmap)
         with pytest.raises(ValueError, match="read-only"):
@@ -311,6 +314,7 @@ class TestReadIndex:
     def test_empty_corpus(self, tmp_path):
         index = read_index(write_pair(tmp_path, lengths=(), documents=(0,)))
         assert (index.documents, index.sequences, index.tokens) == (0, 0, 0)
+        assert index.document_tokens(0, 0).tolist() == []
 
     def test_multimodal_modes_are_allowed(self, tmp_path):
         assert read_index(write_pair(tmp_path, modes=bytes(4))).tokens == 12
@@ -399,6 +403,19 @@ class TestReadIndex:
         with pytest.raises(DatasetError) as error:
             read_index(prefix)
         assert_one_line(error, f"{prefix}.bin: expected a file, found a folder")
+
+    @settings(deadline=None)
+    @given(corpora.filter(any))
+    def test_documents_of_any_number_of_sequences(self, tmp_path_factory, corpus):
+        lengths, documents = arrays_of(corpus)
+        prefix = write_pair(tmp_path_factory.mktemp("any"), lengths, documents)
+        index = read_index(prefix)
+        assert index.document_tokens(0, len(corpus)).tolist() == [sum(d) for d in corpus]
+        for first in range(len(corpus)):
+            assert index.document_tokens(first, first + 1).tolist() == [sum(corpus[first])]
+        owners = np.repeat(np.arange(len(corpus)), np.diff(documents))
+        found = documents_of(index.document_indices, np.arange(len(lengths)))
+        assert found.tolist() == owners.tolist()
 
     @settings(max_examples=300, deadline=None)
     @given(st.data())

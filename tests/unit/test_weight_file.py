@@ -7,6 +7,7 @@ plain NumPy on whole arrays, also when the documents fill several chunks.
 What this file does NOT exercise: damaged files (test_damaged_files.py).
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -38,13 +39,11 @@ def make_index(lengths, prefix="corpus"):
         prefix=prefix,
         documents=documents,
         sequences=documents,
-        tokens=int(sums[-1]),
         dtype=np.dtype("u1"),
         bin_bytes=int(sums[-1]),
         sequence_lengths=np.asarray(lengths, np.int32),
         sequence_pointers=sums[:-1],
         document_indices=np.arange(documents + 1),
-        prefix_sums=sums,
     )
 
 
@@ -191,9 +190,11 @@ class TestRefused:
     def test_weights_of_another_dataset(self, tmp_path, what):
         path = tmp_path / "a.weights"
         write_weights(path, np.ones(2), make_index([1, 1]))
-        other = make_index([1, 1, 1] if what == "documents" else [1, 1])
-        if what != "documents":
-            other = IndexSummary(**{**vars(other), what: 9})
+        other = {
+            "documents": make_index([1, 1, 1]),
+            "sequences": dataclasses.replace(make_index([1, 1]), sequences=9),
+            "tokens": make_index([1, 8]),
+        }[what]
         with pytest.raises(DatasetError, match=rf"made for 2 {what}, but corpus\.idx has"):
             read_weights(path, other)
         with pytest.raises(DatasetError, match=what):

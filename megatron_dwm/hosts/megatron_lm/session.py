@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import checkpointing, get_args, print_rank_0, print_rank_last
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
@@ -17,6 +15,7 @@ from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writ
 from megatron_dwm.checkpoint import snapshots
 from megatron_dwm.checkpoint import state as checkpoint
 from megatron_dwm.config import DWMConfig, flag
+from megatron_dwm.core.ranks import from_first_rank
 from megatron_dwm.core.trainee import Trainee
 from megatron_dwm.errors import DWMError
 from megatron_dwm.hosts import cpu
@@ -59,9 +58,9 @@ class Session:
         config = config.with_defaults()
         check_arguments(config, run)
         if not run.mock_data:
-            _on_first_rank(partial(check_data, config, run))
-        _on_first_rank(partial(mend_tracker, run, print_rank_0))
-        _on_first_rank(partial(check_checkpoint, run))
+            from_first_rank(partial(check_data, config, run))
+        from_first_rank(partial(mend_tracker, run, print_rank_0))
+        from_first_rank(partial(check_checkpoint, run))
         config = resolve_shapes(config, run)
         model, optimizer, scheduler = stock(*args, **kwargs)
         if optimizer is None:
@@ -144,7 +143,7 @@ class Session:
             self.log.flush()
         if self.step is not None and not loading and run.ckpt_format == "torch_dist":
             metadata = (kwargs.get("model_sd_kwargs") or {}).get("metadata")
-            _on_first_rank(partial(forget_unfinished, run, kwargs.get("iteration")))
+            from_first_rank(partial(forget_unfinished, run, kwargs.get("iteration")))
             pending = self.verifier is not None and self.verifier.pending
             state[checkpoint.KEY] = checkpoint.state_for_saving(
                 self.step,
@@ -309,19 +308,3 @@ def _check_no_flags(config: DWMConfig) -> None:
     ]
     if given:
         raise DWMError(f"{', '.join(given)} given without --dwm; add --dwm, or remove them")
-
-
-def _on_first_rank(check: Callable[[], None]) -> None:
-    """Runs a check of files on rank 0 and raises its error on every rank, so that none waits."""
-    message: list[str | None] = [None]
-    cause: Exception | None = None
-    if torch.distributed.get_rank() == 0:
-        try:
-            check()
-        except (DWMError, OSError) as error:
-            message = [str(error)]
-        except Exception as error:  # the others must not wait for ever
-            message, cause = [f"{type(error).__name__}: {error}"], error
-    torch.distributed.broadcast_object_list(message, src=0)
-    if message[0] is not None:
-        raise DWMError(message[0]) from cause

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -22,9 +23,11 @@ from megatron.training import training
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_dwm.config import DWMConfig
+from megatron_dwm.core.ranks import from_first_rank
+from megatron_dwm.data.document_weights import distinct_domains
 from megatron_dwm.data.epoch_plan import PLAN_VERSION
-from megatron_dwm.data.index import read_index
-from megatron_dwm.data.weight_file import WeightFile, read_weights, weights_path
+from megatron_dwm.data.index import IndexSummary, read_index
+from megatron_dwm.data.weight_file import WeightFile, document_chunks, read_weights, weights_path
 from megatron_dwm.data.weighted_dataset import (
     DocumentWeights,
     SamplingSettings,
@@ -40,8 +43,25 @@ from megatron_dwm.hosts.megatron_lm.rebind import rebound
 FOLDER = "dwm_weights"
 
 
+@dataclass(frozen=True)
+class _Described:
+    """What rank 0 says of a weight file that it has read and checked.
+
+    Attributes:
+        path: of the file.
+        header: of the file; with it another rank knows the file without reading all of it.
+        distinct: see `DocumentWeights`.
+    """
+
+    path: str
+    header: bytes
+    distinct: numpy.ndarray | None
+
+
 class Sampling:
-    """Weighted sampling of one run.
+    """Weighted sampling of one run; made on all ranks at once.
+
+    Rank 0 alone reads files in full; the others hear from it what it found, and open the same.
 
     Args:
         config: settings.
@@ -58,16 +78,20 @@ class Sampling:
         self.prefixes = training_prefixes(run)
         self.settings = SamplingSettings(
             weights=self._weights,
+            lengths={},
             stages={},
             method="independent" if config.sampling_draws == "independent" else "systematic",
             max_repeats=config.sampling_max_repeats,
         )
         self.domain_names: list[str] = []
         self._domain_numbers: dict[str, int] = {}
-        self._files: dict[tuple[str, str], DocumentWeights] = {}
+        self._opened: dict[tuple[str, str], DocumentWeights] = {}
+        self._indices: dict[str, IndexSummary] = {}
+        self._verified: dict[tuple[str, str], WeightFile] = {}  # on rank 0
         self._train_sets: list[Any] = []
         self._in_force: dict[str, str] = {}
         self._resumed = False
+        self._open_indices()
 
     # ------------------------------------------------------------------ state
 
@@ -114,9 +138,7 @@ class Sampling:
             "the version of the plan": PLAN_VERSION,
             "the training data": self.prefixes,
             "its shares": None if shares is None else [float(share) for share in shares],
-            "its documents": [
-                lengths_digest(read_index(p).sequence_lengths) for p in self.prefixes
-            ],
+            "its documents": [self.settings.lengths[prefix] for prefix in self.prefixes],
             "--split": self.run.split if blend is not None else None,
             "--seed": self.run.seed,
             "--seq-length": self.run.seq_length,
@@ -143,12 +165,11 @@ class Sampling:
         with_weights.is_distributed = is_distributed  # type: ignore[attr-defined]
         if not self._resumed:
             self.settings.stages = {path: [Stage(0, digests[path])] for path in self.prefixes}
-        if self.run.save and torch.distributed.get_rank() == 0:
-            self._keep_history()
-        for path, stages in self.settings.stages.items():
-            # So that domains have the same numbers on every rank, whichever of them read data.
-            for digest in [*(stage.digest for stage in stages), digests[path]]:
-                self._weights(path, digest)
+        self._open(
+            (path, digest)
+            for path, stages in self.settings.stages.items()
+            for digest in [*(stage.digest for stage in stages), digests[path]]
+        )
         with rebound(
             BlendedMegatronDatasetBuilder,
             "__init__",
@@ -173,8 +194,7 @@ class Sampling:
         if digests == self._in_force:
             return
         self._in_force = digests
-        for path, digest in digests.items():
-            self._weights(path, digest)
+        self._open(digests.items())
         iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
         # A provider without `is_distributed` is called on the ranks that read data only.
         datasets = self._train_sets or [None] * len(iterators)
@@ -218,19 +238,11 @@ class Sampling:
         """
         if not everywhere:
             return self._begin_stages(dataset, digests)
-        found: list[Any] = [None]
+        found = from_first_rank(lambda: self._begin_stages(dataset, digests))
         if torch.distributed.get_rank() == 0:
-            try:
-                found = [self._begin_stages(dataset, digests)]
-            except (DWMError, OSError) as error:
-                found = [str(error)]
-        torch.distributed.broadcast_object_list(found, src=0)
-        if isinstance(found[0], str):
-            raise DWMError(found[0])
-        if torch.distributed.get_rank() == 0:
-            return found[0]
+            return found
         # A rank of another pipeline stage may have data where rank 0 has none.
-        return {**found[0], **self._begin_stages(dataset, digests)}
+        return {**found, **self._begin_stages(dataset, digests)}
 
     def _begin_stages(self, dataset: Any, digests: dict[str, str]) -> dict[str, list[Stage]]:
         """Does so on this rank; samples of a run that did not draw by weight count as not seen."""
@@ -257,97 +269,142 @@ class Sampling:
             part.use_stages(changed[path])
         return changed
 
-    # ------------------------------------------------------------------ weight files
+    # ------------------------------------------------------------------ files
+
+    def _open_indices(self) -> None:
+        """Opens the indices on every rank; rank 0, which has checked them, hashes the lengths."""
+
+        def describe(prefix: str) -> tuple[str, tuple]:
+            index = read_index(prefix, verify=False)
+            return lengths_digest(index.sequence_lengths), _outline(index)
+
+        found = from_first_rank(lambda: [describe(prefix) for prefix in self.prefixes])
+        for prefix, (digest, outline) in zip(self.prefixes, found, strict=True):
+            index = self._indices[prefix] = read_index(prefix, verify=False)
+            self.settings.lengths[prefix] = digest
+            if _outline(index) != outline:
+                raise DWMError(
+                    f"{prefix}.idx: documents, sequences, token type and bytes of the .bin are "
+                    f"{_outline(index)} on one rank and {outline} on rank 0; give all ranks the "
+                    "same files"
+                )
 
     def _current_digests(self) -> dict[str, str]:
         """Returns the digest of each data set's weight file, the same on every rank.
 
-        Rank 0 reads them, and keeps a copy in the run's folder, which the others then read: a
+        Rank 0 reads them, and keeps a copy in the run's folder, which the others then open: a
         file that is replaced meanwhile cannot make ranks differ.
         """
-        found: list[Any] = [None]
-        if torch.distributed.get_rank() == 0:
-            try:
-                found = [{path: self._keep(path) for path in self.prefixes}]
-            except (DWMError, OSError) as error:
-                found = [str(error)]
-        torch.distributed.broadcast_object_list(found, src=0)
-        if isinstance(found[0], str):
-            raise DWMError(found[0])
-        return found[0]
 
-    def _keep(self, prefix: str) -> str:
-        """Copies a data set's weight file to the run's folder; returns its digest."""
-        file = read_weights(weights_path(prefix), read_index(prefix))
-        if self.run.save:
-            self._copy(file)
-        return file.digest
+        def verified() -> dict[str, str]:
+            files = [read_weights(weights_path(p), self._indices[p]) for p in self.prefixes]
+            for prefix, file in zip(self.prefixes, files, strict=True):
+                self._verified[prefix, file.digest] = self._keep(file)
+            return {p: file.digest for p, file in zip(self.prefixes, files, strict=True)}
 
-    def _keep_history(self) -> None:
-        """Copies the weight files of a resumed run's history to this run's folder."""
-        for prefix, stages in self.settings.stages.items():
-            for stage in stages:
-                self._copy(self._find(prefix, stage.digest, read_index(prefix)))
+        return from_first_rank(verified)
 
-    def _copy(self, file: WeightFile) -> None:
-        path = os.path.join(self.run.save, FOLDER, f"{file.digest}.weights")
-        if os.path.exists(path):
-            return
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        shutil.copyfile(file.path, f"{path}.tmp")
-        if read_weights(f"{path}.tmp").digest != file.digest:
-            raise DWMError(f"{file.path} was changed while it was read; try again")
-        os.replace(f"{path}.tmp", path)
+    def _open(self, files: Iterable[tuple[str, str]]) -> None:
+        """Opens weight files on every rank, and numbers their domains, the same on each.
 
-    def _weights(self, prefix: str, digest: str) -> DocumentWeights:
-        """Returns the weights of a data set, by its weight file's digest.
+        Args:
+            files: path of the data set and digest of the weight file of each.
 
         Raises:
-            DWMError: no file with this digest is to be found.
+            DWMError: a file is not to be found.
         """
-        known = self._files.get((prefix, digest))
-        if known is None:
-            index = read_index(prefix)
-            file = self._find(prefix, digest, index)
-            known = self._files[prefix, digest] = self._by_sequence(prefix, file, index)
-        return known
+        new = [key for key in dict.fromkeys(files) if key not in self._opened]
+        found = from_first_rank(lambda: [self._describe(*key) for key in new])
+        for (prefix, digest), described in zip(new, found, strict=True):
+            file = self._reopen(prefix, digest, described)
+            names = list(file.domain_names)
+            if described.distinct is not None:
+                names = [str(number) for number in described.distinct.tolist()]
+            # A document without a domain belongs to its data set.
+            numbers = [self._number_of(name) for name in [*names, os.path.basename(prefix)]]
+            self._opened[prefix, digest] = DocumentWeights(
+                file.weights, file.domains, numpy.array(numbers), described.distinct
+            )
 
-    def _find(self, prefix: str, digest: str, index: Any) -> WeightFile:
-        folders = [os.path.join(f, FOLDER) for f in (self.run.save, self.run.load) if f]
-        places = [os.path.join(f, f"{digest}.weights") for f in folders] + [weights_path(prefix)]
+    def _describe(self, prefix: str, digest: str) -> _Described:
+        """Finds a weight file, on rank 0, and keeps a copy of it."""
+        file = self._verified.get((prefix, digest))
+        if file is None:
+            file = self._verified[prefix, digest] = self._keep(self._find(prefix, digest))
+        distinct = None
+        if file.domains is not None and not file.domain_names:
+            distinct = distinct_domains(_domains_of_sequences(file.domains, self._indices[prefix]))
+        return _Described(file.path, file.header, distinct)
+
+    def _find(self, prefix: str, digest: str) -> WeightFile:
+        places = self._places(prefix, digest)
         for path in places:
             if os.path.exists(path):
-                file = read_weights(path, index)
+                file = read_weights(path, self._indices[prefix])
                 if file.digest == digest:
                     return file
         raise DWMError(
             f"{prefix} was drawn by a weight file {digest[:12]}... that is none of "
-            f"{', '.join(places)}; put it back, or start anew with --finetune",
-            this_rank_only=True,
+            f"{', '.join(places)}; put it back, or start anew with --finetune"
         )
 
-    def _by_sequence(self, prefix: str, file: WeightFile, index: Any) -> DocumentWeights:
-        weights, domains, document_of = file.weights, file.domains, None
-        if index.sequences != index.documents:
-            sizes = numpy.diff(index.document_indices)
-            document_of = numpy.repeat(numpy.arange(index.documents), sizes)
-            weights = weights[document_of]
-            domains = None if domains is None else domains[document_of]
-        names = list(file.domain_names)
-        if domains is not None and not names:
-            # Bare numbers, of any size: numbered anew, -1 stays.
-            found, domains = numpy.unique(domains, return_inverse=True)
-            names = [str(number) for number in found[found >= 0]]
-            domains = domains - int(found[0] < 0)
-        # A document without a domain belongs to its data set.
-        numbers = [self._number_of(name) for name in [*names, os.path.basename(prefix)]]
-        return DocumentWeights(weights, domains, numpy.array(numbers), document_of)
+    def _reopen(self, prefix: str, digest: str, described: _Described) -> WeightFile:
+        """Opens the file that rank 0 has found, or the same in another place."""
+        places = dict.fromkeys([described.path, *self._places(prefix, digest)])
+        for path in filter(os.path.exists, places):
+            file = read_weights(path, verify=False)
+            if file.header == described.header:
+                return file
+        raise DWMError(
+            f"{described.path} is not what rank 0 has read: it was changed meanwhile, or this "
+            "rank does not see the same files; try again"
+        )
+
+    def _places(self, prefix: str, digest: str) -> list[str]:
+        folders = [os.path.join(f, FOLDER) for f in (self.run.save, self.run.load) if f]
+        return [os.path.join(f, f"{digest}.weights") for f in folders] + [weights_path(prefix)]
+
+    def _keep(self, file: WeightFile) -> WeightFile:
+        """Copies a weight file to the run's folder, if it has one; returns the file to use."""
+        if not self.run.save:
+            return file
+        path = os.path.join(self.run.save, FOLDER, f"{file.digest}.weights")
+        if file.path == path:
+            return file
+        if os.path.exists(path):
+            copy = read_weights(path)
+        else:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            shutil.copyfile(file.path, f"{path}.tmp")
+            copy = read_weights(f"{path}.tmp")
+        if copy.digest != file.digest:
+            raise DWMError(f"{copy.path} is not a copy of {file.path}; delete it, and try again")
+        os.replace(copy.path, path)
+        return read_weights(path, verify=False)
+
+    def _weights(self, prefix: str, digest: str) -> DocumentWeights:
+        """Returns the weights of a data set, by the digest of a file that `_open` has opened."""
+        return self._opened[prefix, digest]
 
     def _number_of(self, domain: str) -> int:
         if domain not in self._domain_numbers:
             self._domain_numbers[domain] = len(self.domain_names)
             self.domain_names.append(domain)
         return self._domain_numbers[domain]
+
+
+def _outline(index: IndexSummary) -> tuple[int, int, str, int]:
+    return index.documents, index.sequences, index.dtype.name, index.bin_bytes
+
+
+def _domains_of_sequences(domains: numpy.ndarray, index: IndexSummary) -> Iterable[numpy.ndarray]:
+    """Yields the domains of documents that have sequences, part by part."""
+    for chunk in document_chunks(index.documents):
+        found = domains[chunk]
+        if index.sequences != index.documents:
+            bounds = index.document_indices[chunk.start : chunk.stop + 1]
+            found = found[numpy.diff(bounds) > 0]
+        yield found
 
 
 def _check_class(cls: type) -> None:

@@ -1,7 +1,9 @@
 """Data files: indices, weights, packed samples (nothing here imports torch or Megatron).
 
-`weighted_dataset` (Megatron's `GPTDataset` with weights) is imported by its own name.
+What draws by weight needs the C++ engine, which is loaded when it is first asked for.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from megatron_dwm.data.document_weights import (
     domain_summary,
@@ -9,8 +11,6 @@ from megatron_dwm.data.document_weights import (
     weight_summary,
     weights_from_scores,
 )
-from megatron_dwm.data.draws import Permutation, draw_counts, sample_index, visit_order
-from megatron_dwm.data.epoch_plan import Corpus, Segment, first_segment, next_segment
 from megatron_dwm.data.index import (
     DatasetError,
     IndexSummary,
@@ -20,6 +20,13 @@ from megatron_dwm.data.index import (
     sample_documents,
 )
 from megatron_dwm.data.weight_file import WeightFile, read_weights, weights_path, write_weights
+
+if TYPE_CHECKING:
+    from megatron_dwm.data.draws import Permutation, draw_counts, sample_index, visit_order
+    from megatron_dwm.data.epoch_plan import Corpus, Segment, first_segment, next_segment
+
+_DRAWS = ("Permutation", "draw_counts", "sample_index", "visit_order")
+_PLANS = ("Corpus", "Segment", "first_segment", "next_segment")
 
 __all__ = [
     "Corpus",
@@ -45,3 +52,13 @@ __all__ = [
     "weights_path",
     "write_weights",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what needs the engine on first use."""
+    import importlib
+
+    for names, home in ((_DRAWS, "draws"), (_PLANS, "epoch_plan")):
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

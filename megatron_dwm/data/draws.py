@@ -17,7 +17,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from megatron_dwm.data.index import _data_engine
+from megatron_dwm.data.engine import engine
+
+_data_engine = engine()
 
 Permutation = _data_engine.Permutation
 DOCUMENTS: int = _data_engine.DOCUMENTS

@@ -19,14 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_dwm.data.engine import engine
+from megatron_dwm.data.index_check import check_index
 from megatron_dwm.errors import DWMError
-
-try:
-    import megatron_dwm._data_engine as _data_engine
-except ImportError as error:
-    raise ImportError(
-        f"the data engine cannot be loaded ({error}); build it with `make setup` or `pip install .`"
-    ) from error
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
@@ -81,7 +76,8 @@ class IndexSummary:
         """
         bounds = self.document_indices[first : last + 1]
         lengths = self.sequence_lengths[bounds[0] : bounds[-1]]
-        return np.diff(_data_engine.document_token_prefix_sums(lengths, bounds - bounds[0]))
+        sums = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        return np.diff(sums[bounds - bounds[0]])
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +148,7 @@ def read_index(prefix: str | os.PathLike[str], verify: bool = True) -> IndexSumm
     bin_bytes = _file_size(bin_path, prefix)
     if verify:
         try:
-            _data_engine.check_index(lengths, pointers, document_indices, dtype.itemsize, bin_bytes)
+            check_index(lengths, pointers, document_indices, dtype.itemsize, bin_bytes)
         except ValueError as error:
             raise DatasetError(
                 f"{idx_path}: {error}; the file is damaged or does not belong to {bin_path} "
@@ -236,7 +232,7 @@ def sample_documents(
         ValueError: An argument is malformed, or there are too few tokens for `num_samples`.
     """
     order = None if document_order is None else _as_int64(document_order, "document_order")
-    first, last, offset = _data_engine.sample_to_document(
+    first, last, offset = engine().sample_to_document(
         _as_int64(prefix_sums, "prefix_sums"), sequence_length, num_samples, add_extra_token, order
     )
     return SampleDocuments(first=first, last=last, offset=offset, document_order=order)

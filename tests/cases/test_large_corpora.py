@@ -32,7 +32,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig  # n
 
 from megatron_dwm import _data_engine  # noqa: E402
 from megatron_dwm.config import DWMConfig  # noqa: E402
-from megatron_dwm.data import weighted_dataset  # noqa: E402
+from megatron_dwm.core import weighted_dataset  # noqa: E402
 from megatron_dwm.data.index import read_index  # noqa: E402
 from megatron_dwm.data.weight_file import document_chunks, write_weights  # noqa: E402
 from megatron_dwm.errors import DWMError  # noqa: E402

@@ -18,7 +18,7 @@ from megatron.core.datasets.utils import Split  # noqa: E402
 from megatron.core.rerun_state_machine import RerunDataIterator  # noqa: E402
 from megatron.training import training  # noqa: E402
 
-from megatron_dwm.data.weighted_dataset import (  # noqa: E402
+from megatron_dwm.core.weighted_dataset import (  # noqa: E402
     DocumentWeights,
     SamplingSettings,
     Stage,
@@ -155,7 +155,7 @@ def test_a_second_build_reads_the_plan_from_the_cache(prefix, tmp_path, monkeypa
     def planned(*args, **kwargs):
         raise AssertionError("planned again")
 
-    monkeypatch.setattr("megatron_dwm.data.weighted_dataset.first_segment", planned)
+    monkeypatch.setattr("megatron_dwm.core.weighted_dataset.first_segment", planned)
     again = build(prefix, tmp_path, weights, WeightedGPTDataset)[0]
     assert isinstance(again.segment.sample_index, np.memmap)
     for k in range(0, len(first), 7):

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import sys
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import checkpointing, get_args, print_rank_0, print_rank_last
@@ -24,11 +24,13 @@ from megatron_dwm.hosts.megatron_lm.checks import check_arguments, check_data, t
 from megatron_dwm.hosts.megatron_lm.cut_short import forget_unfinished, mend_tracker
 from megatron_dwm.hosts.megatron_lm.load_check import check_checkpoint
 from megatron_dwm.hosts.megatron_lm.verification import Verifier, log_fields
-from megatron_dwm.hosts.megatron_lm.weighted_sampling import Sampling
 from megatron_dwm.logs.sinks import open_sinks
 from megatron_dwm.logs.weight_log import WeightLog
 from megatron_dwm.step.record import StepRecord
 from megatron_dwm.step.train_step import DWMTrainStep
+
+if TYPE_CHECKING:
+    from megatron_dwm.hosts.megatron_lm.weighted_sampling import Sampling
 
 
 class Session:
@@ -200,6 +202,9 @@ class Session:
                     "--dwm-sampling weights, or start anew with --finetune"
                 )
             return None
+        # Here, as drawing by weight needs the C++ engine, and weighting does not.
+        from megatron_dwm.hosts.megatron_lm.weighted_sampling import Sampling
+
         sampling = Sampling(config, run, print_rank_0)
         if state is not None:
             sampling.load_state_dict(state)

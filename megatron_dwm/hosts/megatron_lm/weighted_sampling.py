@@ -24,11 +24,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_dwm.config import DWMConfig
 from megatron_dwm.core.ranks import from_first_rank
-from megatron_dwm.data.document_weights import distinct_domains
-from megatron_dwm.data.epoch_plan import PLAN_VERSION
-from megatron_dwm.data.index import IndexSummary, read_index
-from megatron_dwm.data.weight_file import WeightFile, document_chunks, read_weights, weights_path
-from megatron_dwm.data.weighted_dataset import (
+from megatron_dwm.core.weighted_dataset import (
     DocumentWeights,
     SamplingSettings,
     Stage,
@@ -36,6 +32,10 @@ from megatron_dwm.data.weighted_dataset import (
     lengths_digest,
     weighted,
 )
+from megatron_dwm.data.document_weights import distinct_domains
+from megatron_dwm.data.epoch_plan import PLAN_VERSION
+from megatron_dwm.data.index import IndexSummary, read_index
+from megatron_dwm.data.weight_file import WeightFile, document_chunks, read_weights, weights_path
 from megatron_dwm.errors import DWMError
 from megatron_dwm.hosts.megatron_lm.checks import training_prefixes
 from megatron_dwm.hosts.megatron_lm.rebind import rebound

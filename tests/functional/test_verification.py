@@ -289,7 +289,7 @@ def command(*words: str) -> tuple[int, str, str]:
     import subprocess
 
     done = subprocess.run(
-        [sys.executable, "-m", "megatron_dwm.step.probe", *words],
+        [sys.executable, "-m", "megatron_dwm", "probe", *words],
         cwd=ROOT,
         env=environment(),
         capture_output=True,

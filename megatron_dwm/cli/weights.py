@@ -1,65 +1,67 @@
-#!/usr/bin/env python
-r"""Makes, combines and shows weight files: how often documents of a dataset are drawn.
+r"""Makes, combines and shows weight files: how often documents of a data set are drawn.
 
-    python tools/weights.py make data/web_text_document --from quality.csv --column score \
+    megatron-dwm weights make data/web_text_document --from quality.csv --column score \
         --scores --temperature 0.5 --domain web
-    python tools/weights.py inspect data/web_text_document
+    megatron-dwm weights show data/web_text_document
 
 PREFIX.weights lies beside PREFIX.idx and PREFIX.bin and has one number for every document of
 the index, and perhaps its domain. A document of weight 2 is drawn twice as often as one of
 weight 1. `make` reads numbers from .npy, .csv or .jsonl, `merge` combines weight files of one
-dataset (quality times domain, say), `concat` those of datasets that Megatron's merge_datasets.py
-put one after another. Exits with code 2 and one line when something is wrong.
+data set (quality times domain, say), `concat` those of data sets that Megatron's merge_datasets.py
+put one after another. `megatron-dwm weights COMMAND --help` has the flags.
+Exit code 0: done, 2: something is wrong, and one line says what.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
-import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from text_files import InputError
-from weights_combine import COMBINE, concat, merge
-from weights_sources import Columns, read_values
+from megatron_dwm.cli.command import completed, layout, new_parser, print_json
+from megatron_dwm.errors import InputError
+from megatron_dwm.progress import working
 
-from megatron_dwm.data import IndexSummary, read_index
-from megatron_dwm.data.document_weights import (
-    domain_summary,
-    keep_top_fraction,
-    weight_summary,
-    weights_from_scores,
-)
-from megatron_dwm.data.weight_file import WeightFile, read_weights, weights_path, write_weights
-from megatron_dwm.errors import DWMError
+if TYPE_CHECKING:
+    from megatron_dwm.data.weight_file import WeightFile
 
 SUFFIX = ".weights"
 SHOWN_DOMAINS = 40
+# The keys of `weight_combine.COMBINE`, known without NumPy.
+COMBINATIONS = ("mean", "product", "max", "min")
 
 
-def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the subcommands and their flags."""
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", help="what to do"
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    make = commands.add_parser("make", help="make PREFIX.weights from numbers in a file")
+    about = "make PREFIX.weights from numbers in a file"
+    example = "megatron-dwm weights make data/web_text_document --from quality.csv --column score"
+    make = commands.add_parser("make", help=about, **_explained(about, example))
     _add_make_args(make)
+    # What else is to be checked has the parser's way of saying it.
+    make.set_defaults(refuse=make.error)
 
-    command = commands.add_parser("inspect", help="show what is in a weight file")
+    about = "show what is in a weight file"
+    example = "megatron-dwm weights show data/web_text_document"
+    command = commands.add_parser(
+        "show", aliases=["inspect"], help=about, **_explained(about, example)
+    )
     command.add_argument("file", metavar="FILE|PREFIX", help="weight file, or prefix of one")
     command.add_argument(
         "--index", metavar="PREFIX", help="dataset to compare with (default: the one beside it)"
     )
-    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
 
-    command = commands.add_parser("merge", help="combine weight files of the same dataset")
+    about = "combine weight files of the same data set"
+    example = "megatron-dwm weights merge data/web quality.weights domain.weights --how product"
+    command = commands.add_parser("merge", help=about, **_explained(about, example))
     command.add_argument("output", metavar="OUT", help="weight file to write, or its prefix")
     command.add_argument("files", nargs="+", metavar="FILE", help="weight files, or prefixes")
-    command.add_argument("--how", choices=list(COMBINE), required=True, help="element by element")
+    command.add_argument("--how", choices=COMBINATIONS, required=True, help="element by element")
     command.add_argument(
         "--no-normalise",
         action="store_true",
@@ -67,9 +69,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     _add_force(command)
 
-    command = commands.add_parser(
-        "concat", help="join the weights of datasets that were put one after another"
-    )
+    about = "join the weights of data sets that were put one after another"
+    example = "megatron-dwm weights concat data/all data/web data/books"
+    command = commands.add_parser("concat", help=about, **_explained(about, example))
     command.add_argument("output", metavar="OUT_PREFIX", help="prefix of the joined dataset")
     command.add_argument("parts", nargs="+", metavar="PREFIX", help="its parts, in their order")
     command.add_argument(
@@ -79,9 +81,18 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     _add_force(command)
 
+
+def _explained(about: str, example: str) -> dict[str, Any]:
+    return layout(f"{about[0].upper()}{about[1:]}.\n\n    {example}")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parses the command line."""
+    parser = new_parser("weights", __doc__)
+    add_arguments(parser)
     args = parser.parse_args(argv)
     if args.command == "make":
-        _check_make_args(make, args)
+        _check_make_args(args)
     return args
 
 
@@ -129,85 +140,70 @@ def _add_make_args(parser: argparse.ArgumentParser) -> None:
     _add_force(parser)
 
 
-def _check_make_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    count = len(args.prefixes)
+def _check_make_args(args: argparse.Namespace) -> None:
+    refuse, count = args.refuse, len(args.prefixes)
     if args.sources and len(args.sources) != count:
-        parser.error(
+        refuse(
             f"--from: {len(args.sources)} files for {count} datasets; give one for each, in the "
             f"same order, after the last PREFIX"
         )
     if args.domains and len(args.domains) not in (1, count):
-        parser.error(f"--domain: {len(args.domains)} names for {count} datasets; give 1 or {count}")
+        refuse(f"--domain: {len(args.domains)} names for {count} datasets; give 1 or {count}")
     if args.output and count > 1:
-        parser.error("--output: names one file, for one PREFIX")
+        refuse("--output: names one file, for one PREFIX")
     # Anything else might be the index itself.
     if args.output and not args.output.endswith(SUFFIX):
-        parser.error(f"--output {args.output}: the name of a weight file ends in {SUFFIX}")
+        refuse(f"--output {args.output}: the name of a weight file ends in {SUFFIX}")
     if args.domains and args.domain_column:
-        parser.error("--domain and --domain-column both set the domain; give one of them")
+        refuse("--domain and --domain-column both set the domain; give one of them")
     if args.domains_only and not args.domain_column:
-        parser.error("--domains-only: name the column with --domain-column")
+        refuse("--domains-only: name the column with --domain-column")
     needs_file = ("column", "domain_column", "domains_only", "default", "scores", "temperature")
     for name in needs_file if args.equal else ():
         value = getattr(args, name)
         # A number of 0 was given as well, though it equals False.
         if value is not None and value is not False:
-            parser.error(f"--{name.replace('_', '-')}: needs --from")
+            refuse(f"--{name.replace('_', '-')}: needs --from")
     if args.domains_only and (args.column or args.scores):
-        parser.error(f"--{'column' if args.column else 'scores'}: --domains-only reads no numbers")
+        refuse(f"--{'column' if args.column else 'scores'}: --domains-only reads no numbers")
     if args.temperature is not None and not args.scores:
-        parser.error("--temperature: needs --scores")
+        refuse("--temperature: needs --scores")
     if args.temperature is None:
         args.temperature = 1.0
     if not 0 < args.temperature < math.inf:
-        parser.error(f"--temperature {args.temperature}: must be a finite number above 0")
+        refuse(f"--temperature {args.temperature}: must be a finite number above 0")
     if args.top_fraction is not None and not 0 < args.top_fraction <= 1:
-        parser.error(f"--top-fraction {args.top_fraction}: must be above 0 and at most 1")
+        refuse(f"--top-fraction {args.top_fraction}: must be above 0 and at most 1")
     if args.default is not None and not math.isfinite(args.default):
-        parser.error(f"--default {args.default}: must be finite")
+        refuse(f"--default {args.default}: must be finite")
 
 
 def make(args: argparse.Namespace) -> None:
     """Makes the weight files.
 
     Raises:
-        DWMError: A dataset is damaged, or the weights are not fit to draw by.
-        InputError: A fault in a file of `--from`, or an output exists.
+        DWMError: A data set is damaged, or the weights are not fit to draw by, a file of `--from`
+            is at fault, or an output exists.
     """
+    from megatron_dwm.data import weight_making
+    from megatron_dwm.data.weight_file import weights_path
+    from megatron_dwm.data.weight_sources import Columns
+
     outputs = [args.output or weights_path(prefix) for prefix in args.prefixes]
     for output in outputs:
         _refuse_existing(output, args.force)
+    columns = Columns(None if args.domains_only else args.column or "weight", args.domain_column)
     for number, (prefix, output) in enumerate(zip(args.prefixes, outputs, strict=True)):
-        index = read_index(prefix)
-        numbers: np.ndarray | None = None
-        domains: np.ndarray | None = None
-        names: list[str] = []
-        if args.sources:
-            columns = Columns(
-                None if args.domains_only else args.column or "weight", args.domain_column
-            )
-            values = read_values(Path(args.sources[number]), index, columns, args.default)
-            numbers, domains, names = values.numbers, values.domains, values.names
-        if args.domains:
-            names = [args.domains[number if len(args.domains) > 1 else 0]]
-            domains = np.zeros(index.documents, np.int32)
-        try:
-            weights = _weights(args, index, numbers)
-        except ValueError as error:
-            source = args.sources[number] if args.sources else f"{prefix}.idx"
-            raise InputError(f"{source}: {error}") from error
-        _print_written(write_weights(output, weights, index, domains, names))
-
-
-def _weights(
-    args: argparse.Namespace, index: IndexSummary, numbers: np.ndarray | None
-) -> np.ndarray:
-    weights = np.ones(index.documents, np.float32) if numbers is None else numbers
-    if args.scores:
-        weights = weights_from_scores(weights, args.temperature)
-    if args.top_fraction is not None:
-        weights = keep_top_fraction(weights, args.top_fraction)
-    return weights
+        domains = args.domains or [None]
+        recipe = weight_making.Recipe(
+            source=Path(args.sources[number]) if args.sources else None,
+            columns=columns,
+            default=args.default,
+            temperature=args.temperature if args.scores else None,
+            top_fraction=args.top_fraction,
+            domain=domains[number if len(domains) > 1 else 0],
+        )
+        _print_written(weight_making.make(prefix, output, recipe))
 
 
 def _refuse_existing(path: str, force: bool) -> None:
@@ -216,6 +212,8 @@ def _refuse_existing(path: str, force: bool) -> None:
 
 
 def _weight_file(name: str) -> str:
+    from megatron_dwm.data.weight_file import weights_path
+
     return name if name.endswith(SUFFIX) else weights_path(name)
 
 
@@ -224,19 +222,24 @@ def _print_written(file: WeightFile) -> None:
     print(f"Wrote {file.path}: {file.documents} documents{domains}")
 
 
-def inspect(args: argparse.Namespace) -> None:
+def show(args: argparse.Namespace) -> None:
     """Prints what is in a weight file.
 
     Raises:
         DWMError: The file or the dataset is damaged, or they do not belong together.
     """
+    from megatron_dwm.data.document_weights import domain_summary, weight_summary
+    from megatron_dwm.data.index import read_index
+    from megatron_dwm.data.weight_file import read_weights
+
     path = _weight_file(args.file)
     prefix = args.index or path.removesuffix(SUFFIX)
     index = read_index(prefix) if args.index or os.path.exists(f"{prefix}.idx") else None
-    file = read_weights(path, index)
-    summary = {"path": path, **weight_summary(file), "domains": domain_summary(file, index)}
+    with working("summing up"):
+        file = read_weights(path, index)
+        summary = {"path": path, **weight_summary(file), "domains": domain_summary(file, index)}
     if args.json:
-        print(json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False))
+        print_json(summary)
     else:
         _print_summary(summary)
 
@@ -276,29 +279,25 @@ def _print_summary(summary: dict) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    args = get_args(argv)
-    try:
-        if args.command == "make":
-            make(args)
-        elif args.command == "inspect":
-            inspect(args)
-        else:
-            output = _weight_file(args.output)
-            _refuse_existing(output, args.force)
-            if args.command == "merge":
-                paths = [_weight_file(name) for name in args.files]
-                _print_written(merge(output, paths, args.how, not args.no_normalise))
-            else:
-                prefix = output.removesuffix(SUFFIX)
-                _print_written(concat(output, prefix, args.parts, args.normalise))
-    except (DWMError, InputError, OSError) as error:
-        print(f"weights: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("weights: interrupted; no file is incomplete", file=sys.stderr)
-        return 130
-    return 0
+    args = parse_args(argv)
+    works = {"make": make, "show": show, "inspect": show, "merge": _merge, "concat": _concat}
+    work = works[args.command]
+    return completed(f"weights {args.command}", lambda: work(args), "; no file is incomplete")
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _merge(args: argparse.Namespace) -> None:
+    from megatron_dwm.data.weight_combine import merge
+
+    output = _weight_file(args.output)
+    _refuse_existing(output, args.force)
+    paths = [_weight_file(name) for name in args.files]
+    _print_written(merge(output, paths, args.how, not args.no_normalise))
+
+
+def _concat(args: argparse.Namespace) -> None:
+    from megatron_dwm.data.weight_combine import concat
+
+    output = _weight_file(args.output)
+    _refuse_existing(output, args.force)
+    prefix = output.removesuffix(SUFFIX)
+    _print_written(concat(output, prefix, args.parts, args.normalise))

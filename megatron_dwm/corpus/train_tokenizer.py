@@ -1,14 +1,4 @@
-#!/usr/bin/env python
-r"""Trains a SentencePiece tokenizer of Llama's kind on JSON Lines or plain text.
-
-    python tools/train_tokenizer.py --input corpus/train/*.jsonl \
-        --out corpus/tokenizer --vocab-size 4096
-
-writes corpus/tokenizer.model for Megatron (`--tokenizer-type SentencePieceTokenizer
---tokenizer-model corpus/tokenizer.model`) and, as the file carries the name tokenizer.model,
-for Hugging Face (`LlamaTokenizer.from_pretrained("corpus")`). The same input, flags and
-sentencepiece release give the same file, byte for byte.
-"""
+"""A SentencePiece tokenizer of Llama's kind, trained on JSON Lines or plain text."""
 
 import argparse
 import hashlib
@@ -16,11 +6,12 @@ import heapq
 import io
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from text_files import InputError, expand_inputs, read_texts
+from megatron_dwm.errors import InputError
+from megatron_dwm.files.text_files import expand_inputs, read_texts
+from megatron_dwm.progress import bar, working
 
 # SentencePiece drops longer sentences, so lines are cut before they reach it.
 MAX_SENTENCE_BYTES = 4096
@@ -156,59 +147,12 @@ def _training_fault(message: str, vocab_size: int) -> str:
     return f"--vocab-size {vocab_size}: SentencePiece failed: {message}"
 
 
-def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help="JSON Lines or plain text files or glob patterns, also .gz .bz2 .xz .zst",
-    )
-    parser.add_argument(
-        "--out", required=True, metavar="PREFIX", help="writes PREFIX.model and PREFIX.vocab"
-    )
-    parser.add_argument("--vocab-size", type=int, default=4096, help="pieces (default: 4096)")
-    parser.add_argument(
-        "--json-key", default="text", help="key of the text in JSON Lines (default: text)"
-    )
-    parser.add_argument(
-        "--input-format",
-        choices=["auto", "jsonl", "text"],
-        default="auto",
-        help="format of the input; auto goes by the file's name",
-    )
-    parser.add_argument(
-        "--max-mb",
-        type=float,
-        default=100.0,
-        help="train on a uniform sample of documents of this size (default: 100)",
-    )
-    parser.add_argument("--seed", type=int, default=1234, help="seed of the sample and trainer")
-    existing = parser.add_mutually_exclusive_group()
-    existing.add_argument(
-        "--skip-existing", action="store_true", help="do nothing if PREFIX.model exists"
-    )
-    existing.add_argument("--force", action="store_true", help="overwrite PREFIX.model")
-    args = parser.parse_args(argv)
-    if args.vocab_size < 260:
-        parser.error(f"--vocab-size {args.vocab_size}: 256 bytes and 3 special tokens come first")
-    if args.max_mb <= 0:
-        parser.error(f"--max-mb {args.max_mb}: must be positive")
-    return args
-
-
 def run(args: argparse.Namespace) -> None:
     """Reads, samples, trains and writes.
 
     Raises:
         InputError: A fault in the input, or the output exists.
     """
-    from tqdm import tqdm
-
     model_path = Path(args.out + ".model")
     vocab_path = Path(args.out + ".vocab")
     if model_path.exists() and not args.force:
@@ -222,18 +166,19 @@ def run(args: argparse.Namespace) -> None:
     files = expand_inputs(args.input)
     sample = TextSample(int(args.max_mb * 1e6), args.seed)
     total = sum(path.stat().st_size for path in files)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=None) as bar:
+    with bar(total, "B", "reading") as shown:
         done = 0
         for path in files:
             for text, position in read_texts(path, args.json_key, args.input_format):
                 sample.add(text)
-                bar.update(done + position - bar.n)
+                shown.update(done + position - shown.n)
             done += path.stat().st_size
     print(
         f"Training {args.vocab_size} pieces on {sample.bytes / 1e6:.1f} MB "
         f"({len(sample)} of {len(sample) + sample.dropped} documents) ..."
     )
-    model = train(sample.texts(), args.vocab_size, args.seed)
+    with working("training"):
+        model = train(sample.texts(), args.vocab_size, args.seed)
 
     import sentencepiece
 
@@ -248,18 +193,3 @@ def run(args: argparse.Namespace) -> None:
         os.replace(partial, path)
     print(f"Wrote {model_path}: {len(pieces)} pieces. For Megatron:")
     print(f"  --tokenizer-type SentencePieceTokenizer --tokenizer-model {model_path}")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
-    args = get_args(argv)
-    try:
-        run(args)
-    except (InputError, OSError) as error:
-        print(f"train_tokenizer: error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

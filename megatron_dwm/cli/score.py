@@ -1,7 +1,7 @@
-#!/usr/bin/env python
-"""Scores every document of a corpus with a trained data weighting model (DWM), as weights.
+r"""Scores every document of a corpus with a trained data weighting model (DWM), as weights.
 
-    torchrun --nproc-per-node 8 tools/score_corpus.py --checkpoint runs/dwm \
+    megatron-dwm score --checkpoint runs/dwm --data data/web_text_document --domain web
+    torchrun --nproc-per-node 8 -m megatron_dwm score --checkpoint runs/dwm \
         --data data/web_text_document data/books_text_document --domain web books
 
 writes PREFIX.weights beside each PREFIX.idx and prints what each domain gets. Every rank holds the
@@ -17,13 +17,13 @@ A document without tokens gets weight 0.
 Weights are w = exp((s - max s) / T), scaled to mean 1 over all documents that have tokens, of all
 files together: they compare across files.
 
-A run that was killed goes on where it was when it is started again, on any number of ranks, and
-ends with the same bytes (it needs --force if some of several weight files were written already).
+A run that was killed resumes when it is started again, on any number of ranks, and ends with the
+same bytes (it needs --force if some of several weight files were written already).
 Finished chunks of scores lie in PREFIX.weights.scores until the weights are written; another model,
 corpus, --seq-length, --micro-batch-size or --chunk-tokens starts anew, another --temperature or
 --top-fraction does not.
 
-Exit code 2 and one line on bad input; torchrun itself then ends with 1.
+Exit code 0: done, 2: bad input; torchrun itself then ends with 1.
 """
 
 from __future__ import annotations
@@ -32,22 +32,19 @@ import argparse
 import math
 import os
 import sys
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
-
-from megatron_dwm.core.ranks import rank_0_first, start_ranks
+from megatron_dwm.cli.command import completed, new_parser, say_error
 from megatron_dwm.errors import DWMError
-from megatron_dwm.hosts import cpu
-from megatron_dwm.scoring.run import plan, score, window_length, write
-from megatron_dwm.scoring.score_chunk import WindowScorer
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_dwm.scoring.score_chunk import WindowScorer
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Parses the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's flags."""
     add = parser.add_argument
     add("--data", nargs="+", required=True, metavar="PREFIX", help="corpora (.idx and .bin)")
     model = parser.add_mutually_exclusive_group(required=True)
@@ -61,7 +58,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--hf",
         metavar="FOLDER",
         help="a Hugging Face AutoModelForSequenceClassification with one label, such as an export "
-        "of a DWM (`tools/convert export-dwm`, either pooling; no code in the folder is run)",
+        "of a DWM (`megatron-dwm convert export-dwm`, either pooling); no code in it is run",
     )
     add(
         "--seq-length",
@@ -117,6 +114,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="keep the work folder, and write the scores as PREFIX.scores.npy (float32; -inf for "
         "a document without tokens)",
     )
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parses the command line."""
+    parser = new_parser("score", __doc__)
+    add_arguments(parser)
     args = parser.parse_args(argv)
     if args.top_fraction is not None and args.top_fraction > 1:
         parser.error(f"--top-fraction {args.top_fraction:g}: expected at most 1")
@@ -140,6 +143,8 @@ def load_scorer(args: argparse.Namespace) -> WindowScorer:
     Raises:
         DWMError: it cannot be loaded.
     """
+    from megatron_dwm.core.ranks import rank_0_first
+
     if args.hf is not None:
         from megatron_dwm.scoring.huggingface import HuggingFaceScorer
 
@@ -150,6 +155,10 @@ def load_scorer(args: argparse.Namespace) -> WindowScorer:
 
 
 def _device() -> torch.device:
+    import torch
+
+    from megatron_dwm.hosts import cpu
+
     if cpu.wanted():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
@@ -161,6 +170,11 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         DWMError: what a user can mend.
     """
+    import torch.distributed as dist
+
+    from megatron_dwm.core.ranks import rank_0_first
+    from megatron_dwm.scoring.run import plan, score, window_length, write
+
     first = dist.get_rank() == 0
     corpora = rank_0_first(
         lambda: plan(args.data, args.output, args.domain, args.force, args.keep_scores)
@@ -195,12 +209,23 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command.
 
     Args:
-        argv: arguments without the program's name; None takes the process's own.
+        argv: Words after the command's name; None takes the process's own.
 
     Returns:
         0, or 2 after an error that was printed as one line.
     """
     args = parse_args(argv)
+    return completed("score", lambda: _on_this_rank(args), "; finished chunks are kept")
+
+
+def _on_this_rank(args: argparse.Namespace) -> int:
+    """Joins the other ranks and scores; an error that all ranks see is said once."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_dwm.core.ranks import start_ranks
+    from megatron_dwm.hosts import cpu
+
     try:
         # Before Megatron is imported.
         if args.checkpoint is not None:
@@ -217,14 +242,11 @@ def main(argv: list[str] | None = None) -> int:
         rank = int(os.environ.get("RANK", "0"))
         if rank == 0 or error.this_rank_only:
             # The cursor may be behind rank 0's progress bar.
-            begin = "\n" if rank else ""
-            print(f"{begin}score_corpus: error: {error}", file=sys.stderr, flush=True)
+            if rank:
+                print(file=sys.stderr)
+            say_error("score", str(error))
         return 2
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -353,7 +353,7 @@ def test_hf_without_transformers_says_what_to_install(monkeypatch: pytest.Monkey
     from megatron_dwm.scoring.huggingface import HuggingFaceScorer
 
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(DWMError, match=r"--hf needs transformers.*megatron-dwm\[export\]"):
+    with pytest.raises(DWMError, match=r"--hf needs transformers.*megatron-dwm\[convert\]"):
         HuggingFaceScorer("folder", torch.device("cpu"))
 
 

@@ -18,6 +18,7 @@ import argparse
 import os
 
 from megatron_dwm.cli.command import completed, new_parser
+from megatron_dwm.progress import working
 
 
 def add_tokenizer_args(parser: argparse.ArgumentParser) -> None:
@@ -204,7 +205,7 @@ def run(args: argparse.Namespace) -> None:
     files = expand_inputs(args.input)
     for path in files:
         input_format(path, args.input_format)
-    with quiet_megatron_import():
+    with working("loading the tokenizer"), quiet_megatron_import():
         tokenizer = build_megatron_tokenizer(args)
     work = find_optimal_num_workers if args.find_optimal_num_workers else preprocess
     work(args, files, tokenizer)

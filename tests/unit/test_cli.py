@@ -7,16 +7,20 @@ installed program.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import pty
 import re
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
 
 import megatron_dwm
+from megatron_dwm import progress
 from megatron_dwm.cli import command, completion, train
 from megatron_dwm.cli.convert import dtypes, import_model
 from megatron_dwm.cli.main import main, overview
@@ -117,6 +121,26 @@ def test_names_known_without_the_libraries() -> None:
     assert dtypes.DTYPES == tuple(sorted(DTYPES))
     assert import_model.BUILT_IN_ROPE_FACTOR == BUILT_IN_ROPE_FACTOR
     assert COMBINATIONS == tuple(COMBINE)
+
+
+def test_commands_in_the_readme_can_be_typed() -> None:
+    """Every command of a code block exists, with every flag that is given to it."""
+    lines = (ROOT / "README.md").read_text().replace("\\\n", " ").splitlines()
+    typed = [
+        line.split(" #")[0].split()
+        for line in lines
+        if re.match(r"megatron-dwm |torchrun .*-m megatron_dwm ", line)
+    ]
+    assert len(typed) > 12
+    for words in typed:
+        at = words.index("megatron-dwm" if "megatron-dwm" in words else "megatron_dwm") + 1
+        name = "megatron-dwm"
+        while at < len(words) and f"{name} {words[at]}" in PARSERS:
+            name, at = f"{name} {words[at]}", at + 1
+        assert name in PARSERS, words
+        known = {flag for action in PARSERS[name]._actions for flag in action.option_strings}
+        given = {word for word in words[at:] if word.startswith("--")}
+        assert name == "megatron-dwm train" or given <= known, words
 
 
 # --- exit codes ---------------------------------------------------------------------------------
@@ -268,3 +292,41 @@ def test_old_paths_are_the_commands(tmp_path: Path, path: str, name: str) -> Non
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"usage: megatron-dwm {name}")
+
+
+# --- progress -----------------------------------------------------------------------------------
+
+
+def test_no_progress_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.bar(10, "B", "reading") as shown:
+        shown.update(10)
+    with progress.working("training"):
+        pass
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_on_a_terminal() -> None:
+    """Of work that takes over a second; one that is done at once shows nothing."""
+    code = (
+        "import sys, time\n"
+        "from megatron_dwm import progress\n"
+        "with progress.bar(4, 'B', 'short') as shown: shown.update(4)\n"
+        "with progress.bar(4, 'B', 'long', mininterval=0) as shown:\n"
+        "    for _ in range(4):\n"
+        "        time.sleep(0.4); shown.update(1)\n"
+        "with progress.working('silent'): time.sleep(2.2)\n"
+    )
+    reader, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 80))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], stderr=terminal, env=environment, timeout=60, check=False
+    )
+    os.close(terminal)
+    assert done.returncode == 0
+    text = ""
+    with contextlib.suppress(OSError):  # how the end of a terminal shows
+        while piece := os.read(reader, 1 << 16):
+            text += piece.decode()
+    os.close(reader)
+    assert "long: 100%" in text and "silent: 00:0" in text and "short" not in text

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dwm.errors import ConversionError
+from megatron_dwm.progress import working
 
 _STDOUT = "-"
 
@@ -64,7 +65,8 @@ def run(
         raise ConversionError("RUN is missing; give a run's --save folder.")
     from megatron_dwm.checkpoint.overview import look_at
 
-    found = look_at(Path(path), iteration, deep)
+    with working("reading"):
+        found = look_at(Path(path), iteration, deep)
     if json_file not in (None, _STDOUT):
         _write(Path(json_file), found)
     if json_file == _STDOUT:

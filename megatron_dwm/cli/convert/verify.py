@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_dwm.cli.command import print_json
 from megatron_dwm.errors import ConversionError
+from megatron_dwm.progress import working
 
 if TYPE_CHECKING:
     from megatron_dwm.cli.convert.comparison import Comparison
@@ -75,7 +76,8 @@ def run(
     from megatron_dwm.conversion.dist_checkpoint import find_checkpoint
 
     # What Megatron prints is not the result.
-    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+    quiet = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+    with quiet, working("comparing"):
         found = compare(find_checkpoint(megatron_path, iteration), Path(hf_path), data, tokens)
     worst = found.worst()
     agree = worst <= tolerance

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Speed of `tools/convert export` over a plain copy of the same bytes with safetensors.
+"""Speed of `megatron-dwm convert export` over a plain copy of the same bytes with safetensors.
 
     python benchmarks/export.py [--layers 16] [--rounds 5] [--max-shard-size 300MB] [--dtype bf16]
 
@@ -33,8 +33,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from tools.convert.export import export  # noqa: E402
-from tools.convert.import_ import import_model  # noqa: E402
+from megatron_dwm.conversion.export import export  # noqa: E402
+from megatron_dwm.conversion.import_model import import_model  # noqa: E402
 
 LIMIT = 0.7
 

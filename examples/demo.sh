@@ -57,8 +57,8 @@ step "1/7 corpus: real text of several domains, one of them corrupted on purpose
 "$PYTHON" tools/build_demo_corpus.py --out "$CORPUS" $APT
 
 step "2/7 tokenizer: SentencePiece, 2048 pieces"
-"$PYTHON" tools/train_tokenizer.py --input "$CORPUS"/train/*.jsonl --out "$CORPUS/tokenizer" \
-    --vocab-size 2048 --skip-existing
+"$PYTHON" -m megatron_dwm tokenizer --input "$CORPUS"/train/*.jsonl \
+    --out "$CORPUS/tokenizer" --vocab-size 2048 --skip-existing
 
 step "3/7 Megatron data sets: one for each domain, the meta and validation sets"
 "$PYTHON" examples/demo_data.py "$CORPUS" "$DATA"
@@ -113,11 +113,12 @@ DWM=1 DWM_WARMUP_STEPS=$LR_WARMUP_ITERS DWM_META_BATCH_SIZE=16 DWM_META_INTERVAL
     DWM_META_DENSE_STEPS=64 DWM_SEED=$SEED run dwm
 
 step "7/7 export to Hugging Face, and a sample"
-"$PYTHON" tools/convert export --megatron-path "$RUNS/dwm" --hf-path "$RUNS/hf" --force
+"$PYTHON" -m megatron_dwm convert export --megatron-path "$RUNS/dwm" --hf-path "$RUNS/hf" --force
 "$PYTHON" examples/generate.py "$RUNS/hf" "The people of the United States" | tee "$RUNS/sample.txt"
 
 step "summary"
-"$PYTHON" tools/report.py --run "$RUNS/dwm" --compare "stock trainer=$RUNS/stock.log" \
+"$PYTHON" -m megatron_dwm report --run "$RUNS/dwm" \
+    --compare "stock trainer=$RUNS/stock.log" \
     --compare "loss-based=$RUNS/loss_based.log" --compare "DWM=$RUNS/dwm.log" \
     --plot "$RUNS/report.png" --good-domains books encyclopedia recipes speeches |
     tee "$RUNS/summary.txt"

@@ -2,7 +2,7 @@
 
     python examples/demo_data.py CORPUS DATA
 
-Each is what `tools/preprocess_data.py --input FILE --output-prefix DATA/NAME ...` makes.
+Each is what `megatron-dwm preprocess --input FILE --output-prefix DATA/NAME ...` makes.
 """
 
 from __future__ import annotations
@@ -11,10 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "tools"))
-
-import preprocess_data
-
+from megatron_dwm.cli import preprocess
 from megatron_dwm.data.index import num_packed_samples, read_index
 
 SEQUENCE_LENGTH = 128
@@ -31,7 +28,7 @@ def main(corpus: Path, data: Path) -> int:
         if Path(f"{target}.idx").exists() and Path(f"{target}.bin").exists():
             print(f"{target}: done already")
             continue
-        code = preprocess_data.main(
+        code = preprocess.main(
             [
                 *("--input", str(file), "--output-prefix", str(target)),
                 *("--tokenizer-type", "SentencePieceTokenizer"),

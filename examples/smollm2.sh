@@ -42,7 +42,7 @@ step "2/6 real text, in its tokens"
 # data_set NAME FILE: PREFIX is $DATA/NAME_text_document.
 data_set() {
     [[ -f "$DATA/$1_text_document.idx" ]] ||
-        "$PYTHON" tools/preprocess_data.py --input "$2" --output-prefix "$DATA/$1" --workers 2 \
+        "$PYTHON" -m megatron_dwm preprocess --input "$2" --output-prefix "$DATA/$1" --workers 2 \
             --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$OUT/hf" --append-eod
 }
 for NAME in encyclopedia recipes corrupt; do
@@ -54,7 +54,7 @@ done
 
 step "3/6 import as a Megatron checkpoint"
 if [[ ! -f "$OUT/start/latest_checkpointed_iteration.txt" ]]; then
-    "$PYTHON" tools/convert import --hf-path "$OUT/hf" --megatron-path "$OUT/start" |
+    "$PYTHON" -m megatron_dwm convert import --hf-path "$OUT/hf" --megatron-path "$OUT/start" |
         tee "$OUT/import.txt"
 fi
 # The flags of the model are what the import printed: lines of "    --flag value \".
@@ -66,14 +66,14 @@ while read -ra WORDS; do
 done <"$OUT/import.txt"
 
 step "4/6 the same logits and the same loss on real text in both"
-"$PYTHON" tools/convert verify --megatron-path "$OUT/start" --hf-path "$OUT/hf" \
+"$PYTHON" -m megatron_dwm convert verify --megatron-path "$OUT/start" --hf-path "$OUT/hf" \
     --data "$DATA/valid_text_document" --tokens 512 --tolerance 1e-3
 
 step "5/6 $STEPS steps of continued pre-training with the data weighting model, on two ranks"
 mapfile -t HOST < <("$PYTHON" -c '
-from megatron_dwm import host
+from megatron_dwm.hosts import cpu
 local = ["--bf16", "--transformer-impl", "local", "--no-gradient-accumulation-fusion"]
-print(*(host.default_flags() or [*local, "--no-persist-layer-norm"]), sep="\n")')
+print(*(cpu.default_flags() or [*local, "--no-persist-layer-norm"]), sep="\n")')
 "$PYTHON" -m torch.distributed.run --nproc-per-node 2 --master-port "${MASTER_PORT:-29543}" \
     examples/pretrain_dwm.py "${HOST[@]}" "${FLAGS[@]}" \
     --tensor-model-parallel-size 1 --pipeline-model-parallel-size 2 --seq-length 128 \
@@ -90,8 +90,8 @@ print(*(host.default_flags() or [*local, "--no-persist-layer-norm"]), sep="\n")'
     grep --line-buffered -E '^ *(\[[^]]*\] )?(dwm )?iteration +[0-9]|validation loss|^DWM|error:'
 
 step "6/6 export, compared once more; a sentence of the model before and after"
-"$PYTHON" tools/convert export --megatron-path "$OUT/run" --hf-path "$OUT/hf_after" --force
-"$PYTHON" tools/convert verify --megatron-path "$OUT/run" --hf-path "$OUT/hf_after" \
+"$PYTHON" -m megatron_dwm convert export --megatron-path "$OUT/run" --hf-path "$OUT/hf_after" --force
+"$PYTHON" -m megatron_dwm convert verify --megatron-path "$OUT/run" --hf-path "$OUT/hf_after" \
     --data "$DATA/valid_text_document" --tokens 512 --tolerance 1e-3
 for MODEL in hf hf_after; do
     printf '%-9s ' "$MODEL:"

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
-__all__ = ["DWMConfig", "DWMError", "add_dwm_args", "attach"]
+__all__ = ["DWMConfig", "DWMError", "__version__", "add_dwm_args", "attach"]
 
 if TYPE_CHECKING:
     from megatron_dwm.config import DWMConfig
     from megatron_dwm.config.flags import add_dwm_args
     from megatron_dwm.errors import DWMError
     from megatron_dwm.hosts.megatron_lm.attach import attach
+
+    __version__: str
 
 _HOMES = {
     "DWMConfig": "megatron_dwm.config",
@@ -33,4 +33,15 @@ def __getattr__(name: str) -> Any:
         import importlib
 
         return getattr(importlib.import_module(_HOMES[name]), name)
+    if name == "__version__":
+        return _built_version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _built_version() -> str:
+    """Returns the version that the build wrote down; a checkout may never have been built."""
+    try:
+        from megatron_dwm._version import version
+    except ImportError:
+        return "0+checkout"
+    return version

@@ -21,6 +21,10 @@ class DWMError(ValueError):
         self.this_rank_only = this_rank_only
 
 
+class InputError(DWMError):
+    """A fault in a file of the user's, or in a flag that names one: what, where, way out."""
+
+
 class ConversionError(DWMError):
     """A checkpoint, folder or flag that cannot be converted; the message says what to do."""
 

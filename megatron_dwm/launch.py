@@ -2,6 +2,7 @@
 
     torchrun ... -m megatron_dwm.launch SCRIPT ARGS --dwm --dwm-meta-data-path ...
 
+`megatron-dwm train SCRIPT ARGS` and `torchrun ... -m megatron_dwm train SCRIPT ARGS` come here.
 Without `--dwm` it is the stock trainer.
 """
 
@@ -10,18 +11,32 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+from collections.abc import Sequence
 
+from megatron_dwm.core.ranks import stand_alone
 from megatron_dwm.hosts import cpu
 
 
-def main() -> None:
-    """Entry point of `python -m megatron_dwm.launch`."""
-    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a script.
+
+    Args:
+        argv: The script and its words; None takes the process's own.
+
+    Raises:
+        SystemExit: What the script raised, or code 2 after one line on standard error.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
         print("usage: torchrun ... -m megatron_dwm.launch SCRIPT [ARGS ...] [--dwm ...]")
-        raise SystemExit(0 if len(sys.argv) > 1 else 2)
-    script = sys.argv[1]
+        raise SystemExit(0 if words else 2)
+    script = words[0]
     if not os.path.isfile(script):
-        print(f"megatron_dwm: error: script '{script}' does not exist", file=sys.stderr)
+        print(
+            f"megatron_dwm: error: script '{script}' does not exist; give the path of your "
+            "training script first, its flags after it",
+            file=sys.stderr,
+        )
         raise SystemExit(2)
     # As python itself does for a script, so that it finds the modules beside it. Before all else:
     # the script may lie in a checkout of Megatron, which then is the one that is used.
@@ -31,13 +46,14 @@ def main() -> None:
     except (RuntimeError, ValueError) as error:
         print(f"megatron_dwm: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    sys.argv = [script, *sys.argv[2:]]
-    if not any(word.startswith("--dwm") for word in sys.argv):
+    stand_alone()
+    sys.argv = words
+    if not any(word.startswith("--dwm") for word in words):
         runpy.run_path(script, run_name="__main__")
         return
-    from megatron_dwm.hosts.megatron_lm.attach import attach
+    from megatron_dwm.hosts.megatron_lm.attach import attach_to_script
 
-    with attach(add_arguments=True):
+    with attach_to_script():
         runpy.run_path(script, run_name="__main__")
 
 

@@ -298,9 +298,9 @@ install_packages() {
     require_compiler
     rm -f "$STAMPS/packages" "$STAMPS/engine" "$STAMPS/place"
     say 'installing the build tools'
-    pip_install setuptools pybind11
+    pip_install setuptools setuptools-scm pybind11
     say 'installing the packages and building the data engine (downloads about 3 GB the first time)'
-    (cd "$ROOT" && pip_install --no-build-isolation -e '.[export,plot,test]')
+    (cd "$ROOT" && pip_install --no-build-isolation -e '.[demo,test]')
     # The place goes last: without it the next call starts from an empty environment.
     stamp packages "$1"
     stamp engine "$2"

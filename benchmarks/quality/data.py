@@ -21,7 +21,6 @@ from quality.plan import LENGTHS, NOISE, OTHERS, PROSE, REGIMES, SCARCE_EPOCHS, 
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / "tools"
-sys.path.insert(0, str(TOOLS))
 
 SEED = 1234
 SURPLUS = 1.15  # of what the longest run reads, so that a source is not read twice for rounding
@@ -106,12 +105,15 @@ def encoder(folder: Path, corpus: Path, size: Size) -> tuple[Encode, int]:
     if size.vocabulary == 256:
         # UTF-8 has no byte 255.
         return lambda text: numpy.frombuffer(text.encode(), numpy.uint8).astype(numpy.int64), 255
-    import train_tokenizer
-    from preprocess_workers import build_megatron_tokenizer, quiet_megatron_import
+    from megatron_dwm.cli import tokenizer as command
+    from megatron_dwm.corpus.preprocess_workers import (
+        build_megatron_tokenizer,
+        quiet_megatron_import,
+    )
 
     inputs = sorted(str(p) for p in (corpus / "train").glob("*.jsonl"))
     words = ["--input", *inputs, "--out", str(folder / "tokenizer"), "--skip-existing"]
-    if train_tokenizer.main([*words, "--vocab-size", str(size.vocabulary)]):
+    if command.main([*words, "--vocab-size", str(size.vocabulary)]):
         raise DataError(f"the tokenizer could not be trained in {folder}; see above")
     with quiet_megatron_import():
         tokenizer = build_megatron_tokenizer(
@@ -209,7 +211,7 @@ def write(
     prefix: Path, documents: Iterable[numpy.ndarray], eod: int, vocabulary: int
 ) -> dict[str, int]:
     """Writes an indexed data set, `eod` after each document; returns tokens and documents."""
-    from preprocess_workers import quiet_megatron_import
+    from megatron_dwm.corpus.preprocess_workers import quiet_megatron_import
 
     with quiet_megatron_import():
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder

@@ -232,8 +232,8 @@ class DWMConfig:
     sampling: str = _option(
         "stock",
         "stock: every document once an epoch, in Megatron's order; weights: documents are drawn by "
-        "the weight file PREFIX.weights beside each training data set (tools/weights.py); a file "
-        "that has changed takes over at the next stage, or when the run is resumed",
+        "the weight file PREFIX.weights beside each training data set (megatron-dwm weights); a "
+        "file that has changed takes over at the next stage, or when the run is resumed",
     )
     sampling_draws: str = _option(
         "systematic",

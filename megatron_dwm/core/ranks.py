@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -26,6 +27,17 @@ def start_ranks() -> None:
         dist.init_process_group(
             "gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT
         )
+
+
+def stand_alone() -> None:
+    """Sets what torchrun would set, so that one process needs no torchrun."""
+    if "MASTER_ADDR" in os.environ or "RANK" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
 def rank_0_first[T](action: Callable[[], T]) -> T:

@@ -28,7 +28,7 @@ _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
 # Codes 6 and 7 are floating point: valid in the format, but no token ids.
 _TOKEN_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
-_REBUILD = "rebuild the pair with tools/preprocess_data.py"
+_REBUILD = "rebuild the pair with megatron-dwm preprocess"
 
 
 class DatasetError(DWMError):
@@ -260,7 +260,7 @@ def _file_size(path: str, prefix: str) -> int:
     elif path.endswith(".idx") and os.path.isdir(stem):
         hint = "the prefix is a folder: pass the path of a pair in it, without .idx and .bin"
     else:
-        hint = "check the path, or make the pair with tools/preprocess_data.py"
+        hint = "check the path, or make the pair with megatron-dwm preprocess"
     raise DatasetError(f"{path}: no such file; {hint}")
 
 

@@ -34,7 +34,7 @@ _CRC = struct.Struct("<I")
 _HEADER_BYTES = 64
 _PADDING = bytes(_HEADER_BYTES - _FIELDS.size - _CRC.size)
 _HAS_DOMAINS = 1
-_REMAKE = "make it again with tools/weights.py"
+_REMAKE = "make it again with megatron-dwm weights make"
 
 # Large enough for NumPy to be fast, small enough for temporaries to stay in the cache.
 CHUNK_DOCUMENTS = 1 << 18
@@ -232,7 +232,7 @@ def _map(path: str) -> np.ndarray:
         raise DatasetError(f"{path}: expected a weight file, found a folder")
     if not exists:
         raise DatasetError(
-            f"{path}: no such file; check the path, or make it with tools/weights.py"
+            f"{path}: no such file; check the path, or make it with megatron-dwm weights make"
         )
     raise DatasetError(
         f"{path}: expected at least {_HEADER_BYTES} bytes, found {size}: the file is truncated; "

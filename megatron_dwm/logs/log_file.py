@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from megatron_dwm.files.json_files import JsonError, parse_object
@@ -53,11 +53,12 @@ def parts(path: str) -> list[str]:
     return older_parts(path) + ([path] if os.path.isfile(path) else [])
 
 
-def iterate_log(path: str) -> Iterator[dict[str, Any]]:
+def iterate_log(path: str, counted: Callable[[int], Any] | None = None) -> Iterator[dict[str, Any]]:
     """Yields the lines of a step log, of all its parts, torn ones left out.
 
     Args:
         path: of `dwm_log.jsonl`.
+        counted: is told the bytes of each line that was read, torn ones too.
 
     Raises:
         FileNotFoundError: there is none.
@@ -65,6 +66,8 @@ def iterate_log(path: str) -> Iterator[dict[str, Any]]:
     for part in parts(path) or [path]:
         with open(part, "rb") as file:
             for text in file:
+                if counted is not None:
+                    counted(len(text))
                 line = _parsed(text)
                 if line is not None:
                     yield line

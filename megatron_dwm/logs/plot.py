@@ -69,7 +69,7 @@ def check_plot(path: str) -> None:
     except ImportError:
         raise DWMError(
             "--plot needs matplotlib, which is not installed; leave --plot out, or "
-            "pip install 'megatron-dwm[plot]'"
+            "pip install 'megatron-dwm[report]'"
         ) from None
     known = FigureCanvasBase.get_supported_filetypes()
     ending = os.path.splitext(path)[1].lstrip(".").lower()

@@ -36,7 +36,7 @@ class HuggingFaceScorer:
         except ImportError as error:
             raise DWMError(
                 f"--hf needs transformers, which cannot be imported ({error}); install the extra: "
-                "pip install 'megatron-dwm[export]'"
+                "pip install 'megatron-dwm[convert]'"
             ) from error
         if not os.path.isfile(os.path.join(folder, "config.json")):
             raise DWMError(f"--hf {folder} has no config.json; give a folder of save_pretrained")

@@ -7,6 +7,7 @@ alike by whoever takes them, so the result does not depend on the number of rank
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch.distributed as dist
-from tqdm import tqdm
 
 from megatron_dwm.data.index import IndexSummary, read_index
 from megatron_dwm.data.weight_file import WeightFile, read_weights, weights_path, write_weights
 from megatron_dwm.errors import DWMError
+from megatron_dwm.progress import bar
 from megatron_dwm.scoring.documents import TokenReader, chunk_bounds
 from megatron_dwm.scoring.identity import corpus_digest
 from megatron_dwm.scoring.score_chunk import WindowScorer, score_chunk
@@ -227,12 +228,14 @@ class _Progress:
         self._folders, self._indices = folders, [corpus.index for corpus in corpora]
         self._tokens, self._start, self._looked = 0, time.monotonic(), 0.0
         before = sum(int(np.diff(f.bounds)[f.done].sum()) for f in folders)
-        self._bar = tqdm(
-            total=sum(corpus.index.documents for corpus in corpora),
-            initial=before,
-            desc="score",
-            unit=" documents",
-        )
+        total = sum(corpus.index.documents for corpus in corpora)
+        if before:
+            print(
+                f"NOTE: {before} of {total} documents were scored before; the others are now",
+                file=sys.stderr,
+            )
+        self._bar = bar(total, " documents", "score", initial=before)
+        self._shown = not self._bar.disable
 
     def update(self) -> None:
         """Shows what was finished meanwhile; looks at most twice a second."""

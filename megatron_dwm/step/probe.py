@@ -4,12 +4,8 @@
 meta loss. `reference`: the loop of per-sample backward passes, with the v of the product's own
 passes B and C. Both are far too slow for training; they prove the estimators on real runs.
 
-As a command it takes a saved run one step on and compares there:
-
-    torchrun --nproc-per-node N -m megatron_dwm.step.probe --checkpoint RUN [--samples 8]
+The command `probe` takes a saved run one step on and compares there.
 """
-
-# ruff: noqa: E402  (as a command, the host must be installed before Megatron is imported)
 
 from __future__ import annotations
 

@@ -5,15 +5,12 @@ is its sequences, with the end-of-document token behind the last one.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
-import preprocess_data  # noqa: E402
-import preprocess_workers  # noqa: E402
+from megatron_dwm.cli import preprocess as preprocess_data
+from megatron_dwm.corpus import preprocess_workers
 
 SPACES = [" ", "   ", "\n", "\t", "\n    ", "   \n\n   ", "\u00a0", "\u3000", "\x0b\x0c", "\x1c"]
 DOCUMENTS = [
@@ -100,7 +97,7 @@ def test_every_string_is_tokenized(tmp_path, capsys, tokenizer_flags, eod):
     argv = ["--input", str(path), "--output-prefix", f"{tmp_path}/o", "--workers", "1"]
     argv += [*tokenizer_flags, *(["--append-eod"] if eod else [])]
     assert preprocess_data.main(argv) == 0
-    tokenizer = preprocess_workers.build_megatron_tokenizer(preprocess_data.get_args(argv))
+    tokenizer = preprocess_workers.build_megatron_tokenizer(preprocess_data.parse_args(argv))
     expected = by_the_rule(tokenizer, DOCUMENTS, eod)
     data = IndexedDataset(f"{tmp_path}/o_text_document")
     bounds = data.document_indices.tolist()
@@ -120,7 +117,7 @@ def test_a_plain_text_of_spaces_is_a_document(tmp_path):
     flags = sentencepiece_model(tmp_path, "kept")
     argv = ["--input", f"{tmp_path}/x.txt", "--output-prefix", f"{tmp_path}/o", "--workers", "1"]
     assert preprocess_data.main([*argv, *flags]) == 0
-    args = preprocess_data.get_args([*argv, *flags])
+    args = preprocess_data.parse_args([*argv, *flags])
     ids = preprocess_workers.build_megatron_tokenizer(args).tokenize("   \n\n   ")
     assert len(ids) > 1
     assert IndexedDataset(f"{tmp_path}/o_text_document").get(0).tolist() == list(ids)
@@ -130,6 +127,6 @@ def test_spaces_that_are_no_number_are_refused(tmp_path, capsys):
     (tmp_path / "x.jsonl").write_text('{"text": "1 2"}\n{"text": ""}\n{"text": "  "}\n')
     argv = ["--input", f"{tmp_path}/x.jsonl", "--output-prefix", f"{tmp_path}/o", "--workers", "1"]
     argv += ["--tokenizer-type", "NullTokenizer", "--vocab-size", "10"]
-    assert preprocess_data.main(argv) != 0
+    assert preprocess_data.main(argv) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and "x.jsonl, line 3" in lines[0]

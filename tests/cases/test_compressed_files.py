@@ -12,7 +12,6 @@ import json
 import lzma
 import shutil
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -21,12 +20,12 @@ import pytest
 
 zstandard = pytest.importorskip("zstandard")
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
-import preprocess_data  # noqa: E402
-import train_tokenizer  # noqa: E402
-import weights  # noqa: E402
-from text_files import InputError, TextFile, read_blocks, read_texts  # noqa: E402
+from megatron_dwm.cli import preprocess as preprocess_data  # noqa: E402
+from megatron_dwm.cli import tokenizer as train_tokenizer  # noqa: E402
+from megatron_dwm.cli import weights  # noqa: E402
+from megatron_dwm.errors import InputError  # noqa: E402
+from megatron_dwm.files.text_files import TextFile, read_blocks, read_texts  # noqa: E402
 
 FIRST = b"".join(b'{"text": "%d 1 2"}\n' % i for i in range(40))
 SECOND = b"".join(b'{"text": "%d 3"}\n' % i for i in range(40, 60))
@@ -271,7 +270,7 @@ def test_preprocess_writes_nothing(tmp_path, capsys, name, kind):
     path.write_bytes(BROKEN[name])
     argv = ["--input", str(path), "--output-prefix", f"{tmp_path}/o", "--workers", "1"]
     argv += ["--tokenizer-type", "NullTokenizer", "--vocab-size", "100", "--input-format", kind]
-    assert preprocess_data.main(argv) != 0
+    assert preprocess_data.main(argv) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and str(path) in lines[0]
     assert [p.name for p in tmp_path.iterdir()] == [name]
@@ -283,7 +282,7 @@ def test_train_tokenizer_writes_nothing(tmp_path, capsys, name, kind):
     path = tmp_path / name
     path.write_bytes(BROKEN[name])
     argv = ["--input", str(path), "--out", f"{tmp_path}/t", "--vocab-size", "280"]
-    assert train_tokenizer.main([*argv, "--input-format", kind]) != 0
+    assert train_tokenizer.main([*argv, "--input-format", kind]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and str(path) in lines[0]
     assert [p.name for p in tmp_path.iterdir()] == [name]

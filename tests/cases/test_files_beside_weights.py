@@ -15,9 +15,9 @@ import torch.distributed.checkpoint as dist_checkpoint
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
+from megatron_dwm.cli.convert.command import main
 from megatron_dwm.conversion import TorchDistCheckpoint, find_checkpoint
 from tests import tiny_hf_models
-from tools.convert.__main__ import main
 
 TEMPLATES = {"default": "{{ messages }}", "tool_use": "{{ tools }}", "rag": "{{ documents }}"}
 FILES = {

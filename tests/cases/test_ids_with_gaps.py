@@ -20,16 +20,15 @@ pytest.importorskip("transformers")
 cpu.install()
 
 ROOT = Path(__file__).parents[2]
-for folder in (ROOT, ROOT / "tools", ROOT / "tests" / "unit"):
-    sys.path.insert(0, str(folder))
+sys.path.insert(0, str(ROOT / "tests" / "unit"))
 
-import preprocess_data  # noqa: E402
-import preprocess_workers  # noqa: E402
 import test_dwm_export as dwm  # noqa: E402
 from test_convert_export import export, model_tensors, write_run  # noqa: E402
 
+from megatron_dwm.cli import preprocess as preprocess_data  # noqa: E402
 from megatron_dwm.conversion import iter_hf_tensors  # noqa: E402
 from megatron_dwm.core.vocabulary import megatron_vocabulary_size, vocabulary_size  # noqa: E402
+from megatron_dwm.corpus import preprocess_workers  # noqa: E402
 from megatron_dwm.hosts.megatron_lm import build  # noqa: E402
 
 WORDS = "embedding.word_embeddings.weight"
@@ -92,7 +91,7 @@ def test_tokens_that_a_flag_adds_count(tmp_path):
     model = write_tokenizer(tmp_path / "t", {"<u>": 0, "a": 1, "b": 2}, {"<e>": 65530})
     flags = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", model]
     flags += ["--tokenizer-special-tokens", *(f"<{i}>" for i in range(100))]
-    args = preprocess_data.get_args(["--input", "x", "--output-prefix", "x", *flags])
+    args = preprocess_data.parse_args(["--input", "x", "--output-prefix", "x", *flags])
     tokenizer = preprocess_workers.build_megatron_tokenizer(args)
     [last] = tokenizer.tokenize("<99>")
     assert last == 65630 and megatron_vocabulary_size(tokenizer) == last + 1
@@ -103,7 +102,7 @@ def test_tokens_that_a_flag_adds_count(tmp_path):
 @pytest.mark.parametrize("text", ["5 100", "100", "65535"])
 def test_ids_beyond_the_vocabulary_are_refused(tmp_path, capsys, text):
     flags = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "100"]
-    assert preprocess(tmp_path, ["1 99", text], *flags) != 0
+    assert preprocess(tmp_path, ["1 99", text], *flags) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and "x.jsonl, line 2" in lines[0] and "--vocab-size" in lines[0]
     assert not list(tmp_path.glob("o_*"))
@@ -135,7 +134,7 @@ def test_the_weighting_model_knows_all_rows(tmp_path, monkeypatch, kind):
     folder = write_tokenizer(tmp_path / "t", {"<u>": 0, "a": 1, "b": 9}, {"<s>": 4, "<e>": 12})
     args = SimpleNamespace(
         **vars(
-            preprocess_data.get_args(
+            preprocess_data.parse_args(
                 ["--input", "x", "--output-prefix", "x", "--tokenizer-type", kind]
                 + ["--tokenizer-model", folder]
             )
@@ -198,7 +197,7 @@ def test_a_flag_or_a_model_with_too_few_rows_is_refused(tmp_path, capsys):
         model = write_tokenizer(tmp_path / f"t{last}", {"<u>": 0, "a": 1}, {"<e>": last})
         changes = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": model}
         run = write_run(tmp_path / f"run{last}", tensors, **changes)
-        assert export(run, tmp_path / "out", *flags) != 0
+        assert export(run, tmp_path / "out", *flags) == 2
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1 and said in lines[0]
         assert not (tmp_path / "out").exists()
@@ -223,7 +222,7 @@ def test_tokens_that_the_run_added_keep_their_rows(tmp_path, capsys):
     flags = ["--tokenizer-special-tokens", "<x>", "<y>", "a", "--tokenizer-model", model]
     args = ["--input", "x", "--output-prefix", "x", "--tokenizer-type", "HuggingFaceTokenizer"]
     megatron = preprocess_workers.build_megatron_tokenizer(
-        preprocess_data.get_args([*args, *flags])
+        preprocess_data.parse_args([*args, *flags])
     )
     [last] = megatron.tokenize("<y>")
     assert last == 6
@@ -254,7 +253,7 @@ def test_export_of_a_weighting_model_counts_ids(tmp_path, capsys):
     assert pad not in (0, 1, 2, 6) and pad < len(rows)
 
     short = dwm.write(tmp_path / "short", tensors, dwm.described(vocab_size=5), args)
-    assert dwm.export(short, tmp_path / "none") != 0
+    assert dwm.export(short, tmp_path / "none") == 2
     assert "the tokenizer has 4 tokens with ids up to 6" in capsys.readouterr().err
 
 
@@ -268,6 +267,6 @@ def test_padding_of_a_weighting_model_never_gets_the_id_of_a_word(tmp_path, caps
     assert tokenizer.pad_token_id == tokenizer("b").input_ids[0] == 4
     args = dwm.llm_args(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=model)
     run = dwm.write(tmp_path / "run", dwm.tensors_of(), dwm.described(vocab_size=7), args)
-    assert dwm.export(run, tmp_path / "out") != 0
+    assert dwm.export(run, tmp_path / "out") == 2
     assert "cannot be given a padding token" in capsys.readouterr().err
     assert dwm.export(run, tmp_path / "out", "--tokenizer-model", "none") == 0

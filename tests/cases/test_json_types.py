@@ -6,7 +6,6 @@ can be built with (NaN, below zero).
 """
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +14,12 @@ import pytest
 transformers = pytest.importorskip("transformers")
 
 ROOT = Path(__file__).parents[2]
-for folder in (ROOT, ROOT / "tools"):
-    sys.path.insert(0, str(folder))
-
-import preprocess_data  # noqa: E402
-import train_tokenizer  # noqa: E402
-import weights  # noqa: E402
 
 from megatron_dwm.checkpoint.health import _manifest_problems  # noqa: E402
+from megatron_dwm.cli import preprocess as preprocess_data  # noqa: E402
+from megatron_dwm.cli import tokenizer as train_tokenizer  # noqa: E402
+from megatron_dwm.cli import weights  # noqa: E402
+from megatron_dwm.cli.convert.command import main as convert  # noqa: E402
 from megatron_dwm.conversion import ConversionError, ModelShape  # noqa: E402
 from megatron_dwm.conversion.dwm_classifier import read_classifier  # noqa: E402
 from megatron_dwm.conversion.families import shape_from_config  # noqa: E402
@@ -30,7 +27,6 @@ from megatron_dwm.conversion.hf_folder import iter_hf_tensors, read_hf_config  #
 from megatron_dwm.data.segment_cache import load_segment  # noqa: E402
 from megatron_dwm.files.json_files import JsonError, parse_object  # noqa: E402
 from megatron_dwm.logs.log_file import read_log  # noqa: E402
-from tools.convert.__main__ import main as convert  # noqa: E402
 
 DIGITS = "9" * 5000
 DEEP = "[" * 200_000
@@ -210,7 +206,7 @@ def one_line(capsys, *named: str) -> str:
 def test_import_of_a_file_that_is_no_object(model, tmp_path, capsys, name, case):
     folder = changed(model, tmp_path, name, {**NO_JSON, **NO_OBJECT}[case])
     flags = ["--hf-path", str(folder), "--megatron-path", str(tmp_path / "out")]
-    assert convert(["import", *flags]) != 0
+    assert convert(["import", *flags]) == 2
     one_line(capsys, name)
     assert not (tmp_path / "out").exists()
 
@@ -252,7 +248,7 @@ def test_import_of_values_that_no_model_has(model, tmp_path, capsys, change):
     config = json.loads((model / "config.json").read_text())
     folder = changed(model, tmp_path, "config.json", json.dumps({**config, **change}))
     flags = ["--hf-path", str(folder), "--megatron-path", str(tmp_path / "out")]
-    assert convert(["import", *flags]) != 0
+    assert convert(["import", *flags]) == 2
     one_line(capsys)
 
 
@@ -335,9 +331,9 @@ def test_a_record_is_named_by_file_and_line(tmp_path, capsys, case):
     path.write_text('{"text": "1 2"}\n' + RECORDS[case] + '\n{"text": "3"}\n')
     flags = ["--input", str(path), "--output-prefix", f"{tmp_path}/o", "--workers", "1"]
     flags += ["--tokenizer-type", "NullTokenizer", "--vocab-size", "10"]
-    assert preprocess_data.main(flags) != 0
+    assert preprocess_data.main(flags) == 2
     one_line(capsys, f"{path}, line 2")
-    assert train_tokenizer.main(["--input", str(path), "--out", f"{tmp_path}/t"]) != 0
+    assert train_tokenizer.main(["--input", str(path), "--out", f"{tmp_path}/t"]) == 2
     one_line(capsys, f"{path}, line 2")
     assert [p.name for p in tmp_path.iterdir()] == ["x.jsonl"]
 

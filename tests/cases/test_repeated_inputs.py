@@ -2,16 +2,13 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
-import preprocess_data  # noqa: E402
-import train_tokenizer  # noqa: E402
-from text_files import expand_inputs  # noqa: E402
+from megatron_dwm.cli import preprocess as preprocess_data
+from megatron_dwm.cli import tokenizer as train_tokenizer
+from megatron_dwm.files.text_files import expand_inputs
 
 
 def another_name(path: Path, kind: str) -> str:

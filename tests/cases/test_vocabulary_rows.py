@@ -28,6 +28,7 @@ from megatron.training.arguments import parse_args, validate_args  # noqa: E402
 from tokenizers import Tokenizer, models  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
+from megatron_dwm.cli.convert.command import main  # noqa: E402
 from megatron_dwm.conversion import (  # noqa: E402
     TorchDistCheckpoint,
     find_checkpoint,
@@ -35,7 +36,6 @@ from megatron_dwm.conversion import (  # noqa: E402
 )
 from megatron_dwm.errors import DWMError  # noqa: E402
 from tests import tiny_hf_models  # noqa: E402
-from tools.convert.__main__ import main  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = "embedding.word_embeddings.weight"
@@ -138,7 +138,7 @@ def verify(run, folder):
     """Runs `verify` in a process of its own; returns its status and what it says."""
     words = ["verify", "--megatron-path", str(run), "--hf-path", str(folder), "--tokens", "64"]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tools/convert"), *words],
+        [sys.executable, "-m", "megatron_dwm", "convert", *words],
         cwd=ROOT,
         env={**os.environ, "MEGATRON_DWM_HOST": "cpu"},
         capture_output=True,

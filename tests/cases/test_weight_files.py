@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from megatron_dwm.cli.convert.command import main
 from megatron_dwm.conversion import (
     ConversionError,
     TorchDistCheckpoint,
@@ -26,7 +27,6 @@ from megatron_dwm.conversion import (
 from megatron_dwm.errors import DWMError
 from megatron_dwm.scoring.huggingface import HuggingFaceScorer
 from tests import tiny_hf_models
-from tools.convert.__main__ import main
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 NORM = "model.norm.weight"

@@ -1,7 +1,7 @@
 """Run under torchrun: training runs and probe commands, one after the other, in one set of ranks.
 
 As run_many.py, with one more field of a run: `probe` (its arguments are those of the command
-`megatron_dwm.step.probe`).
+`megatron-dwm probe`).
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from tests.functional import run_many  # noqa: E402  (installs the host before M
 import psutil  # noqa: E402
 
 from megatron_dwm.checkpoint import state as checkpoint  # noqa: E402
-from megatron_dwm.hosts.megatron_lm import probe_command  # noqa: E402
+from megatron_dwm.cli import probe as command  # noqa: E402
 from megatron_dwm.step.influence import MetaGradient  # noqa: E402
 
 
@@ -63,7 +63,7 @@ def probe(args):
     folder, words = os.getcwd(), list(sys.argv)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = probe_command.main(args)
+            code = command.compared(args)
     except BaseException:
         code = -1
         err.write(traceback.format_exc())

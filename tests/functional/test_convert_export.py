@@ -1,6 +1,6 @@
 """A model that Megatron trained gives the same logits after export to Hugging Face.
 
-Chain that is proved: stock trainer (TP x PP) -> `torch_dist` checkpoint -> `python tools/convert
+Chain that is proved: stock trainer (TP x PP) -> `torch_dist` checkpoint -> `megatron-dwm convert
 export` -> `AutoModelForCausalLM`, with the logits that Megatron itself computed after training,
 in the distributed run, as the truth. Weights are drawn wide (init std 0.2), so that a wrong head
 order, RoPE base or norm would move the logits by far more than the tolerance.
@@ -111,7 +111,7 @@ def exported(request, tmp_path_factory):
     paths = ["--megatron-path", str(folder / "run"), "--hf-path", str(out)]
     # So small that there are several files.
     shards = ["--max-shard-size", "100KB"]
-    printed = _run([sys.executable, "tools/convert", "export", *paths, *shards])
+    printed = _run([sys.executable, "-m", "megatron_dwm", "convert", "export", *paths, *shards])
     assert "iteration 2" in printed
     return request.param, torch.load(folder / "logits.pt"), tokenizer, out
 

@@ -1,9 +1,9 @@
 """Hugging Face -> Megatron at TP2 x PP2 -> Hugging Face, for every family, without a bit's change.
 
-Chain that is proved: transformers' tiny random models -> `python tools/convert import` -> the
+Chain that is proved: transformers' tiny random models -> `megatron-dwm convert import` -> the
 stock trainer loads with `--load` and the flags that the import printed, at TP2 x PP2 (mixture of
 experts with sequence parallelism, as Megatron demands, and at PP2 x EP2 too), takes a step at
-learning rate zero and saves -> `python tools/convert export` -> the original's bits, in fp32 and
+learning rate zero and saves -> `megatron-dwm convert export` -> the original's bits, in fp32 and
 bf16. In fp32, the logits that Megatron computed in the distributed run are those of transformers
 to 1e-4.
 
@@ -23,10 +23,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from megatron_dwm.cli.convert.command import main  # noqa: E402
 from megatron_dwm.conversion import TorchDistCheckpoint, find_checkpoint, iter_hf_tensors  # noqa: E402
 from tests import tiny_hf_models  # noqa: E402
 from tests.functional.harness import host_flags, torchrun  # noqa: E402
-from tools.convert.__main__ import main  # noqa: E402
 
 LAYOUT = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"
 EXPERTS = "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2"

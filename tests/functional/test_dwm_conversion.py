@@ -24,10 +24,10 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_dwm.cli.convert.command import main as convert
 from megatron_dwm.conversion import iter_hf_tensors
 from tests.functional.corpus import write_dataset
 from tests.functional.harness import DWM, TINY, Results, Run, environment, run_all
-from tools.convert.__main__ import main as convert
 
 # The run's tokenizer takes the place of the null one.
 _DROPPED = ("--split", "--tokenizer-type", "--vocab-size", "--train-iters")
@@ -188,8 +188,8 @@ def single_rank(folder: Path) -> None:
     cpu.install()
     import torch.distributed as dist
 
+    from megatron_dwm.cli.score import main as score_corpus
     from megatron_dwm.core.ranks import start_ranks
-    from tools.score_corpus import main as score_corpus
 
     found: dict[str, Any] = {"scores": {}, "code": {}, "stdout": {}, "stderr": {}}
 
@@ -504,7 +504,7 @@ def test_verify_names_bad_input(single: dict[str, Any]) -> None:
         lines = [
             line
             for line in single["stderr"][f"verify-{name}"].splitlines()
-            if "tools/convert verify:" in line
+            if "megatron-dwm convert verify: error:" in line
         ]
         assert len(lines) == 1 and said in lines[0], name
 

@@ -60,7 +60,12 @@ def bad(data: dict[str, str]) -> list[tuple[str, list[str], str, str]]:
     """Returns (name, data, flags, what the one line says) of runs that are refused."""
     other, twice = data["unweighted"], [data["equal"], data["equal"]]
     return [
-        ("missing", [other], "", f"{other}.weights: no such file; make it with tools/weights.py"),
+        (
+            "missing",
+            [other],
+            "",
+            f"{other}.weights: no such file; make it with megatron-dwm weights",
+        ),
         ("foreign", [data["foreign"]], "", f"{data['foreign']}.weights: "),
         ("shares", [data["equal"], data["chain"], data["live"]], "", "needs a share before each"),
         ("twice", ["1", twice[0], "1", twice[1]], "", "more than once"),

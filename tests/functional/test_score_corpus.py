@@ -1,4 +1,4 @@
-"""tools/score_corpus.py with models that the trainer saved on two ranks (TP2).
+"""`megatron-dwm score` with models that the trainer saved on two ranks (TP2).
 
 The ranks train twice and score once; one process with a single rank (this file, run as a script)
 scores all the rest and computes what the scores must be from the checkpoint's tensors, read
@@ -14,6 +14,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -225,8 +226,8 @@ def single_rank(folder: Path) -> None:
     import torch
     import torch.distributed as dist
 
+    from megatron_dwm.cli.score import main
     from megatron_dwm.core.ranks import start_ranks
-    from tools.score_corpus import main
 
     big, odd = str(folder / "big"), str(folder / "odd")
     found: dict[str, Any] = {"code": {}, "stdout": {}, "stderr": {}, "expected": {}}
@@ -399,8 +400,8 @@ def test_killed_run_goes_on(folder: Path, single: dict[str, Any], killed: list[i
     added = sum(path.stat().st_size for path in parts(folder, "killed")) - sum(killed)
     # A record that the kill cut short is written again, whole: 20 bytes and a few scores.
     assert whole - sum(killed) <= added < whole - sum(killed) + 2 * 200
-    first = single["stderr"]["resumed"].split("score:")[1]
-    assert " 0/308" not in first and "/308" in first
+    kept = re.search(r"NOTE: (\d+) of 308 documents were scored", single["stderr"]["resumed"])
+    assert kept is not None and 0 < int(kept[1]) < 308
 
 
 def test_scores_are_the_models_own(folder: Path, single: dict[str, Any]) -> None:
@@ -459,7 +460,7 @@ def test_top_fraction_keeps_the_best(folder: Path, single: dict[str, Any]) -> No
     kept = weights > 0
     assert np.count_nonzero(kept) == 77
     assert values[kept].min() >= values[~kept].max()
-    assert "308/308" in single["stderr"]["best"].split("score:")[1]
+    assert "NOTE: 308 of 308 documents were scored" in single["stderr"]["best"]
     assert not list(folder.glob("best-*.scores")) and not list(folder.glob("best-*.npy"))
 
 
@@ -480,7 +481,7 @@ REFUSED = {
 def test_bad_input_is_one_line_and_code_2(single: dict[str, Any], name: str) -> None:
     assert single["code"][f"bad-{name}"] == 2
     printed = single["stderr"][f"bad-{name}"]
-    lines = [x for x in printed.splitlines() if x.startswith("score_corpus: error:")]
+    lines = [x for x in printed.splitlines() if x.startswith("megatron-dwm score: error:")]
     assert len(lines) == 1 and "Traceback" not in printed
     for word in REFUSED[name]:
         assert word in lines[0]

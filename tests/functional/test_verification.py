@@ -289,7 +289,7 @@ def command(*words: str) -> tuple[int, str, str]:
     import subprocess
 
     done = subprocess.run(
-        [sys.executable, "-m", "megatron_dwm.step.probe", *words],
+        [sys.executable, "-m", "megatron_dwm", "probe", *words],
         cwd=ROOT,
         env=environment(),
         capture_output=True,
@@ -322,7 +322,7 @@ def test_command_on_a_launched_script(folder: Path) -> None:
     words = [*host_flags(), *TINY, *MOCK, *DWM, "--eval-iters", "0", "--ckpt-format", "torch_dist"]
     saved, logits = folder / "launched", folder / "logits.pt"
     words += ["--save", str(saved), "--save-interval", "4", "--lr-decay-style", "linear"]
-    done = torchrun(1, ["-m", "megatron_dwm.launch", script, str(logits), *words])
+    done = torchrun(1, ["-m", "megatron_dwm", "train", script, str(logits), *words])
     assert done.returncode == 0, done.stderr[-3000:]
     logits.unlink()
     before = contents(saved)

@@ -27,8 +27,8 @@ from megatron_dwm.checkpoint.health import (
     problems_of,
     tracked,
 )
+from megatron_dwm.cli.convert.command import main as convert
 from megatron_dwm.conversion import ConversionError
-from tools.convert.__main__ import main as convert
 
 MARKER = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 

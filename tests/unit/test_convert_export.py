@@ -1,4 +1,4 @@
-"""`tools/convert export` on checkpoints written by hand, in the layouts that a run may have.
+"""`megatron-dwm convert export` on checkpoints written by hand, in the layouts that a run may have.
 
 The checkpoints have what a trainer's have: optimizer and weighting-model tensors beside the model's
 and arguments in `common.pt` (as Megatron wrote them before 0.18). Logits are compared in
@@ -6,24 +6,19 @@ tests/functional; here it is names, cuts, dtypes and refusals.
 """
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dist_checkpoint
+from test_conversion import hf_layer, megatron_args
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from test_conversion import hf_layer, megatron_args  # noqa: E402
-
-from megatron_dwm.conversion import (  # noqa: E402
+from megatron_dwm.cli.convert.command import main
+from megatron_dwm.conversion import (
     TorchDistCheckpoint,
     hf_layer_to_megatron,
     iter_hf_tensors,
 )
-from megatron_dwm.conversion.families import llama_from_args  # noqa: E402
-from tools.convert.__main__ import main  # noqa: E402
+from megatron_dwm.conversion.families import llama_from_args
 
 LAYOUTS = ("stacked", "per_layer", "per_layer_local_norms", "per_layer_split_gate")
 
@@ -135,7 +130,7 @@ def test_vocabulary_is_cut_as_told(tmp_path, capsys):
         for n in ("padded", "cut")
     ]
     assert sizes == [8, 6]
-    assert export(run, tmp_path / "long", "--vocab-size", "9") == 1
+    assert export(run, tmp_path / "long", "--vocab-size", "9") == 2
     assert "--vocab-size is 9, and the checkpoint's embedding has 8 rows" in capsys.readouterr().err
 
 
@@ -169,7 +164,7 @@ FC2 = "mlp.linear_fc2.weight"
 def test_other_tensors_are_refused_by_name(tmp_path, capsys, layout, change, named):
     tensors, _ = model_tensors(layout)
     change(tensors)
-    assert export(write_run(tmp_path / "run", tensors), tmp_path / "out") == 1
+    assert export(write_run(tmp_path / "run", tensors), tmp_path / "out") == 2
     message = capsys.readouterr().err
     assert named in message and message.count("\n") == 1
     assert not (tmp_path / "out").exists()
@@ -178,7 +173,7 @@ def test_other_tensors_are_refused_by_name(tmp_path, capsys, layout, change, nam
 def test_wrong_model_is_one_line(tmp_path, capsys):
     tensors, _ = model_tensors()
     run = write_run(tmp_path / "run", tensors, normalization="LayerNorm")
-    assert export(run, tmp_path / "out") == 1
+    assert export(run, tmp_path / "out") == 2
     message = capsys.readouterr().err
     assert "--normalization is 'LayerNorm'" in message and message.count("\n") == 1
 
@@ -189,13 +184,13 @@ def test_output_folder_is_protected(tmp_path, capsys):
     out.mkdir()
     assert export(run, out) == 0, "an empty folder may be filled"
     (out / "stale.txt").touch()
-    assert export(run, out) == 1
+    assert export(run, out) == 2
     assert "is not empty; give another folder or --force" in capsys.readouterr().err
     assert export(run, out, "--force") == 0
     assert not (out / "stale.txt").exists()
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letters.txt").touch()
-    assert export(run, tmp_path / "home", "--force") == 1
+    assert export(run, tmp_path / "home", "--force") == 2
     assert "is no exported model" in capsys.readouterr().err
     assert (tmp_path / "home" / "letters.txt").exists()
 
@@ -208,11 +203,11 @@ def test_flags_are_refused_by_name(tmp_path, capsys):
         tokenizer_type="SentencePieceTokenizer",
         tokenizer_model="/absent/t.model",
     )
-    assert export(run, tmp_path / "out") == 1
+    assert export(run, tmp_path / "out") == 2
     assert "--tokenizer-model /absent/t.model (from the checkpoint)" in capsys.readouterr().err
-    assert export(run, tmp_path / "out", "--max-shard-size", "much") == 1
+    assert export(run, tmp_path / "out", "--max-shard-size", "much") == 2
     assert "--max-shard-size is 'much'" in capsys.readouterr().err
-    assert export(run, tmp_path / "out", "--iteration", "6") == 1
+    assert export(run, tmp_path / "out", "--iteration", "6") == 2
     assert "no checkpoint iter_0000006; it has iter_0000005" in capsys.readouterr().err
     assert export(run, tmp_path / "out", "--tokenizer-model", "none") == 0
     assert "No tokenizer is written" in capsys.readouterr().err
@@ -223,7 +218,7 @@ def test_damaged_weights_leave_nothing_behind(tmp_path, capsys):
     run = write_run(tmp_path / "run", tensors)
     for path in (run / "iter_0000005").glob("*.distcp"):
         path.write_bytes(path.read_bytes()[:2000])
-    assert export(run, tmp_path / "out") == 1
+    assert export(run, tmp_path / "out") == 2
     assert "failed" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -239,7 +234,7 @@ def test_sentencepiece_ids_are_kept(tmp_path, kind, rule, symbols):
     import sentencepiece
     from transformers import AutoTokenizer
 
-    from tools.convert.tokenizer import PROBES, find_tokenizer
+    from megatron_dwm.conversion.tokenizer import PROBES, find_tokenizer
 
     words = (
         "the weight of a sample is what the model learns from it Straße naïve 日本 123 x".split()

@@ -1,4 +1,4 @@
-"""`tools/convert import` and back again, in one process, for every family.
+"""`megatron-dwm convert import` and back again, in one process, for every family.
 
 The Hugging Face folders are transformers' own; that the stock trainer loads what is written, and
 computes the same logits, is shown in tests/functional. Here it is bits, names, layouts, padding,
@@ -18,22 +18,21 @@ import torch
 import torch.distributed.checkpoint as dist_checkpoint
 from safetensors.torch import load_file, save_file
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from megatron_dwm.conversion import (  # noqa: E402
+from megatron_dwm.cli.convert.command import main
+from megatron_dwm.conversion import (
     TorchDistCheckpoint,
     find_checkpoint,
     iter_hf_tensors,
 )
-from megatron_dwm.conversion.families import (  # noqa: E402
-    FAMILIES,  # noqa: E402
+from megatron_dwm.conversion.families import (
+    FAMILIES,
     hf_config,
     shape_from_args,
     shape_from_config,
 )
-from tests import tiny_hf_models  # noqa: E402
-from tools.convert.__main__ import main  # noqa: E402
+from tests import tiny_hf_models
+
+ROOT = Path(__file__).resolve().parents[2]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -235,7 +234,7 @@ def test_two_copies_of_a_norm_must_agree(tmp_path, hf, capsys):
     shutil.rmtree(run)
     dist_checkpoint.save(state, checkpoint_id=run, no_dist=True)
     torch.save({"args": checkpoint.args, "iteration": 3}, run / "common.pt")
-    assert write_out(run, tmp_path / "back") == 1
+    assert write_out(run, tmp_path / "back") == 2
     message = capsys.readouterr().err
     assert "are both decoder.layers.2.pre_mlp_layernorm.weight and differ" in message
 
@@ -263,7 +262,7 @@ def test_a_tied_output_layer_must_be_the_embedding(tmp_path, hf, capsys):
     same = changed(folder, tmp_path / "same", put={"lm_head.weight": embedding.clone()})
     assert take_in(same, tmp_path / "run") == 0
     other = changed(folder, tmp_path / "other", put={"lm_head.weight": embedding + 1})
-    assert take_in(other, tmp_path / "run2") == 1
+    assert take_in(other, tmp_path / "run2") == 2
     assert "has lm_head.weight of its own" in capsys.readouterr().err
 
 
@@ -313,8 +312,8 @@ MEASURE = """
 import json, re, sys
 from pathlib import Path
 import torch
-from megatron_dwm.conversion import iter_hf_tensors
-from tools.convert.__main__ import main
+from megatron_dwm.conversion import export, import_model, iter_hf_tensors
+from megatron_dwm.cli.convert.command import main
 
 def status(key):
     return 1024 * int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
@@ -427,7 +426,7 @@ def test_memory_is_that_of_a_layer_not_of_the_model(tmp_path):
 def test_what_megatron_cannot_compute_is_refused(tmp_path, hf, capsys, name, config, named):
     folder, _ = hf(name)
     other = changed(folder, tmp_path / "other", **config)
-    assert take_in(other, tmp_path / "run") == 1
+    assert take_in(other, tmp_path / "run") == 2
     message = capsys.readouterr().err
     assert named in message and message.count("\n") == 1
     assert not (tmp_path / "run").exists()
@@ -438,12 +437,12 @@ def test_rope_factor_of_the_stock_trainer(tmp_path, hf, capsys):
     folder, _ = hf("llama")
     rope = {**tiny_hf_models.MODELS["llama"][1]["rope_parameters"], "factor": 32.0}
     other = changed(folder, tmp_path / "other", rope_parameters=rope)
-    assert take_in(other, tmp_path / "run") == 1
+    assert take_in(other, tmp_path / "run") == 2
     assert "scales RoPE by 32, and Megatron's own builders use 8" in capsys.readouterr().err
-    assert take_in(folder, tmp_path / "run", "--rope-scaling-factor", "4") == 1
+    assert take_in(folder, tmp_path / "run", "--rope-scaling-factor", "4") == 2
     assert "--rope-scaling-factor is 4" in capsys.readouterr().err
     assert take_in(other, tmp_path / "run", "--rope-scaling-factor", "32") == 0
-    assert write_out(tmp_path / "run", tmp_path / "back") == 1
+    assert write_out(tmp_path / "run", tmp_path / "back") == 2
     assert write_out(tmp_path / "run", tmp_path / "back", "--rope-scaling-factor", "32") == 0
     config = json.loads((tmp_path / "back/config.json").read_text())
     assert config["rope_parameters"]["factor"] == 32.0
@@ -465,7 +464,7 @@ NORM = "model.norm.weight"
 )
 def test_other_tensors_are_refused_by_name(tmp_path, hf, capsys, changes, named):
     folder, _ = hf("qwen3")
-    assert take_in(changed(folder, tmp_path / "other", **changes), tmp_path / "run") == 1
+    assert take_in(changed(folder, tmp_path / "other", **changes), tmp_path / "run") == 2
     message = capsys.readouterr().err
     assert named in message and message.count("\n") == 1
     assert not (tmp_path / "run").exists()
@@ -475,11 +474,11 @@ def test_mixed_dtypes_and_overflow(tmp_path, hf, capsys):
     folder, tensors = hf("qwen3")
     put = {NORM: tensors[NORM].to(torch.bfloat16)}
     mixed = changed(folder, tmp_path / "mixed", put=put)
-    assert take_in(mixed, tmp_path / "run") == 1
+    assert take_in(mixed, tmp_path / "run") == 2
     assert "mixes bfloat16, float32; give --dtype" in capsys.readouterr().err
     assert take_in(mixed, tmp_path / "run", "--dtype", "fp32") == 0
     large = changed(folder, tmp_path / "large", put={NORM: torch.full((32,), 1e6)})
-    assert take_in(large, tmp_path / "run2", "--dtype", "fp16") == 1
+    assert take_in(large, tmp_path / "run2", "--dtype", "fp16") == 2
     assert f"--dtype fp16 cannot hold the values of {NORM}" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["large", "mixed", "run"]
 
@@ -488,32 +487,32 @@ def test_output_folder_is_protected(tmp_path, hf, capsys):
     folder, _ = hf("llama")
     run = tmp_path / "run"
     assert take_in(folder, run) == 0
-    assert take_in(folder, run) == 1
+    assert take_in(folder, run) == 2
     assert "--megatron-path" in capsys.readouterr().err
     (run / "stale").touch()
     assert take_in(folder, run, "--force") == 0
     assert not (run / "stale").exists()
     (run / "iter_0000010").mkdir()
-    assert take_in(folder, run, "--force") == 1
+    assert take_in(folder, run, "--force") == 2
     assert "holds iter_0000010, which a run has saved there" in capsys.readouterr().err
     assert (run / "iter_0000010").is_dir()
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letters").touch()
-    assert take_in(folder, tmp_path / "home", "--force") == 1
+    assert take_in(folder, tmp_path / "home", "--force") == 2
     assert "so it is no import" in capsys.readouterr().err
 
 
 def test_flags_and_folders_are_refused_by_name(tmp_path, hf, capsys):
     folder, _ = hf("llama")
-    assert take_in(folder, tmp_path / "run", "--tensor-model-parallel-size", "0") == 1
+    assert take_in(folder, tmp_path / "run", "--tensor-model-parallel-size", "0") == 2
     assert "--tensor-model-parallel-size is 0" in capsys.readouterr().err
-    assert take_in(tmp_path / "absent", tmp_path / "run") == 1
+    assert take_in(tmp_path / "absent", tmp_path / "run") == 2
     assert "absent is no folder" in capsys.readouterr().err
     broken = changed(folder, tmp_path / "broken")
     data = load_file(broken / "model.safetensors")
     assert data
     file = broken / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    assert take_in(broken, tmp_path / "run") == 1
+    assert take_in(broken, tmp_path / "run") == 2
     assert "model.safetensors cannot be read" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -1,25 +1,21 @@
-"""`tools/convert export` on legacy `mp_rank_*` checkpoints (`--ckpt-format torch`).
+"""`megatron-dwm convert export` on legacy `mp_rank_*` checkpoints (`--ckpt-format torch`).
 
 The files are made here: a model is cut into tensor-parallel shards and pipeline stages as the
 trainer cuts it, by code of the test's own. A real one is read in tests/functional.
 """
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from megatron_dwm.conversion import (  # noqa: E402
+from megatron_dwm.cli.convert.command import main
+from megatron_dwm.conversion import (
     TorchDistCheckpoint,
     find_checkpoint,
     iter_hf_tensors,
 )
-from tests import tiny_hf_models  # noqa: E402
-from tools.convert.__main__ import main  # noqa: E402
+from tests import tiny_hf_models
 
 COLUMNS = ("word_embeddings", "output_layer", "linear_qkv", "linear_fc1")
 ROWS = ("linear_proj.weight", "linear_fc2.weight")
@@ -161,9 +157,9 @@ def test_what_does_not_fit_is_one_line(tmp_path, imported, capsys, change, named
     vars(checkpoint.args).clear()
     vars(checkpoint.args).update(args)
     capsys.readouterr()
-    assert export(run, tmp_path / "out") == 1
+    assert export(run, tmp_path / "out") == 2
     message = capsys.readouterr().err.rpartition("\r")[2].splitlines()
-    assert named in message[-1] and message[-1].startswith("tools/convert export: ")
+    assert named in message[-1] and message[-1].startswith("megatron-dwm convert export: error: ")
     assert not (tmp_path / "out").exists()
 
 
@@ -173,10 +169,10 @@ def test_missing_ranks_are_named(tmp_path, imported, capsys):
     lost = run / "iter_0000007" / "mp_rank_01_000"
     (lost / "model_optim_rng.pt").unlink()
     lost.rmdir()
-    assert export(run, tmp_path / "out") == 1
+    assert export(run, tmp_path / "out") == 2
     assert "lacks model_optim_rng.pt of tensor rank 1, pipeline rank 0" in capsys.readouterr().err
     (run / "iter_0000007" / "mp_rank_00_000_001").mkdir()
-    assert export(run, tmp_path / "out") == 1
+    assert export(run, tmp_path / "out") == 2
     assert "is the folder of an expert-parallel rank" in capsys.readouterr().err
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tools.convert.export import export
-from tools.convert.import_ import import_model
+from megatron_dwm.conversion.export import export
+from megatron_dwm.conversion.import_model import import_model
 
 VOCAB_SIZE = 250
 TOKENS = [3, 17, 99, 42, 249, 7, 7, 128]

@@ -11,7 +11,6 @@ import json
 import os
 import random
 import struct
-import sys
 import zlib
 from itertools import pairwise
 from pathlib import Path
@@ -19,14 +18,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
-from text_files import InputError  # noqa: E402
-from weights_sources import Columns, read_values  # noqa: E402
-
-from megatron_dwm.data import DatasetError, read_index  # noqa: E402
-from megatron_dwm.data.document_weights import domain_summary, weight_summary  # noqa: E402
-from megatron_dwm.data.weight_file import read_weights, write_weights  # noqa: E402
+from megatron_dwm.data import DatasetError, read_index
+from megatron_dwm.data.document_weights import domain_summary, weight_summary
+from megatron_dwm.data.weight_file import read_weights, write_weights
+from megatron_dwm.data.weight_sources import Columns, read_values
+from megatron_dwm.errors import InputError
 
 LENGTHS = [[3], [0, 2], [], [4], [1, 1, 5], [0], [9]]
 NAMES = ["web", "code", "müsli"]

@@ -327,7 +327,7 @@ class TestReadIndex:
             path.write_bytes(whole[:size])
             with pytest.raises(DatasetError) as error:
                 read_index(prefix)
-            assert_one_line(error, str(path), f"found {size}", "truncated", "preprocess_data")
+            assert_one_line(error, str(path), f"found {size}", "truncated", "preprocess")
             expected = len(whole) if size >= HEADER_BYTES else HEADER_BYTES
             assert f"{expected} bytes" in str(error.value)
 
@@ -362,7 +362,7 @@ class TestReadIndex:
         prefix = write_pair(tmp_path, **damage)
         with pytest.raises(DatasetError) as error:
             read_index(prefix)
-        assert_one_line(error, f"{prefix}.idx", "preprocess_data", *parts)
+        assert_one_line(error, f"{prefix}.idx", "preprocess", *parts)
 
     @pytest.mark.parametrize("field", [18, 26])  # the two counts
     @pytest.mark.parametrize("count", [2**32, 2**61, 2**63, 2**64 - 1])
@@ -465,7 +465,7 @@ class TestInspectIndex:
         assert done.returncode == 2
         assert done.stdout == ""
         assert done.stderr.count("\n") == 1
-        assert done.stderr.startswith("inspect_index: error: ")
+        assert done.stderr.startswith("megatron-dwm inspect: error: ")
 
     def test_bad_sequence_length(self, tmp_path, repo_root):
         done = self.run(repo_root, write_pair(tmp_path), "--sequence-length", 0)

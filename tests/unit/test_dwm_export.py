@@ -1,25 +1,20 @@
-"""`tools/convert export-dwm` on weighting models written by hand: forms, tokenizers, refusals.
+"""`convert export-dwm` on weighting models written by hand: forms, tokenizers, refusals.
 
 Scores are compared with Megatron's in tests/functional/test_dwm_conversion.py; here with what is
 computed from the tensors of the backbone that transformers loads.
 """
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dist_checkpoint
+from test_conversion import megatron_args
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from test_conversion import megatron_args  # noqa: E402
-
-from megatron_dwm.conversion import ConversionError, ModelShape, iter_hf_tensors  # noqa: E402
-from megatron_dwm.conversion.dwm_classifier import read_classifier  # noqa: E402
-from megatron_dwm.conversion.families import FAMILIES  # noqa: E402
-from tools.convert.__main__ import main  # noqa: E402
+from megatron_dwm.cli.convert.command import main
+from megatron_dwm.conversion import ConversionError, ModelShape, iter_hf_tensors
+from megatron_dwm.conversion.dwm_classifier import read_classifier
+from megatron_dwm.conversion.families import FAMILIES
 
 VOCABULARY, PADDED = 7, 8
 WORDS = "embedding.word_embeddings.weight"
@@ -167,7 +162,7 @@ def test_snapshots_take_the_arguments_beside_them(tmp_path, capsys):
         assert dict(iter_hf_tensors(folder))["score.weight"].unique().tolist() == [stage]
         assert read_classifier(folder).config["max_position_embeddings"] == 16
     assert "carries no training arguments" not in capsys.readouterr().err
-    assert export(run, tmp_path / "out", "--all-stages") == 1
+    assert export(run, tmp_path / "out", "--all-stages") == 2
     assert "is not empty; give another folder or --force" in capsys.readouterr().err
     assert export(run, tmp_path / "out", "--all-stages", "--force") == 0
     alone = write(tmp_path / "alone", tensors_of(), described(), name="dwm_stage_001")
@@ -194,9 +189,9 @@ def test_snapshots_take_the_arguments_beside_them(tmp_path, capsys):
 )
 def test_other_forms_are_refused_by_name(tmp_path, capsys, shape, args, said):
     run = write(tmp_path / "run", tensors_of(), described(**shape), llm_args(**args))
-    assert export(run, tmp_path / "out") == 1
+    assert export(run, tmp_path / "out") == 2
     message = capsys.readouterr().err.splitlines()[-1]
-    assert said in message and message.startswith("tools/convert export-dwm:")
+    assert said in message and message.startswith("megatron-dwm convert export-dwm: error:")
     assert not (tmp_path / "out").exists()
 
 
@@ -213,7 +208,7 @@ def test_other_forms_are_refused_by_name(tmp_path, capsys, shape, args, said):
 def test_other_tensors_are_refused_by_name(tmp_path, capsys, change, said):
     tensors = tensors_of()
     change(tensors)
-    assert export(write(tmp_path / "run", tensors, described(), llm_args()), tmp_path / "out") == 1
+    assert export(write(tmp_path / "run", tensors, described(), llm_args()), tmp_path / "out") == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -228,7 +223,7 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         ([run, tmp_path / "out", "--all-stages"], "has no dwm_stage_* snapshots"),
         ([run, tmp_path / "out", "--iteration", "6"], "no checkpoint iter_0000006"),
     ):
-        assert export(*flags) == 1
+        assert export(*flags) == 2
         message = capsys.readouterr().err
         assert said in message and message.count("\n") == 1
 
@@ -281,7 +276,7 @@ def test_tokenizer_reads_as_in_training_and_pads_with_a_token_of_its_own(tmp_pat
 def test_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, capsys):
     other = write_tokenizer(tmp_path / "tokenizer")
     run = write(tmp_path / "run", tensors_of(), described(vocab_size=4), llm_args())
-    assert export(run, tmp_path / "out", "--tokenizer-model", other) == 1
+    assert export(run, tmp_path / "out", "--tokenizer-model", other) == 2
     assert "the tokenizer has 5 tokens" in capsys.readouterr().err
     assert export(run, tmp_path / "out", "--tokenizer-model", "none") == 0
 

@@ -1,4 +1,4 @@
-"""`tools/report.py`: the weights by stage, validation losses, and the verdict on a bad domain.
+"""`megatron-dwm report`: the weights by stage, validation losses, and the verdict on a bad domain.
 
 Of runs side by side, the expected figures are worked out by hand from outputs that the tests make
 up in the trainer's format. That the trainer prints in that format is not exercised here.
@@ -14,10 +14,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import report  # noqa: E402
+from megatron_dwm.cli import report
 
 
 def write_log(folder: Path, bad_weight: float) -> Path:
@@ -314,7 +311,7 @@ def test_without_matplotlib_the_error_says_what_to_do(
     outputs = {"stock": process_output(LOSSES)}
     assert compare(tmp_path, outputs, "--plot", str(tmp_path / "a.png")) == 2
     error = capsys.readouterr().err
-    assert "--plot needs matplotlib" in error and "pip install 'megatron-dwm[plot]'" in error
+    assert "--plot needs matplotlib" in error and "pip install 'megatron-dwm[report]'" in error
     assert len(error.splitlines()) == 1
     # What needs no plot needs no matplotlib.
     assert compare(tmp_path, outputs) == 0
@@ -350,5 +347,5 @@ def test_bad_input_is_one_line(
         words = [word.replace(name, str(tmp_path / name)) for word in words]
     assert report.main(words) == 2
     error = capsys.readouterr().err
-    assert named in error and error.startswith("report: error: ")
+    assert named in error and error.startswith("megatron-dwm report: error: ")
     assert len(error.splitlines()) == 1

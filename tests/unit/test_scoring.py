@@ -353,7 +353,7 @@ def test_hf_without_transformers_says_what_to_install(monkeypatch: pytest.Monkey
     from megatron_dwm.scoring.huggingface import HuggingFaceScorer
 
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(DWMError, match=r"--hf needs transformers.*megatron-dwm\[export\]"):
+    with pytest.raises(DWMError, match=r"--hf needs transformers.*megatron-dwm\[convert\]"):
         HuggingFaceScorer("folder", torch.device("cpu"))
 
 
@@ -371,7 +371,7 @@ def test_hf_without_transformers_says_what_to_install(monkeypatch: pytest.Monkey
 def test_bad_flags_are_refused(
     flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tools.score_corpus import parse_args
+    from megatron_dwm.cli.score import parse_args
 
     with pytest.raises(SystemExit) as refused:
         parse_args(["--data", "x", *flags])
@@ -391,5 +391,5 @@ def test_missing_corpus_is_one_line_and_code_2(tmp_path: Path) -> None:
         env={"PATH": "/usr/bin:/bin", "MEGATRON_DWM_HOST": "cpu"},
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("score_corpus: error: ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("megatron-dwm score: error: ") and done.stderr.count("\n") == 1
     assert "nothing.idx" in done.stderr

@@ -1,4 +1,4 @@
-"""preprocess_data.py and what the data tools read with."""
+"""`megatron-dwm preprocess` and what it reads with."""
 
 import argparse
 import bz2
@@ -7,20 +7,17 @@ import json
 import lzma
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-TOOLS = Path(__file__).parents[2] / "tools"
-sys.path.insert(0, str(TOOLS))
-
-import preprocess_data  # noqa: E402
-import preprocess_workers  # noqa: E402
-import train_tokenizer  # noqa: E402
-from text_files import InputError, expand_inputs, input_format, read_texts  # noqa: E402
+from megatron_dwm.cli import preprocess as preprocess_data
+from megatron_dwm.cli import tokenizer as train_tokenizer
+from megatron_dwm.corpus import preprocess as corpus_preprocess
+from megatron_dwm.corpus import preprocess_workers
+from megatron_dwm.errors import InputError
+from megatron_dwm.files.text_files import expand_inputs, input_format, read_texts
 
 WORDS = (
     "the cat sat on a mat while 42 dogs ran home; Zürich ate naïve soup, twice (or thrice)".split()
@@ -73,20 +70,6 @@ def dataset(prefix, key="text"):
 
 
 # --- inputs -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["build_demo_corpus", "preprocess_data", "train_tokenizer"])
-def test_help_needs_neither_torch_nor_megatron(name):
-    code = (
-        f"import sys; sys.path.insert(0, {str(TOOLS)!r}); sys.argv = ['{name}', '--help']\n"
-        f"import {name}\n"
-        f"try: {name}.main()\n"
-        f"except SystemExit as e: assert not e.code\n"
-        f"assert not {{'torch', 'megatron', 'sentencepiece'}} & set(sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "usage" in done.stdout
 
 
 def test_expand_inputs_sorts_patterns_and_drops_repeats(tmp_path):
@@ -158,7 +141,7 @@ def test_roundtrip_with_document_bounds_and_eod(corpus, texts, model, pieces, tm
 
 def test_output_is_the_same_for_any_number_of_workers(corpus, model, tmp_path, monkeypatch):
     # Many batches, so that their order is at stake.
-    monkeypatch.setattr(preprocess_data, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(corpus_preprocess, "BLOCK_BYTES", 2000)
     for workers in "123":
         assert preprocess([corpus], tmp_path / workers, model, "--workers", workers) == 0
     for suffix in ("bin", "idx"):
@@ -179,7 +162,7 @@ def test_inputs_of_all_kinds_in_order(model, pieces, tmp_path):
     assert [data.get(i).tolist() for i in range(len(data))] == [pieces.encode(t) for t in expected]
     # A list is one document of several sequences.
     assert data.document_indices.tolist() == [0, 1, 2, 4]
-    assert preprocess([tmp_path / "c.dat"], tmp_path / "c", model) == 1
+    assert preprocess([tmp_path / "c.dat"], tmp_path / "c", model) == 2
     assert preprocess([tmp_path / "c.dat"], tmp_path / "c", model, "--input-format", "jsonl") == 0
 
 
@@ -209,13 +192,13 @@ def test_several_keys_and_empty_documents(model, pieces, tmp_path, capsys):
 def test_bad_line_names_file_and_line_and_leaves_nothing(
     tmp_path, model, capsys, monkeypatch, bad, message, workers
 ):
-    monkeypatch.setattr(preprocess_data, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(corpus_preprocess, "BLOCK_BYTES", 200)
     bad = bad if isinstance(bad, bytes) else bad.encode()
     good = b'{"text": "a line of text"}\n'
     # A second fault follows: the first in the input's order is the one to report.
     (tmp_path / "x.jsonl").write_bytes(good * 40 + bad + b"\n" + good * 40 + b"{\n")
     (tmp_path / "o_text_document.idx").write_bytes(b"earlier run")
-    assert preprocess([tmp_path / "x.jsonl"], tmp_path / "o", model, "--workers", workers) == 1
+    assert preprocess([tmp_path / "x.jsonl"], tmp_path / "o", model, "--workers", workers) == 2
     error = capsys.readouterr().err.strip()
     assert message in error
     assert len(error.splitlines()) == 1
@@ -225,7 +208,7 @@ def test_bad_line_names_file_and_line_and_leaves_nothing(
 
 def test_dead_worker_is_reported(corpus, tmp_path, model, capsys, monkeypatch):
     monkeypatch.setattr(preprocess_workers.Encoder, "encode", lambda *_: os._exit(9))
-    assert preprocess([corpus], tmp_path / "o", model) == 1
+    assert preprocess([corpus], tmp_path / "o", model) == 2
     assert "a worker process died" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -233,7 +216,7 @@ def test_dead_worker_is_reported(corpus, tmp_path, model, capsys, monkeypatch):
 def test_earlier_fault_wins_over_a_damaged_file(tmp_path, model, capsys):
     (tmp_path / "a.jsonl").write_text("{\n")
     (tmp_path / "b.jsonl.gz").write_bytes(b"no gzip")
-    assert preprocess([tmp_path / "*.jsonl*"], tmp_path / "o", model) == 1
+    assert preprocess([tmp_path / "*.jsonl*"], tmp_path / "o", model) == 2
     assert "a.jsonl, line 1" in capsys.readouterr().err
 
 
@@ -249,7 +232,7 @@ def test_earlier_fault_wins_over_a_damaged_file(tmp_path, model, capsys):
     ],
 )
 def test_bad_flags_are_one_line(corpus, model, tmp_path, capsys, argv, message):
-    assert preprocess([corpus], tmp_path / "o", model, *argv) == 1
+    assert preprocess([corpus], tmp_path / "o", model, *argv) == 2
     error = capsys.readouterr().err.strip()
     assert message in error
     assert len(error.splitlines()) == 1
@@ -258,13 +241,13 @@ def test_bad_flags_are_one_line(corpus, model, tmp_path, capsys, argv, message):
 
 def test_model_that_is_no_model(corpus, tmp_path, capsys):
     (tmp_path / "bad.model").write_bytes(b"nothing of the kind")
-    assert preprocess([corpus], tmp_path / "o", tmp_path / "bad.model") == 1
+    assert preprocess([corpus], tmp_path / "o", tmp_path / "bad.model") == 2
     assert "cannot build this tokenizer" in capsys.readouterr().err
 
 
 def test_no_text_at_all(tmp_path, model, capsys):
     (tmp_path / "x.jsonl").write_text('{"text": ""}\n\n{"text": [""]}\n')
-    assert preprocess([tmp_path / "x.jsonl"], tmp_path / "o", model) == 1
+    assert preprocess([tmp_path / "x.jsonl"], tmp_path / "o", model) == 2
     assert "2 documents, none with text" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["x.jsonl"]
 
@@ -288,7 +271,7 @@ def test_null_tokenizer_and_ids_that_do_not_fit(tmp_path, capsys):
     (tmp_path / "x.jsonl").write_text('{"text": "1 2 3"}\n{"text": "70000"}\n')
     argv = ["--input", f"{tmp_path}/x.jsonl", "--output-prefix", f"{tmp_path}/o", "--workers", "1"]
     argv += ["--tokenizer-type", "NullTokenizer", "--vocab-size"]
-    assert preprocess_data.main([*argv, "100"]) == 1
+    assert preprocess_data.main([*argv, "100"]) == 2
     assert "line 2: token ids 70000 to 70000 do not fit uint16" in capsys.readouterr().err
     assert preprocess_data.main([*argv, "100000", "--append-eod"]) == 0
     assert dataset(tmp_path / "o").get(0).tolist() == [1, 2, 3, 99999]
@@ -333,7 +316,7 @@ def test_find_optimal_num_workers_writes_nothing(corpus, model, tmp_path, capsys
 
 
 def test_input_is_not_read_far_ahead_of_the_workers(model):
-    args = preprocess_data.get_args(
+    args = preprocess_data.parse_args(
         f"--input x --output-prefix x --tokenizer-type SentencePieceTokenizer "
         f"--tokenizer-model {model}".split()
     )

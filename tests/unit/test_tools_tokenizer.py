@@ -1,17 +1,15 @@
-"""train_tokenizer.py: Llama's layout, determinism, sampling and errors."""
+"""`megatron-dwm tokenizer`: Llama's layout, determinism, sampling and errors."""
 
 import gzip
 import json
 import random
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
-import train_tokenizer  # noqa: E402
+from megatron_dwm.cli import tokenizer as train_tokenizer
+from megatron_dwm.corpus.train_tokenizer import TextSample, sentences
 
 WORDS = "the cat sat on a mat while 42 dogs ran home; Zürich ate naïve soup, twice".split()
 
@@ -78,7 +76,7 @@ def test_transformers_llama_tokenizer_reads_the_model(model, pieces, texts):
 
 def test_sample_keeps_the_budget_and_ignores_order(texts):
     def sample(order):
-        taken = train_tokenizer.TextSample(20_000, seed=3)
+        taken = TextSample(20_000, seed=3)
         for text in order:
             taken.add(text)
         return taken
@@ -91,7 +89,7 @@ def test_sample_keeps_the_budget_and_ignores_order(texts):
 
 def test_sentences_are_cut_and_lose_no_text():
     text = "a" * 50 + " " + "bc " * 100 + "\n\n" + "ü" * 300
-    cut = list(train_tokenizer.sentences([text], max_bytes=64))
+    cut = list(sentences([text], max_bytes=64))
     assert max(len(s.encode()) for s in cut) <= 64
     assert "".join(cut) == text.rstrip().replace("\n\n", "")
 
@@ -109,7 +107,7 @@ def test_sentences_are_cut_and_lose_no_text():
 def test_tokenizer_errors_are_one_line(tmp_path, capsys, content, message):
     (tmp_path / "x.jsonl").write_text(content)
     argv = ["--input", f"{tmp_path}/x.jsonl", "--out", f"{tmp_path}/t", "--vocab-size", "400"]
-    assert train_tokenizer.main(argv) == 1
+    assert train_tokenizer.main(argv) == 2
     error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1
     assert re.search(message, error), error
@@ -119,7 +117,7 @@ def test_tokenizer_errors_are_one_line(tmp_path, capsys, content, message):
 def test_existing_model_is_refused_kept_or_overwritten(corpus, tmp_path, capsys):
     argv = ["--input", str(corpus), "--out", f"{tmp_path}/t", "--vocab-size", "320"]
     (tmp_path / "t.model").write_bytes(b"old")
-    assert train_tokenizer.main(argv) == 1
+    assert train_tokenizer.main(argv) == 2
     assert "--force" in capsys.readouterr().err
     assert train_tokenizer.main([*argv, "--skip-existing"]) == 0
     assert (tmp_path / "t.model").read_bytes() == b"old"

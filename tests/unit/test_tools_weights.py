@@ -1,4 +1,4 @@
-"""tools/weights.py on small datasets written byte by byte.
+"""`megatron-dwm weights` on small datasets written byte by byte.
 
 Proves: numbers and domains arrive at the right documents from every format, in the order of the
 rows and by document number; every malformed input is one line that names the file and the place;
@@ -11,21 +11,14 @@ import gzip
 import json
 import re
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-TOOLS = Path(__file__).parents[2] / "tools"
-sys.path.insert(0, str(TOOLS))
-
-import weights  # noqa: E402
-import weights_sources  # noqa: E402
-
-from megatron_dwm.data import read_index  # noqa: E402
-from megatron_dwm.data.weight_file import read_weights, write_weights  # noqa: E402
+from megatron_dwm.cli import weights
+from megatron_dwm.data import read_index, weight_sources
+from megatron_dwm.data.weight_file import read_weights, write_weights
 
 
 def make_dataset(prefix, lengths):
@@ -48,8 +41,8 @@ def prefix(tmp_path):
 @pytest.fixture
 def small_batches(monkeypatch):
     """Batches of 3 rows and blocks of one line, so that few rows take several."""
-    monkeypatch.setattr(weights_sources, "_BATCH_ROWS", 3)
-    monkeypatch.setattr(weights_sources, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(weight_sources, "_BATCH_ROWS", 3)
+    monkeypatch.setattr(weight_sources, "_BLOCK_BYTES", 1)
 
 
 def run(*argv):
@@ -65,7 +58,7 @@ def error_line(capsys, *argv):
     assert run(*argv) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert re.fullmatch(r"weights: error: [^\n]+\n", captured.err)
+    assert re.fullmatch(r"megatron-dwm weights \w+: error: [^\n]+\n", captured.err)
     return captured.err
 
 
@@ -562,20 +555,3 @@ def test_agrees_with_megatrons_merge_tool(parts):
     assert read_index(whole).documents == 6
     assert run("concat", whole, first, second) == 0
     assert read(whole).weights.tolist() == [1, 2, 3, 2, 3, 5]
-
-
-# --- the command ------------------------------------------------------------------------------
-
-
-def test_help_needs_neither_torch_nor_megatron():
-    code = (
-        "import sys\nsys.argv = ['weights.py', '--help']\n"
-        "try:\n    import weights\n    weights.main()\nexcept SystemExit as end:\n"
-        "    assert not end.code\n"
-        "assert not {'torch', 'megatron'} & set(sys.modules)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=TOOLS, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
-    assert "merge_datasets.py" in done.stdout

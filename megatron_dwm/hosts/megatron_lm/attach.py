@@ -24,14 +24,14 @@ from megatron_dwm.hosts.megatron_lm.rebind import check_version, rebound
 
 class _Runs:
     attached = 0  # times that this process has attached, the same on every rank
+    active = False
 
 
 _PATIENCE = 3.0  # seconds that other ranks give rank 0 to say what is wrong
 
 
-@contextlib.contextmanager
-def attach(add_arguments: bool = False) -> Iterator[None]:
-    """Attaches the data weighting model to Megatron's trainer.
+def attach(add_arguments: bool = False) -> contextlib.AbstractContextManager[None]:
+    """Attaches the data weighting model to Megatron's trainer; within another one, does nothing.
 
     Args:
         add_arguments: also add the `--dwm-*` flags to Megatron's parser; for scripts that do
@@ -40,11 +40,30 @@ def attach(add_arguments: bool = False) -> Iterator[None]:
     Raises:
         SystemExit: with code 2 after one line on standard error, for anything a user can mend.
     """
+    return _attached(add_arguments, launched=False)
+
+
+def attach_to_script() -> contextlib.AbstractContextManager[None]:
+    """As `attach(add_arguments=True)`, around a script that knows nothing of it.
+
+    Checkpoints say so, for whoever starts the run again.
+    """
+    return _attached(add_arguments=True, launched=True)
+
+
+@contextlib.contextmanager
+def _attached(add_arguments: bool, launched: bool) -> Iterator[None]:
+    if _Runs.active:
+        # A script that attaches by itself may be started by the launcher all the same.
+        yield
+        return
     _Runs.attached += 1
     try:
         check_version()
         with contextlib.ExitStack() as stack:
-            _rebind_trainer(stack, add_arguments)
+            _rebind_trainer(stack, add_arguments, launched)
+            _Runs.active = True
+            stack.callback(setattr, _Runs, "active", False)
             yield
     except DWMError as error:
         if error.this_rank_only or _mine_to_say(str(error)):
@@ -76,12 +95,13 @@ def _mine_to_say(message: str) -> bool:
         return True
 
 
-def _rebind_trainer(stack: contextlib.ExitStack, add_arguments: bool) -> None:
+def _rebind_trainer(stack: contextlib.ExitStack, add_arguments: bool, launched: bool) -> None:
     from megatron.training import arguments, checkpointing, training
 
     from megatron_dwm.hosts.megatron_lm.session import Session
 
     session = Session()
+    session.command["launched"] = launched
     stack.push(session.end_log)
     if add_arguments:
         stack.enter_context(

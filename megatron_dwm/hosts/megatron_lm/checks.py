@@ -391,7 +391,7 @@ def check_weights(prefixes: list[str], indices: dict[str, Any]) -> None:
         if not os.path.exists(weights_path(prefix)):
             raise DWMError(
                 f"--dwm-sampling weights: {weights_path(prefix)}: no such file; make it with "
-                f"tools/weights.py make {prefix} ..., or with tools/score_corpus.py"
+                f"megatron-dwm weights make {prefix} ..., or with megatron-dwm score"
             )
         try:
             read_weights(weights_path(prefix), indices[prefix])

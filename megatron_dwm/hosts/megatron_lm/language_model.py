@@ -131,7 +131,7 @@ def load_language_model(
     except Exception as error:  # whatever a damaged or foreign checkpoint makes of it
         raise ConversionError(
             f"{folder}: its language model cannot be loaded ({in_short(error)}); "
-            "`python tools/convert inspect --deep` says whether the checkpoint is whole"
+            "`megatron-dwm convert inspect --deep` says whether the checkpoint is whole"
         ) from error
     return model, saved
 

@@ -1,32 +1,33 @@
-"""The command `megatron_dwm.step.probe`: checks the meta-gradient of a saved run at its next step.
+"""The command `probe`: checks the meta-gradient of a saved run at its next step.
 
 The run is started again as it was, its own script and flags, and loads its checkpoint through the
 stock trainer. At the first training step the meta-gradient is compared with brute force, and the
 process ends. Nothing is written into the run: what would be is switched off before Megatron
 validates the arguments.
 
-torchrun ends with 1 whenever a rank does not end with 0. One process needs no torchrun (`python -m
-megatron_dwm.step.probe ...`), and its exit code is the command's own.
+torchrun ends with 1 whenever a rank does not end with 0. One process needs no torchrun, and its
+exit code is the command's own.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
+import math
 import os
-import re
 import runpy
-import socket
 import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_dwm.core.ranks import stand_alone
 from megatron_dwm.errors import DWMError, in_short
 from megatron_dwm.hosts import cpu
 from megatron_dwm.hosts.megatron_lm.probe_session import ProbeDone
+
+STDOUT = "-"
 
 # What a run writes, and the value that stops it. The probe takes no step that would reach the
 # rest of the trainer's intervals.
@@ -79,7 +80,7 @@ class Request:
         run: the folder that `--save` named.
         iteration: of the checkpoint.
         samples: how many are compared.
-        json: file for the figures, or None.
+        json: file for the figures, `-` for standard output instead of the text, or None.
         script: instead of the saved one, or None.
         flags: more flags, after the saved ones.
     """
@@ -105,8 +106,8 @@ class Request:
         return bool(getattr(saved, "no_save_optim", False))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point of `python -m megatron_dwm.step.probe`.
+def probe(request: Request) -> int:
+    """Compares, and prints what was found.
 
     Returns:
         0: the correlation reaches `--dwm-verify-correlation`; 1: it does not; 2: no comparison,
@@ -114,13 +115,9 @@ def main(argv: list[str] | None = None) -> int:
     """
     first = int(os.environ.get("RANK", "0")) == 0
     try:
-        request = parse(sys.argv[1:] if argv is None else argv)
         cpu.install()
         command = command_of(request)
-        code = _report(request, _run(request, command), first)
-        if argv is None:
-            _leave()
-        return code
+        return _report(request, _run(request, command), first)
     except DWMError as error:
         return _failed(str(error), first or error.this_rank_only)
     except SystemExit as error:
@@ -135,93 +132,13 @@ def main(argv: list[str] | None = None) -> int:
         )
 
 
-def _leave() -> None:
-    import torch
-
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
 def _failed(message: str, prints: bool) -> int:
     if prints:
-        print(f"megatron_dwm: error: {message}", file=sys.stderr, flush=True)
+        print(f"megatron-dwm probe: error: {message}", file=sys.stderr, flush=True)
     return 2
 
 
-# ----------------------------------------------------------------------------- the command line
-
-
-def parse(argv: list[str]) -> Request:
-    """Reads the command line.
-
-    Raises:
-        DWMError: there is no such checkpoint, or the file cannot be written.
-    """
-    at = argv.index("--") if "--" in argv else len(argv)
-    parser = argparse.ArgumentParser(
-        prog="megatron_dwm.step.probe",
-        description="Compares the meta-gradient of a saved run with brute force at its next step.",
-        epilog="After `--`: more flags for the run's script, which come after the saved ones.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--checkpoint", required=True, help="the folder that --save named")
-    parser.add_argument("--iteration", type=int, help="of the checkpoint; default: the last one")
-    parser.add_argument("--samples", type=int, default=8, help="samples that are compared (8)")
-    parser.add_argument("--json", help="write the figures to this file, too")
-    parser.add_argument("--script", help="the training script, if the saved one has moved")
-    given = parser.parse_args(argv[:at])
-    if given.samples < 3:
-        raise DWMError(f"--samples {given.samples}; a correlation needs 3 or more")
-    run, iteration = _checkpoint(os.path.abspath(given.checkpoint), given.iteration)
-    return Request(
-        run=run,
-        iteration=iteration,
-        samples=given.samples,
-        json=_json_path(given.json, run),
-        script=None if given.script is None else os.path.abspath(given.script),
-        flags=argv[at + 1 :],
-    )
-
-
-def _checkpoint(path: str, iteration: int | None) -> tuple[str, int]:
-    """Returns the run's folder and the iteration, of a run or of one of its checkpoints."""
-    if not os.path.isdir(path):
-        raise DWMError(f"--checkpoint {path}: no such folder")
-    named = re.fullmatch(r"iter_(\d+)", os.path.basename(path))
-    if named is not None and iteration is None:
-        return os.path.dirname(path), int(named[1])
-    found = sorted(
-        int(m[1]) for m in map(re.compile(r"iter_(\d+)").fullmatch, os.listdir(path)) if m
-    )
-    if not found:
-        raise DWMError(f"--checkpoint {path} holds no checkpoint (iter_*); give a run's --save")
-    if iteration is not None and iteration not in found:
-        shown = ", ".join(str(i) for i in found)
-        raise DWMError(f"--iteration {iteration} is not in {path}; it holds {shown}")
-    if iteration is not None:
-        return path, iteration
-    tracker = os.path.join(path, "latest_checkpointed_iteration.txt")
-    with contextlib.suppress(OSError, ValueError), open(tracker) as file:
-        latest = int(file.read())
-        if latest in found:
-            return path, latest
-    return path, found[-1]
-
-
-def _json_path(path: str | None, run: str) -> str | None:
-    if path is None:
-        return None
-    path = os.path.abspath(path)
-    folder = os.path.dirname(path)
-    if not os.path.isdir(folder):
-        raise DWMError(f"--json {path}: no such folder")
-    if os.path.isdir(path) or not os.access(path if os.path.exists(path) else folder, os.W_OK):
-        raise DWMError(f"--json {path} cannot be written")
-    if os.path.commonpath([os.path.realpath(run), os.path.realpath(folder)]) == os.path.realpath(
-        run
-    ):
-        raise DWMError(f"--json {path} lies in the run, which is left as it is; choose another")
-    return path
+# --------------------------------------------------------------------------- what to start
 
 
 def command_of(request: Request) -> dict[str, Any]:
@@ -271,7 +188,7 @@ def _run(request: Request, command: dict[str, Any]) -> ProbeDone:
     from megatron_dwm.hosts.megatron_lm.probe_session import ProbeSession
     from megatron_dwm.hosts.megatron_lm.rebind import rebound
 
-    _alone()
+    stand_alone()
     if os.path.isdir(command["folder"]):
         os.chdir(command["folder"])
     script = command["script"]
@@ -308,17 +225,6 @@ def _altered(args: Any, request: Request) -> Any:
     return args
 
 
-def _alone() -> None:
-    """Sets what torchrun would set, so that one process needs no torchrun."""
-    if "MASTER_ADDR" in os.environ:
-        return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-
-
 # ----------------------------------------------------------------------------------- the report
 
 
@@ -335,19 +241,26 @@ def _report(request: Request, done: ProbeDone, first: bool) -> int:
     passed = passes(found, threshold)
     if not first:
         return 0 if passed else 1
+    figures = {
+        "checkpoint": request.folder,
+        "iteration": request.iteration,
+        "estimator": done.config.estimator,
+        **vars(found),
+        "threshold": threshold,
+        "passed": passed,
+        "drowned_in_noise": drowned(found, threshold),
+    }
+    if request.json == STDOUT:
+        known = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in figures.items()
+        }
+        print(json.dumps(known, indent=1), flush=True)
+        return 0 if passed else 1
     print("\n".join(_table(request, done)), flush=True)
     if not passed:
         print(warning(found, threshold, done.config.estimator), flush=True)
     if request.json is not None:
-        figures = {
-            "checkpoint": request.folder,
-            "iteration": request.iteration,
-            "estimator": done.config.estimator,
-            **vars(found),
-            "threshold": threshold,
-            "passed": passed,
-            "drowned_in_noise": drowned(found, threshold),
-        }
         with open(request.json, "w") as file:
             json.dump(figures, file, indent=1)
     return 0 if passed else 1

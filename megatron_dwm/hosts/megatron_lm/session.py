@@ -291,16 +291,13 @@ def started_as() -> dict[str, Any]:
 
     Returns:
         `script` (absolute path), `args`, `folder` (the working directory), and `launched`: whether
-        `megatron_dwm.launch` attached the DWM, as the script does not do it itself.
+        the launcher attached the DWM, as the script does not do it itself (`attach` knows).
     """
-    script = os.path.abspath(sys.argv[0])
-    before = [os.path.normpath(word) for word in sys.orig_argv]
-    launcher = os.path.join("megatron_dwm", "launch.py")
     return {
-        "script": script,
+        "script": os.path.abspath(sys.argv[0]),
         "args": list(sys.argv[1:]),
         "folder": os.getcwd(),
-        "launched": any(w == "megatron_dwm.launch" or w.endswith(launcher) for w in before),
+        "launched": False,
     }
 
 

@@ -9,63 +9,24 @@ import sys
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from megatron_dwm.conversion import ConversionError
+from megatron_dwm.conversion.carried_files import FOLDER, GENERATION, carry, sort_out
 from megatron_dwm.conversion.dist_checkpoint import TRACKER
+from megatron_dwm.conversion.export import DTYPES
 from megatron_dwm.conversion.families.rope import BUILT_IN_ROPE_FACTOR
 from megatron_dwm.conversion.hf_folder import find_weights
 from megatron_dwm.conversion.hf_model import HfModel, padded_vocabulary
+from megatron_dwm.conversion.output_folder import check_output, complete_or_nothing
 from megatron_dwm.conversion.rules import Rule
+from megatron_dwm.conversion.tokenizer import largest_id
 from megatron_dwm.conversion.torch_dist_writer import chunks, write_checkpoint
 from megatron_dwm.conversion.trainer_flags import FLAGS_FILE, trainer_flags
-from megatron_dwm.errors import in_short
-from tools.convert.beside import FOLDER, GENERATION, carry, sort_out
-from tools.convert.export import DTYPES
-from tools.convert.output import check_output, complete_or_nothing
-from tools.convert.tokenizer import largest_id
+from megatron_dwm.errors import ConversionError, in_short
+from megatron_dwm.progress import bar
 
 RELEASE = "release"
 # Tensor-parallel sizes are divisors of it, as a rule.
 _USUAL_TENSOR_PARALLEL = 8
-
-
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Registers `import` and its flags."""
-    command = commands.add_parser(
-        "import",
-        help="Hugging Face -> Megatron",
-        description="Writes a Hugging Face model as a torch_dist checkpoint without an optimizer, "
-        "for --load at any tensor-, pipeline- and expert-parallel size, and prints the trainer's "
-        "flags that build the model.",
-    )
-    command.set_defaults(run=import_model)
-    add = command.add_argument
-    add("--hf-path", required=True, metavar="DIR", help="folder with config.json and safetensors")
-    add("--megatron-path", required=True, metavar="OUT", help="folder to write, for --load OUT")
-    add("--dtype", choices=sorted(DTYPES), help="dtype to write (default: the folder's)")
-    add(
-        "--make-vocab-size-divisible-by",
-        type=int,
-        default=128,
-        metavar="N",
-        help="as in the run that will load it (default: 128, as Megatron's)",
-    )
-    add(
-        "--tensor-model-parallel-size",
-        type=int,
-        default=1,
-        metavar="N",
-        help="size whose vocabulary padding is written; every other size loads it too (default: 1)",
-    )
-    add(
-        "--rope-scaling-factor",
-        type=float,
-        metavar="F",
-        help="allow a model with Llama 3's RoPE scaling of this factor, which your own model "
-        f"builder must set: the stock one takes {BUILT_IN_ROPE_FACTOR:g} whatever its flag says",
-    )
-    add("--force", action="store_true", help="replace an import that OUT holds already")
 
 
 def import_model(
@@ -190,7 +151,7 @@ def _write(
     shape = dataclasses.replace(model.shape, vocab_size=padded)
     rules = model.family.rules(shape)
     total = sum(1 for rule in rules for _ in chunks(rule, shape))
-    with tqdm(total=total, unit="tensor", desc="import") as progress:
+    with bar(total, "tensor", "import") as progress:
 
         def load(rule: Rule) -> torch.Tensor:
             progress.update()

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from tqdm import tqdm
 
-from megatron_dwm.conversion import ConversionError, find_checkpoint
+from megatron_dwm.conversion.dist_checkpoint import find_checkpoint
 from megatron_dwm.conversion.dwm_checkpoint import DWMCheckpoint, find_snapshots
 from megatron_dwm.conversion.dwm_classifier import (
     LENGTH,
@@ -24,56 +23,11 @@ from megatron_dwm.conversion.dwm_classifier import (
     classifier_config,
     module_source,
 )
-from tools.convert.export import DTYPES
-from tools.convert.output import check_output, complete_or_nothing
-from tools.convert.tokenizer import PROBES, Tokenizer, find_tokenizer
-
-_HELP = """Writes the data weighting model (DWM) of a run as a folder for
-AutoModelForSequenceClassification, so that
-
-    pipeline("text-classification", model=OUT, function_to_apply="none")
-
-gives the score that training used for the same tokens. Training saw windows that a corpus was cut
-into, with the end-of-document tokens between documents; the pipeline sees the text's own tokens.
-With mean pooling (the default in training) transformers has no class of its own: a module lies
-beside the weights, and the pipeline needs trust_remote_code=True."""
-
-
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Registers `export-dwm` and its flags."""
-    command = commands.add_parser(
-        "export-dwm",
-        help="weighting model -> Hugging Face sequence classifier",
-        description=_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.set_defaults(run=export_dwm)
-    add = command.add_argument
-    add(
-        "--megatron-path",
-        required=True,
-        metavar="RUN",
-        help="run folder (its latest checkpoint is taken), one iter_ folder or one dwm_stage_ "
-        "snapshot",
-    )
-    add("--hf-path", required=True, metavar="OUT", help="folder to write")
-    which = command.add_mutually_exclusive_group()
-    which.add_argument(
-        "--iteration", type=int, metavar="N", help="iteration to take from a run folder"
-    )
-    which.add_argument(
-        "--all-stages",
-        action="store_true",
-        help="write every dwm_stage_ snapshot of the run, to OUT/dwm_stage_*",
-    )
-    add("--dtype", choices=sorted(DTYPES), help="dtype to write (default: the checkpoint's)")
-    add(
-        "--tokenizer-model",
-        metavar="FILE",
-        help="SentencePiece model or Hugging Face tokenizer folder (default: the one that the "
-        "checkpoint names); 'none' exports without a tokenizer",
-    )
-    add("--force", action="store_true", help="replace a model that OUT holds already")
+from megatron_dwm.conversion.export import DTYPES
+from megatron_dwm.conversion.output_folder import check_output, complete_or_nothing
+from megatron_dwm.conversion.tokenizer import PROBES, Tokenizer, find_tokenizer
+from megatron_dwm.errors import ConversionError
+from megatron_dwm.progress import bar
 
 
 def export_dwm(
@@ -173,7 +127,7 @@ def _write_weights(
     """Writes the safetensors; the embedding gets a row of zeros for padding where it needs one."""
     state = {}
     tensors = checkpoint.hf_tensors(shape)
-    for name, tensor in tqdm(tensors, unit="tensor", desc="export-dwm"):
+    for name, tensor in bar(None, "tensor", "export-dwm", iterable=tensors):
         if name == "model.embed_tokens.weight":
             tensor = torch.nn.functional.pad(tensor, (0, 0, 0, rows - tensor.size(0)))
         state[name] = tensor.to(dtype).contiguous().clone()

@@ -15,9 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_dwm.conversion import ConversionError
 from megatron_dwm.core.vocabulary import vocabulary_size
-from megatron_dwm.errors import in_short
+from megatron_dwm.errors import ConversionError, in_short
 
 # The files of a Hugging Face tokenizer; a folder may hold weights beside them.
 TOKENIZER_FILES = (
@@ -263,6 +262,7 @@ def rebuild(processor: Any) -> Any:
     spec, norm = proto.trainer_spec, proto.normalizer_spec
     pieces = proto.pieces
     unk = processor.unk_id()
+    model: Any
     if spec.model_type == spec.BPE:
         model = models.BPE(
             vocab={piece.piece: i for i, piece in enumerate(pieces)},
@@ -326,7 +326,7 @@ def _proto(processor: Any) -> Any:
     """Returns the model's protocol buffer: pieces, trainer and normaliser settings."""
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(processor.serialized_model_proto())
     return proto
 

@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_dwm.conversion import ConversionError, ModelShape
 from megatron_dwm.conversion.families import shape_from_config
 from megatron_dwm.conversion.hf_folder import Weights, _read_json
-from tools.convert.tokenizer import tokenizer_files
+from megatron_dwm.conversion.shape import ModelShape
+from megatron_dwm.conversion.tokenizer import tokenizer_files
+from megatron_dwm.errors import ConversionError
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 RECORD = "import.json"
@@ -31,7 +32,7 @@ _ABOUT_FILES = (
     "transformers_weights",
 )
 # Numbers of a shape that training may change, and the padding of the vocabulary.
-_FREE = {
+_FREE: dict[str, Any] = {
     "vocab_size": 0,
     "max_position_embeddings": 0,
     "rotary_base": 0.0,

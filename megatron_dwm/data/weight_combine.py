@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_dwm.data import DatasetError, IndexSummary, read_index
+from megatron_dwm.data.index import DatasetError, IndexSummary, read_index
 from megatron_dwm.data.weight_file import (
     WeightFile,
     document_chunks,
@@ -16,6 +16,7 @@ from megatron_dwm.data.weight_file import (
     weights_path,
     write_weights,
 )
+from megatron_dwm.progress import bar
 
 # Each turns the weights of the files, float64 [files, chunk], into one row.
 COMBINE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -51,11 +52,13 @@ def merge(output: str, paths: Sequence[str], how: str, normalise: bool) -> Weigh
                 )
     scales = np.array([[_scale(file) if normalise else 1.0] for file in files])
     weights = np.empty(first.documents, np.float32)
-    for chunk in document_chunks(first.documents):
-        rows = np.stack([file.weights[chunk].astype(np.float64) for file in files])
-        # What is too large for float32 becomes infinite, which the writer reports.
-        with np.errstate(over="ignore", under="ignore"):
-            weights[chunk] = COMBINE[how](rows * scales)
+    with bar(first.documents, " documents", "merge") as shown:
+        for chunk in document_chunks(first.documents):
+            rows = np.stack([file.weights[chunk].astype(np.float64) for file in files])
+            # What is too large for float32 becomes infinite, which the writer reports.
+            with np.errstate(over="ignore", under="ignore"):
+                weights[chunk] = COMBINE[how](rows * scales)
+            shown.update(rows.shape[1])
     domains, names = _merge_domains(files)
     return write_weights(output, weights, first, domains, names)
 
@@ -94,14 +97,16 @@ def concat(output: str, prefix: str, parts: Sequence[str], normalise: bool) -> W
     weights = np.empty(index.documents, np.float32)
     domains = np.empty(index.documents, np.int32)
     start = 0
-    for number, file in enumerate(files):
-        scale = _scale(file) if normalise else 1.0
-        for chunk in document_chunks(file.documents):
-            target = slice(start + chunk.start, start + chunk.stop)
-            with np.errstate(over="ignore", under="ignore"):
-                weights[target] = file.weights[chunk].astype(np.float64) * scale
-            domains[target] = table.domains(number, chunk)
-        start += file.documents
+    with bar(index.documents, " documents", "concat") as shown:
+        for number, file in enumerate(files):
+            scale = _scale(file) if normalise else 1.0
+            for chunk in document_chunks(file.documents):
+                target = slice(start + chunk.start, start + chunk.stop)
+                with np.errstate(over="ignore", under="ignore"):
+                    weights[target] = file.weights[chunk].astype(np.float64) * scale
+                domains[target] = table.domains(number, chunk)
+                shown.update(chunk.stop - chunk.start)
+            start += file.documents
     if all(file.domains is None for file in files):
         return write_weights(output, weights, index)
     return write_weights(output, weights, index, domains, table.names)

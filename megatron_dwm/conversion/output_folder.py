@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from megatron_dwm.conversion import ConversionError
+from megatron_dwm.errors import ConversionError
 
 
 def check_output(out: Path, flag: str, force: bool, foreign: Callable[[Path], str | None]) -> None:

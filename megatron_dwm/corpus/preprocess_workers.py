@@ -1,4 +1,4 @@
-"""Tokenizing processes of preprocess_data.py."""
+"""Tokenizing processes of `preprocess`."""
 
 import argparse
 import contextlib
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from text_files import InputError, parse_record, record_text
 
 from megatron_dwm.core.vocabulary import megatron_vocabulary_size
-from megatron_dwm.errors import in_short
+from megatron_dwm.errors import InputError, in_short
+from megatron_dwm.files.text_files import parse_record, record_text
 
 # Batches in flight per worker: enough to keep it busy, few enough to bound the memory.
 BATCHES_PER_WORKER = 4
@@ -58,7 +58,7 @@ class Documents:
 
     def split(self, dtype: type) -> Iterator[tuple[np.ndarray, list[int]]]:
         """Yields the tokens `[n]` and sequence lengths of each document."""
-        tokens = np.frombuffer(self.tokens, dtype=dtype)
+        tokens: np.ndarray = np.frombuffer(self.tokens, dtype=dtype)
         token = sequence = 0
         for count in self.counts:
             lengths = self.lengths[sequence : sequence + count]
@@ -250,6 +250,7 @@ def _start_worker(args: argparse.Namespace, dtype: type) -> None:
 
 
 def _encode(batch: Batch) -> Encoded | str:
+    assert _encoder is not None  # _start_worker
     try:
         return _encoder.encode(batch)
     except InputError as error:

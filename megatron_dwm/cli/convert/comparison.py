@@ -1,60 +1,21 @@
-"""Compares a Megatron checkpoint with a Hugging Face folder: the same tokens through both."""
+"""The same tokens through a Megatron checkpoint and through a Hugging Face folder."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_dwm.conversion import ConversionError, find_checkpoint
 from megatron_dwm.conversion.hf_folder import find_weights
+from megatron_dwm.conversion.import_model import RELEASE
 from megatron_dwm.conversion.trainer_flags import FLAGS_FILE
-from megatron_dwm.errors import DWMError, in_short
-from tools.convert.import_ import RELEASE
-
-_HELP = """Runs the same tokens through Megatron's model and through transformers, both in float32,
-and compares the logits position by position. Megatron's model is built in this process from the
-checkpoint's own arguments; that of an import, from the flags that the import printed. The relative
-difference of a position is its largest absolute one over the largest logit there, or over 1 where
-all are smaller. With --data the language-model loss is compared as well.
-Both models are in memory at the same time.
-Exit code 0: the largest relative difference is within --tolerance, 1: it is not, 2: bad input."""
+from megatron_dwm.errors import ConversionError, in_short
 
 _SEED = 20
-_ROWS = 8
-
-
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Registers `verify` and its flags."""
-    command = commands.add_parser(
-        "verify",
-        help="same logits and loss on both sides?",
-        description=_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.set_defaults(run=verify)
-    add = command.add_argument
-    add(
-        "--megatron-path",
-        required=True,
-        metavar="RUN",
-        help="run folder (its latest checkpoint is taken) or one iter_ folder",
-    )
-    add("--hf-path", required=True, metavar="DIR", help="Hugging Face folder")
-    add("--iteration", type=int, metavar="N", help="iteration to take from a run folder")
-    add(
-        "--data",
-        metavar="PREFIX",
-        help="indexed data set whose first tokens are taken (default: random tokens, and no loss)",
-    )
-    add("--tolerance", type=float, default=1e-4, metavar="T", help="largest difference (1e-4)")
-    add("--tokens", type=int, default=512, metavar="N", help="tokens to run (512)")
 
 
 @dataclasses.dataclass
@@ -79,37 +40,6 @@ class Comparison:
             ours, theirs, _ = self.losses
             values.append(abs(ours - theirs) / max(abs(ours), 1.0))
         return math.nan if any(math.isnan(value) for value in values) else max(values)
-
-
-def verify(
-    megatron_path: str,
-    hf_path: str,
-    iteration: int | None = None,
-    data: str | None = None,
-    tolerance: float = 1e-4,
-    tokens: int = 512,
-) -> int:
-    """Compares both sides; the arguments are the command line's.
-
-    Returns:
-        0: they agree; 1: they do not; 2: bad input, which one line names.
-    """
-    try:
-        if not (tolerance > 0 and math.isfinite(tolerance)):
-            raise ConversionError(f"--tolerance is {tolerance:g}; give a number above 0.")
-        if tokens < 2:
-            raise ConversionError(f"--tokens is {tokens}; give 2 or more.")
-        folder = find_checkpoint(megatron_path, iteration)
-        found = compare(folder, Path(hf_path), data, tokens)
-    except (DWMError, OSError) as error:
-        print(f"tools/convert verify: {error}", file=sys.stderr)
-        return 2
-    worst = found.worst()
-    agree = worst <= tolerance
-    print("\n".join(_table(found)))
-    verdict = "agree" if agree else "DO NOT AGREE"
-    print(f"largest relative difference {worst:.2e}, tolerance {tolerance:g}: the two {verdict}")
-    return 0 if agree else 1
 
 
 def compare(folder: Path, hf_path: Path, data: str | None, tokens: int) -> Comparison:
@@ -228,22 +158,3 @@ def _samples(data: str | None, size: int, length: int, count: int) -> torch.Tens
         )
     rows = min(rows, count)
     return stream[: rows * (length + 1)].reshape(rows, length + 1)
-
-
-def _table(found: Comparison) -> list[str]:
-    length = len(found.absolute)
-    step = math.ceil(length / _ROWS)
-    lines = [f"{'positions':>12} {'max abs':>10} {'max rel':>10}"]
-    for first in range(0, length, step):
-        last = min(first + step, length)
-        worst = [float(v[first:last].max()) for v in (found.absolute, found.relative)]
-        lines.append(f"{f'{first}-{last - 1}':>12} {worst[0]:10.2e} {worst[1]:10.2e}")
-    overall = float(found.absolute.max()), float(found.relative.max())
-    lines.append(f"{'all':>12} {overall[0]:10.2e} {overall[1]:10.2e}")
-    if found.losses is not None:
-        ours, theirs, trained = found.losses
-        lines.append(
-            f"loss: Megatron {ours:.6f}, transformers {theirs:.6f}; Megatron's own, with padded "
-            f"rows of the vocabulary: {trained:.6f}"
-        )
-    return lines

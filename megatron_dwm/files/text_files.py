@@ -1,4 +1,4 @@
-"""Text inputs of the data tools: JSON Lines or plain text, compressed or not."""
+"""Text inputs: JSON Lines or plain text, compressed or not."""
 
 import glob
 import os
@@ -6,23 +6,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from compressed_files import (
+from megatron_dwm.errors import InputError
+from megatron_dwm.files.compressed_files import (
     HEAD_BYTES,
     FileFormatError,
     codec_of,
     decompressed,
     refuse_foreign,
 )
-
 from megatron_dwm.files.json_files import JsonError, json_type, parse_json
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 TEXT_SUFFIXES = (".txt", ".text", ".md")
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
-
-
-class InputError(ValueError):
-    """A fault in the user's input. Its text is the whole message: what, where, way out."""
 
 
 def expand_inputs(patterns: Sequence[str], flag: str = "--input") -> list[Path]:

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 from megatron_dwm.checkpoint.health import common_state, iterations_of, problems_of, tracked
-from megatron_dwm.conversion import ConversionError
 from megatron_dwm.conversion.families import FAMILIES, shape_from_args
-
-_HELP = """Lists the checkpoints and stage snapshots of a run: whole or damaged (and how), the
-model, the parallel layout that it was written with, and what there is of the weighting model (DWM).
-Without --deep no tensor is read: indexes, sizes and the small files are compared. With it every
-record's CRC-32 is, and with Megatron's --verify-integrity every file's SHA-256.
-Exit code 0: all are whole, 1: some are damaged, 2: bad input."""
+from megatron_dwm.errors import ConversionError
 
 # Where a run keeps the weight files that its checkpoints name.
 _WEIGHTS = "dwm_weights"
@@ -30,42 +21,6 @@ _PARALLEL = {
     "dp": "data_parallel_size",
     "ranks": "world_size",
 }
-
-
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Registers `inspect` and its flags."""
-    command = commands.add_parser(
-        "inspect",
-        help="which checkpoints of a run are whole",
-        description=_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.set_defaults(run=inspect)
-    add = command.add_argument
-    add("path", metavar="RUN", help="run folder, or one iter_ or dwm_stage_ folder")
-    add("--iteration", type=int, metavar="N", help="look at one iteration only")
-    add("--deep", action="store_true", help="read every file and compare checksums")
-    add("--json", dest="json_file", metavar="FILE", help="write the findings to FILE")
-
-
-def inspect(
-    path: str, iteration: int | None = None, deep: bool = False, json_file: str | None = None
-) -> int:
-    """Inspects a run; the arguments are the command line's.
-
-    Returns:
-        0: all is whole; 1: something is damaged; 2: bad input, which one line names.
-    """
-    try:
-        found = look_at(Path(path), iteration, deep)
-        if json_file is not None:
-            _write(Path(json_file), found)
-    except (ConversionError, OSError) as error:
-        print(f"tools/convert inspect: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(_lines(found)))
-    damaged = found["problems"] or any(entry["problems"] for entry in found["checkpoints"])
-    return 1 if damaged else 0
 
 
 def look_at(root: Path, iteration: int | None = None, deep: bool = False) -> dict[str, Any]:
@@ -174,63 +129,3 @@ def _dwm(state: Any) -> dict[str, Any] | None:
         "optimizer": bool(state.get("has_optimizer")),
         "stages": state.get("stages"),
     }
-
-
-# ------------------------------------------------------------------------------------- printing
-
-
-def _write(path: Path, found: dict[str, Any]) -> None:
-    if not path.absolute().parent.is_dir():
-        raise ConversionError(f"--json {path}: its folder does not exist.")
-    path.write_text(json.dumps(found, indent=1, default=str) + "\n", encoding="utf-8")
-
-
-def _lines(found: dict[str, Any]) -> list[str]:
-    lines = [found["run"]]
-    lines += [f"  PROBLEM: {problem}" for problem in found["problems"]]
-    described: list[str] = []
-    for entry in found["checkpoints"]:
-        state = "DAMAGED" if entry["problems"] else "whole"
-        latest = "  <- loaded next" if entry["name"] == found["tracker"] else ""
-        size = f"{entry['bytes'] / 1e6:.1f} MB"
-        lines.append(f"  {entry['name']:<15} {state:<8} {size:>10}  {_about_dwm(entry)}{latest}")
-        lines += [f"      {problem}" for problem in entry["problems"]]
-        if "model" in entry:
-            described = _about_run(entry)
-    return [*lines, *described]
-
-
-def _about_dwm(entry: dict[str, Any]) -> str:
-    if "dwm" not in entry:
-        return ""
-    dwm = entry["dwm"]
-    parts = ["no DWM"]
-    if dwm is not None:
-        kept = "with its optimizer" if dwm["optimizer"] else "weights only"
-        parts = [f"DWM after {dwm['meta_steps']} meta steps", kept]
-    if "weight_files" in entry:
-        parts.append(f"{len(entry['weight_files'])} weight file(s)")
-    return ", ".join(parts)
-
-
-def _about_run(entry: dict[str, Any]) -> list[str]:
-    """Describes model, layout and weighting model of the last checkpoint that can be read."""
-    model, parallel, dwm = entry["model"], entry["parallel"], entry["dwm"]
-    if model["family"] is None:
-        lines = [f"model    {model['reason']}"]
-    else:
-        numbers = ", ".join(
-            f"{name.replace('_', ' ')} {value}" for name, value in model.items() if name != "family"
-        )
-        lines = [f"model    {model['family']}: {numbers}"]
-    sizes = ", ".join(
-        f"{name} {value}" for name, value in parallel.items() if value not in (None, False)
-    )
-    lines.append(f"written  {sizes.replace('_', ' ')}")
-    if dwm is not None:
-        stages = dwm["stages"]
-        lines.append(
-            f"DWM      layers {dwm['layers']}, hidden size {dwm['hidden_size']}, {dwm['pooling']} "
-            f"pooling; schedule {stages}"
-        )
-    return lines

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import re
@@ -14,71 +13,21 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
-from tqdm import tqdm
 
-from megatron_dwm.conversion import (
-    ConversionError,
-    ModelShape,
-    TorchDistCheckpoint,
-    find_checkpoint,
-)
+from megatron_dwm.conversion.carried_files import CONFIG, GENERATION, Carried, find_carried
+from megatron_dwm.conversion.dist_checkpoint import TorchDistCheckpoint, find_checkpoint
 from megatron_dwm.conversion.families import hf_config, shape_from_args
 from megatron_dwm.conversion.hf_folder import INDEX_FILE
 from megatron_dwm.conversion.legacy_checkpoint import LegacyCheckpoint, is_legacy
+from megatron_dwm.conversion.output_folder import check_output, complete_or_nothing
 from megatron_dwm.conversion.rules import Rule
+from megatron_dwm.conversion.shape import ModelShape
 from megatron_dwm.conversion.stored_model import StoredModel
-from tools.convert.beside import CONFIG, GENERATION, Carried, find_carried
-from tools.convert.output import check_output, complete_or_nothing
-from tools.convert.tokenizer import Tokenizer, find_tokenizer
+from megatron_dwm.conversion.tokenizer import Tokenizer, find_tokenizer
+from megatron_dwm.errors import ConversionError
+from megatron_dwm.progress import bar
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Registers `export` and its flags."""
-    command = commands.add_parser(
-        "export",
-        help="Megatron -> Hugging Face",
-        description="Writes the language model of a Megatron run (torch_dist format, any parallel "
-        "layout) as a folder for AutoModelForCausalLM and AutoTokenizer.",
-    )
-    command.set_defaults(run=export)
-    add = command.add_argument
-    add(
-        "--megatron-path",
-        required=True,
-        metavar="RUN",
-        help="run folder (its latest checkpoint is taken) or one iter_ folder",
-    )
-    add("--hf-path", required=True, metavar="OUT", help="folder to write")
-    add("--iteration", type=int, metavar="N", help="iteration to take from a run folder")
-    add("--dtype", choices=sorted(DTYPES), help="dtype to write (default: the checkpoint's)")
-    add(
-        "--vocab-size",
-        type=int,
-        metavar="N",
-        help="true vocabulary size; padded rows behind it are cut (default: the tokenizer's)",
-    )
-    add(
-        "--max-shard-size",
-        default="5GB",
-        metavar="SIZE",
-        help="largest weights file, such as 500MB or 5GB (default: 5GB)",
-    )
-    add(
-        "--tokenizer-model",
-        metavar="FILE",
-        help="SentencePiece model or Hugging Face tokenizer folder (default: the one that the "
-        "checkpoint names); 'none' exports without a tokenizer",
-    )
-    add(
-        "--rope-scaling-factor",
-        type=float,
-        metavar="F",
-        help="factor that a model with --use-rope-scaling was built with (default: the "
-        "checkpoint's, which must be 8, as Megatron's own builders ignore the flag)",
-    )
-    add("--force", action="store_true", help="replace a model that OUT holds already")
 
 
 def export(
@@ -191,7 +140,7 @@ def _write_weights(
     file_of = plan.tensor_to_filename
     waiting = {file: set(names) for file, names in plan.filename_to_tensors.items()}
     shards: dict[str, dict[str, torch.Tensor]] = {file: {} for file in waiting}
-    with tqdm(total=len(file_of), unit="tensor", desc="export") as progress:
+    with bar(len(file_of), "tensor", "export") as progress:
         for name, tensor in _hf_tensors(source, rules, shape.vocab_size, zero_centered):
             converted = tensor.to(dtype).contiguous()
             if dtype == torch.float16 and not converted.isfinite().all():

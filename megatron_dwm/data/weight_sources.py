@@ -11,10 +11,12 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from text_files import COMPRESSED_SUFFIXES, InputError, TextFile, read_blocks
 
-from megatron_dwm.data import IndexSummary
+from megatron_dwm.data.index import IndexSummary
+from megatron_dwm.errors import InputError
 from megatron_dwm.files.json_files import JsonError, json_type, parse_json, repeated_keys
+from megatron_dwm.files.text_files import COMPRESSED_SUFFIXES, TextFile, read_blocks
+from megatron_dwm.progress import bar
 
 DOCUMENT = "document"
 _BATCH_ROWS = 1 << 16
@@ -267,13 +269,17 @@ def _record(path: Path, line: int, content: str, names: Sequence[str]) -> dict:
 
 def _texts(file: TextFile) -> Iterator[tuple[int, str]]:
     """Yields blocks of whole lines, each with the number of its first line."""
-    for first_line, block in read_blocks(file, _BLOCK_BYTES):
-        try:
-            # Spreadsheets put a byte order mark in front of the first line.
-            yield first_line, block.decode("utf-8-sig" if first_line == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            line = first_line + block.count(b"\n", 0, error.start)
-            raise InputError(f"{file.path}, line {line}: not UTF-8; convert the file") from error
+    with bar(file.size, "B", f"reading {file.path.name}") as shown:
+        for first_line, block in read_blocks(file, _BLOCK_BYTES):
+            shown.update(file.tell() - shown.n)
+            try:
+                # Spreadsheets put a byte order mark in front of the first line.
+                yield first_line, block.decode("utf-8-sig" if first_line == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                line = first_line + block.count(b"\n", 0, error.start)
+                raise InputError(
+                    f"{file.path}, line {line}: not UTF-8; convert the file"
+                ) from error
 
 
 def _batch(

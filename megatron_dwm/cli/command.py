@@ -1,0 +1,90 @@
+"""What all commands share: their parsers, errors, exit codes, and JSON for scripts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from megatron_dwm.errors import DWMError
+
+PROGRAM = "megatron-dwm"
+# What a command needs beyond a training node: package -> the extra that installs it.
+_EXTRAS = {
+    "huggingface_hub": "convert",
+    "matplotlib": "report",
+    "tokenizers": "convert",
+    "transformers": "convert",
+}
+_INTERRUPTED = 130
+
+
+def new_parser(name: str, text: str) -> argparse.ArgumentParser:
+    """Returns the parser of a command.
+
+    Args:
+        name: Of the command, after `megatron-dwm`.
+        text: What `--help` says before the flags: what the command does, with an example.
+    """
+    return argparse.ArgumentParser(prog=f"{PROGRAM} {name}", **layout(text))
+
+
+def layout(text: str) -> dict[str, Any]:
+    """Returns the arguments of a parser whose help shows a text as it stands."""
+    return {
+        "description": text.strip(),
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+
+
+def completed(name: str, work: Callable[[], int | None], interrupted: str = "") -> int:
+    """Does a command's work and returns its exit code.
+
+    What a user can put right becomes one line on standard error and code 2.
+
+    Args:
+        name: Of the command.
+        work: Does it, and returns an exit code; None stands for 0.
+        interrupted: What to say of the files after Ctrl-C.
+    """
+    try:
+        return work() or 0
+    except (DWMError, OSError) as error:
+        say_error(name, str(error))
+        return 2
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        say_error(
+            name,
+            f"needs the package {error.name}, which is not installed; "
+            f"pip install 'megatron-dwm[{extra}]'",
+        )
+        return 2
+    except KeyboardInterrupt:
+        print(f"{PROGRAM} {name}: interrupted{interrupted}", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def say_error(name: str, message: str) -> None:
+    """Prints the one line that goes with exit code 2."""
+    print(f"{PROGRAM} {name}: error: {message}", file=sys.stderr, flush=True)
+
+
+def print_json(value: Any) -> None:
+    """Prints one JSON object on standard output; NaN and infinity, which JSON lacks, as null."""
+    print(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(name): _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

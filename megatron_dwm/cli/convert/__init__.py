@@ -1,0 +1,1 @@
+"""`megatron-dwm convert`: one module for each of its commands."""

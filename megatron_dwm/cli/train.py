@@ -1,0 +1,43 @@
+r"""Runs a script that calls Megatron's `pretrain`, unchanged, with the weighting attached.
+
+    megatron-dwm train pretrain_gpt.py YOUR FLAGS \
+        --dwm --dwm-meta-data-path data/meta_text_document
+
+is one process. On many it starts under torchrun, and so on several nodes:
+
+    torchrun --nproc-per-node 8 -m megatron_dwm train pretrain_gpt.py YOUR FLAGS --dwm ...
+
+All words after SCRIPT are the script's; the --dwm-* flags are among its own (`megatron-dwm train
+pretrain_gpt.py --help` lists all of them). Without --dwm it is the stock trainer. The exit code is
+the script's own, and 2 where the flags or the data are refused, after one line on standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_dwm.cli.command import new_parser
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's flags."""
+    parser.add_argument("script", metavar="SCRIPT", help="your training script")
+    parser.add_argument("words", metavar="...", nargs=argparse.REMAINDER, help="its own flags")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["--"]:
+        del words[0]
+    if not words or words[0].startswith("-"):
+        # Only here: the parser would take `--` out of the script's words.
+        parser = new_parser("train", __doc__)
+        add_arguments(parser)
+        parser.parse_args(words)
+        return 2
+    from megatron_dwm import launch
+
+    launch.main(words)
+    return 0

@@ -1,0 +1,180 @@
+"""Text to Megatron's indexed data sets, in parallel and in the order of the input."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_dwm.core.vocabulary import megatron_vocabulary_size
+from megatron_dwm.corpus.preprocess_workers import Batch, Encoded, encode_in_order
+from megatron_dwm.errors import InputError
+from megatron_dwm.files.text_files import TextFile, input_format, read_blocks, read_whole
+from megatron_dwm.progress import bar
+
+BLOCK_BYTES = 1 << 18
+
+
+class Progress:
+    """Progress over the input's bytes: a bar on a terminal, lines elsewhere."""
+
+    def __init__(self, total_bytes: int, log_interval: int):
+        """Sets the bytes of the input on disk and the documents between two lines."""
+        self._bar = bar(total_bytes, "B", "preprocess")
+        self._interval = log_interval
+        self._next = log_interval
+        self._start = time.perf_counter()
+        self.documents = 0
+        self.text_bytes = 0
+        self._read = 0
+
+    def update(self, encoded: Encoded) -> None:
+        """Counts a batch that was written."""
+        self.documents += encoded.documents
+        self.text_bytes += encoded.batch_bytes
+        self._bar.update(encoded.position - self._read)
+        self._read = encoded.position
+        if self._bar.disable and self.documents >= self._next:
+            self._next = (self.documents // self._interval + 1) * self._interval
+            print(f"Processed {self.documents} documents ({self.rate()})", file=sys.stderr)
+
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._start
+
+    def rate(self) -> str:
+        """Throughput so far, in words."""
+        seconds = max(self.seconds(), 1e-9)
+        return f"{self.documents / seconds:.0f} docs/s, {self.text_bytes / seconds / 1e6:.2f} MB/s"
+
+    def close(self) -> None:
+        """Ends the bar."""
+        self._bar.close()
+
+
+def read_batches(files: list[Path], override: str) -> Iterator[Batch]:
+    """Reads the input in order, in batches for the workers.
+
+    Args:
+        files: Input files.
+        override: See `text_files.input_format`.
+
+    Yields:
+        Batches of about BLOCK_BYTES; a plain text file is one batch.
+
+    Raises:
+        InputError: See `text_files`.
+    """
+    done = 0
+    for path in files:
+        with TextFile(path) as file:
+            if input_format(path, override) == "text":
+                yield Batch(str(path), 1, read_whole(file), done + file.size)
+            else:
+                for first_line, block in read_blocks(file, BLOCK_BYTES):
+                    yield Batch(str(path), first_line, block, done + file.tell())
+            done += file.size
+
+
+@contextmanager
+def dataset_builders(prefix: str, keys: list[str], dtype: type) -> Iterator[dict]:
+    """Opens one IndexedDatasetBuilder a key, on temporary names.
+
+    On a clean exit the datasets are finished and renamed; on an error they are removed, and
+    a dataset of an earlier run stays as it was.
+
+    Args:
+        prefix: Output prefix.
+        keys: Keys, one dataset each.
+        dtype: NumPy type of the stored tokens.
+
+    Yields:
+        The builder of each key.
+    """
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    finals = {key: f"{prefix}_{key}_document" for key in keys}
+    partials = {key: f"{final}.partial-{os.getpid()}" for key, final in finals.items()}
+    try:
+        builders = {key: IndexedDatasetBuilder(partials[key] + ".bin", dtype) for key in keys}
+        yield builders
+        for key in keys:
+            builders[key].finalize(partials[key] + ".idx")
+        for key in keys:
+            # Without its index a dataset cannot be read, so no old index may meet new data.
+            Path(finals[key] + ".idx").unlink(missing_ok=True)
+            os.replace(partials[key] + ".bin", finals[key] + ".bin")
+            os.replace(partials[key] + ".idx", finals[key] + ".idx")
+    finally:
+        for partial in partials.values():
+            for suffix in (".bin", ".idx"):
+                Path(partial + suffix).unlink(missing_ok=True)
+
+
+def preprocess(args: argparse.Namespace, files: list[Path], tokenizer: Any) -> None:
+    """Writes the datasets.
+
+    Raises:
+        InputError: A fault in the input, or no document with text.
+    """
+    from megatron.core.datasets.indexed_dataset import DType
+
+    vocabulary = megatron_vocabulary_size(tokenizer)
+    dtype = DType.optimal_dtype(vocabulary)
+    Path(args.output_prefix).parent.mkdir(parents=True, exist_ok=True)
+    progress = Progress(sum(path.stat().st_size for path in files), args.log_interval)
+    written = dict.fromkeys(args.json_keys, 0)
+    tokens = dict.fromkeys(args.json_keys, 0)
+    try:
+        with dataset_builders(args.output_prefix, args.json_keys, dtype) as builders:
+            batches = read_batches(files, args.input_format)
+            for encoded in encode_in_order(batches, args, tokenizer, dtype, args.workers):
+                for key, documents in encoded.keys.items():
+                    for document, lengths in documents.split(dtype):
+                        builders[key].add_document(document, lengths)
+                        written[key] += 1
+                        tokens[key] += len(document)
+                progress.update(encoded)
+            for key in args.json_keys:
+                if not written[key]:
+                    raise InputError(
+                        f"--input: {progress.documents} documents, none with text under key "
+                        f"'{key}'. Nothing was written; check the files and --json-keys."
+                    )
+    finally:
+        progress.close()
+    for key in args.json_keys:
+        empty = progress.documents - written[key]
+        print(
+            f"Wrote {args.output_prefix}_{key}_document: {written[key]} documents, "
+            f"{tokens[key]} tokens, {empty} empty documents skipped"
+        )
+    print(f"{progress.seconds():.1f} s with {args.workers} workers ({progress.rate()})")
+    if vocabulary > tokenizer.vocab_size:
+        print(
+            f"NOTE: the tokenizer's ids go up to {vocabulary - 1}, and the trainer pads the "
+            f"vocabulary from {tokenizer.vocab_size}: where that gives fewer than {vocabulary} "
+            f"rows, train with --padded-vocab-size.",
+            file=sys.stderr,
+        )
+
+
+def find_optimal_num_workers(args: argparse.Namespace, files: list[Path], tokenizer: Any) -> None:
+    """Prints the throughput of each number of workers, fastest first."""
+    from megatron.core.datasets.indexed_dataset import DType
+
+    dtype = DType.optimal_dtype(megatron_vocabulary_size(tokenizer))
+    rates = []
+    for workers in args.workers_to_check:
+        documents, start = 0, time.perf_counter()
+        batches = read_batches(files, args.input_format)
+        for encoded in encode_in_order(batches, args, tokenizer, dtype, workers):
+            documents += encoded.documents
+            if documents >= args.max_documents:
+                break
+        rates.append((documents / (time.perf_counter() - start), workers))
+    for rate, workers in sorted(rates, reverse=True):
+        print(f"{workers} workers: {rate:.0f} docs/s")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
+from megatron_dwm.checkpoint import optimizer_state
 from megatron_dwm.config import flag
 from megatron_dwm.core.optimizers import leaf_optimizers
 from megatron_dwm.core.stored_state import common_state, load_sharded, load_weights
@@ -103,9 +104,11 @@ def sharded_state(
         metadata = {"dp_cp_group": step.groups.dp_cp, **(metadata or {})}
         state["model"] = step.scorer.module.sharded_state_dict(prefix=_PREFIX, metadata=metadata)
         if with_optimizer:
-            state["optimizer"] = step.scorer.optimizer.sharded_state_dict(
-                state, is_loading=loading, metadata=metadata
+            state["optimizer"] = optimizer_state.sharded_state(
+                step.scorer, state, metadata, loading
             )
+            if step.scorer.sharded:
+                state["optimizer_sharded"] = True
     return state
 
 
@@ -154,8 +157,14 @@ def load(step: DWMTrainStep, folder: str, with_optimizer: bool = True) -> str:
     same_ranks = found.get("ranks") == _layout(step)
     if found.get("policy_common"):
         step.policy.load_common_state(found["policy_common"])
-    state = load_sharded_state(step, folder, with_optimizer, has_policy(found), same_ranks)
+    as_it_is = with_optimizer and not _other_optimizer(step, found)
+    state = load_sharded_state(step, folder, as_it_is, has_policy(found), same_ranks)
     if with_optimizer and step.scorer is not None and leaf_optimizers(step.scorer.optimizer):
+        if not as_it_is:
+            wanted = sharded_state(step, None, True, loading=True)["optimizer"]
+            state["optimizer"] = optimizer_state.load_whole_as_sharded(
+                wanted, found["optimizer"], KEY, _PREFIX, folder
+            )
         step.scorer.optimizer.load_state_dict(state["optimizer"])
         set_hyperparameters(step.scorer.optimizer, step.config)
     step.meta_steps_taken = int(found["meta_steps_taken"])
@@ -174,6 +183,23 @@ def load(step: DWMTrainStep, folder: str, with_optimizer: bool = True) -> str:
     if planned is not None and planned != plans:
         line += f"; NOTE: the schedule was {planned} when it was saved and is now {plans}"
     return line
+
+
+def _other_optimizer(step: DWMTrainStep, found: dict[str, Any]) -> bool:
+    """Returns whether the DWM's optimizer is sharded and the checkpoint's was not."""
+    if step.scorer is None:
+        return False
+    was_sharded = optimizer_is_sharded(found)
+    assert step.scorer.sharded or not was_sharded, "refused before the trainer loads"
+    return was_sharded != step.scorer.sharded
+
+
+def optimizer_is_sharded(found: dict[str, Any]) -> bool:
+    """Returns whether a checkpoint holds the shares of a sharded optimizer of the DWM.
+
+    One of an older version does not.
+    """
+    return bool(found.get("optimizer_sharded"))
 
 
 def _layout(step: DWMTrainStep) -> dict[str, int]:

@@ -17,6 +17,7 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
 from torch.nn.utils import get_total_norm
@@ -58,6 +59,9 @@ class Scorer:
         seq_length: s.
         device: where token ids are sent.
         together: micro-batches that are scored as one batch at most, see `micro_batches_at_once`.
+        sharded: whether the optimizer is Megatron's distributed one, of which each data-parallel
+            rank holds a share: 6 + 12 / DP bytes a parameter in bf16 instead of 18.
+        gloo: whether Megatron's gloo groups exist, which gather its state in host memory.
     """
 
     def __init__(
@@ -69,21 +73,19 @@ class Scorer:
         seq_length: int,
         device: torch.device,
         together: int = 1,
+        sharded: bool = False,
+        gloo: bool = False,
     ) -> None:
-        self.groups, self.together = pg_collection, together
+        self.groups, self.together, self.sharded = pg_collection, together, sharded
         self.micro_batch_size, self.seq_length, self.device = micro_batch_size, seq_length, device
         for parameter in model.parameters():
             set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
         model.to(device=device, dtype=model.config.params_dtype)
         self.config = config
         self.transformer_config = model.config
-        self.ddp = DistributedDataParallel(
-            config=model.config,
-            ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True),
-            module=model,
-        )
+        self.ddp = _wrapped(model, pg_collection, sharded)
         model.config.finalize_model_grads_func = _finalize_grads
-        self.optimizer = build_optimizer(self.ddp, config, model.config)
+        self.optimizer = build_optimizer(self.ddp, config, model.config, gloo and sharded)
         self.weights_changed()
         self.schedule = get_forward_backward_func(pp_size=pg_collection.pp.size(), vp_size=None)
         self.position_ids = torch.arange(seq_length, device=device).unsqueeze(0)
@@ -98,7 +100,7 @@ class Scorer:
         """To be called after the weights were set from outside.
 
         Makes the data-parallel replicas equal, whatever each was built from, and takes the
-        weights over into the optimizer's own copies.
+        weights over into the optimizer's own copies, which the next step would else put back.
         """
         self.ddp.broadcast_params()
         self.optimizer.reload_model_params()
@@ -176,8 +178,8 @@ class Scorer:
 
         The sum, as Adam's second moment would never recover from it.
         """
-        buffers = [b.grad_data for b in [*self.ddp.buffers, *self.ddp.expert_parallel_buffers]]
-        return ~torch.isfinite(get_total_norm(buffers))
+        buffers = [*self.ddp.buffers, *self.ddp.expert_parallel_buffers]
+        return ~torch.isfinite(get_total_norm([part for b in buffers for part in _reduced(b)]))
 
     def _run(
         self,
@@ -240,11 +242,46 @@ def micro_batches_at_once(llm: Any, dwm: Any) -> int:
     return max(1, min(ratios))
 
 
-def build_optimizer(ddp: Any, config: DWMConfig, transformer: Any) -> Any:
+def _wrapped(model: DataWeightingModel, groups: Any, sharded: bool) -> DistributedDataParallel:
+    """Returns the model in Megatron's DDP.
+
+    Nothing is overlapped: the meta step's passes come one after the other, and whoever reads the
+    weights (scores, snapshots, checkpoints) finds them gathered.
+    """
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=sharded
+    )
+    layout = None
+    if sharded:
+        # In one bucket, as without: nothing is overlapped.
+        layout = DistributedOptimizer.compute_full_param_layout(
+            list(model.parameters()), None, groups.dp_cp.size(), config
+        )
+    return DistributedDataParallel(
+        config=model.config, ddp_config=config, module=model, full_param_layout=layout
+    )
+
+
+def _reduced(buffer: Any) -> list[torch.Tensor]:
+    """Returns what this rank has of a buffer's gradients after their reduction."""
+    if not buffer.ddp_config.use_distributed_optimizer:
+        return [buffer.grad_data]
+    # After a reduce-scatter, what lies beside a rank's own share is its part of the others'.
+    group = buffer.data_parallel_group
+    return [bucket.grad_data.chunk(group.size())[group.rank()] for bucket in buffer.buckets]
+
+
+def build_optimizer(ddp: Any, config: DWMConfig, transformer: Any, gloo: bool = False) -> Any:
     """Returns the DWM's AdamW with two learning rates, head and backbone.
 
     Epsilon is tiny because the meta-gradient's scale is that of the LLM's learning rate times
     its gradients; Adam's usual 1e-8 would damp it.
+
+    Args:
+        ddp: the wrapped model; its settings say whether the optimizer is sharded.
+        config: settings.
+        transformer: the model's config.
+        gloo: whether a sharded one's state may be gathered by gloo, whose groups may not exist.
     """
     optimizer_config = OptimizerConfig(
         optimizer="adam",
@@ -257,7 +294,7 @@ def build_optimizer(ddp: Any, config: DWMConfig, transformer: Any) -> Any:
         clip_grad=config.clip_grad,
         bf16=transformer.bf16,
         params_dtype=transformer.params_dtype,
-        use_distributed_optimizer=False,
+        use_distributed_optimizer=ddp.ddp_config.use_distributed_optimizer,
     )
     optimizer = get_megatron_optimizer(
         optimizer_config,
@@ -266,8 +303,7 @@ def build_optimizer(ddp: Any, config: DWMConfig, transformer: Any) -> Any:
             **get_standard_config_overrides(optimizer_config),
             ParamKey(name="*score.weight"): {"max_lr": _HEAD_MARK, "min_lr": _HEAD_MARK},
         },
-        # Those serve the distributed optimizer's checkpoints, and may not exist.
-        use_gloo_process_groups=False,
+        use_gloo_process_groups=gloo,
     )
     set_hyperparameters(optimizer, config)
     return optimizer
@@ -288,7 +324,7 @@ def _finalize_grads(
     pg_collection: Any = None,
     force_all_reduce: bool = False,
 ) -> None:
-    """Reduces the DWM's gradients over data parallelism.
+    """Reduces the DWM's gradients over data parallelism, each rank its share if it has one.
 
     Nothing else: without sequence parallelism, replicated parameters see equal gradients on
     tensor-parallel peers, and the DWM ties no embeddings.

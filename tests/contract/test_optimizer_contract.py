@@ -23,6 +23,7 @@ from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallel,
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # noqa: E402
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 
 from megatron_dwm.core import optimizers as optimizer_view  # noqa: E402
@@ -91,7 +92,15 @@ class TestDistributedDataParallel:
         assert "param_sync" in parameters_of(DistributedDataParallel.disable_forward_pre_hook)
         assert "force_all_reduce" in parameters_of(DistributedDataParallel.finish_grad_sync)
         assert parameters_of(DistributedDataParallel.enable_forward_pre_hook) == ["self"]
-        assert {"config", "ddp_config", "module"} <= set(parameters_of(DistributedDataParallel))
+        assert {"config", "ddp_config", "module", "full_param_layout"} <= set(
+            parameters_of(DistributedDataParallel)
+        )
+        assert parameters_of(DistributedOptimizer.compute_full_param_layout)[:4] == [
+            "params",
+            "bucket_size",
+            "data_parallel_world_size",
+            "ddp_config",
+        ]
 
     def test_main_grad_is_a_view_of_the_bucket_that_zeroing_clears(self, one_rank):
         """v is written into `main_grad` and gathered through the buckets."""
@@ -181,6 +190,18 @@ class TestOptimizers:
             key = id(shard.model_param)
             seen[key] = seen.get(key, 0) + count
         assert seen == {id(p): p.numel() for p in trainable_parameters([ddp])}
+
+    @pytest.mark.skipif(not cpu.is_cpu(), reason="torch's Adam as the CPU host mends it")
+    def test_a_rank_whose_share_is_padding_says_its_settings(self, one_rank):
+        """With others it gathers what is saved; its own count of steps is not."""
+        ddp = wrapped(use_distributed_optimizer=True)
+        optimizer = optimizer_of(ddp, distributed=True)
+        (leaf,) = optimizer_view.leaf_optimizers(optimizer)
+        for group in leaf.optimizer.param_groups:
+            group["params"] = []
+        found = leaf.state_dict()["optimizer"]["param_groups"]
+        assert [group["step"] for group in found] == [0] * len(leaf.optimizer.param_groups)
+        assert len(leaf.optimizer.state) == 0
 
     def test_fields_of_the_configuration_that_are_read(self):
         fields = {field.name for field in dataclasses.fields(megatron_optimizer.OptimizerConfig)}

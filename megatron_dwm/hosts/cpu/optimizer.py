@@ -17,9 +17,13 @@ def mend_distributed_optimizer(module: types.ModuleType) -> None:
     parameters' states are then written with the step among them, in place into views of
     parameters; and after loading all parameters share one step tensor, which every step
     increments once a parameter. The step itself is saved with the parameter groups.
+
+    A rank whose share is padding only (few weights, many ranks) has no state to find a step in, and
+    stops there, too; the step of the others is what is saved.
     """
     cls = module.DistributedOptimizer  # type: ignore[attr-defined]
     sharded_state_dict, load_state_dict = cls.sharded_state_dict, cls.load_state_dict
+    state_dict = cls.state_dict
     get_states = cls._get_main_param_and_optimizer_states
     set_states = cls._set_main_param_and_optimizer_states
 
@@ -34,6 +38,18 @@ def mend_distributed_optimizer(module: types.ModuleType) -> None:
     def leaving_step(self: Any, model_param: Any, tensors: dict) -> None:
         set_states(self, model_param, {**tensors, "step": None})
 
+    @functools.wraps(state_dict)
+    def with_any_step(self: Any) -> dict:
+        inner = self.optimizer
+        if any(group["params"] for group in inner.param_groups):
+            return state_dict(self)
+        inner.state["nothing"] = {"step": torch.zeros(())}
+        try:
+            return state_dict(self)
+        finally:
+            del inner.state["nothing"]
+
+    cls.state_dict = with_any_step
     cls._get_main_param_and_optimizer_states = without_step
     cls._set_main_param_and_optimizer_states = leaving_step
 

@@ -252,7 +252,17 @@ def _build_scorer(
         post_process=groups.pp.rank() == groups.pp.size() - 1,
     )
     together = micro_batches_at_once(llm_config, model.config)
-    return Scorer(model, config, groups, args.micro_batch_size, args.seq_length, device, together)
+    return Scorer(
+        model,
+        config,
+        groups,
+        args.micro_batch_size,
+        args.seq_length,
+        device,
+        together,
+        sharded=args.use_distributed_optimizer,
+        gloo=args.use_gloo_process_groups,
+    )
 
 
 def _check_scaling(init: str, scaling: Any) -> None:

@@ -18,6 +18,7 @@ from megatron_dwm.checkpoint.health import (
     problems_of,
     tracked,
 )
+from megatron_dwm.checkpoint.state import optimizer_is_sharded
 from megatron_dwm.errors import ConversionError, DWMError
 
 _SHOWN = 3
@@ -54,6 +55,7 @@ def check_checkpoint(run: Any) -> None:
             check_vocabulary(run, folder, _tokenizer_size())
             check_conversion(run, folder)
             check_extra_states(run, folder)
+            check_optimizer(run, folder)
         return
     shown = "; ".join(problems[:_SHOWN])
     if len(problems) > _SHOWN:
@@ -141,6 +143,27 @@ def check_extra_states(run: Any, folder: str) -> None:
             f"--load {run.load}: the checkpoint was saved without Transformer Engine, whose layers "
             "ask for more; give --dist-ckpt-strictness log_unexpected to load it into them, or "
             "--transformer-impl local"
+        )
+
+
+def check_optimizer(run: Any, folder: str) -> None:
+    """Refuses the shares of distributed optimizers where this run's are whole.
+
+    Megatron cannot load them either, and ends at a name that is missing.
+
+    Args:
+        run: Megatron's arguments.
+        folder: A whole checkpoint.
+
+    Raises:
+        DWMError: The weighting model's optimizer is stored in shares.
+    """
+    if run.use_distributed_optimizer or run.no_load_optim or run.finetune:
+        return
+    if optimizer_is_sharded(common_state(folder).get("dwm") or {}):
+        raise DWMError(
+            f"--load {run.load}: the optimizers were sharded over data parallelism when {folder} "
+            "was saved; give --use-distributed-optimizer, or --no-load-optim to start them anew"
         )
 
 

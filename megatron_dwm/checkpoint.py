@@ -13,6 +13,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megatron_dwm import snapshot_swap
+from megatron_dwm.agreement import on_each_rank, on_first_rank
 from megatron_dwm.config import flag
 from megatron_dwm.errors import DWMError
 from megatron_dwm.meta.optimizer_view import leaf_optimizers
@@ -204,20 +207,26 @@ def _load_sharded(
     names += ["policy"] if with_policy else []
     names += ["policy_of_rank"] if with_policy and with_ranks_own else []
     request = {KEY: {name: wanted[name] for name in names if name in wanted}}
+    # A pipeline stage may miss what others do not ask for.
+    state = on_each_rank(partial(_load_requested, step, request, folder))
+    if step.scorer is not None and not with_optimizer:
+        # With it, the optimizer's own copies come from the checkpoint, more precise than these.
+        step.scorer.weights_changed()
+    return state
+
+
+def _load_requested(step: DWMTrainStep, request: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Loads what is asked for into policy and weighting model; returns it."""
     state = load_sharded(request, folder)[KEY]
     if "policy" in state:
         step.policy.load_state_dict(state["policy"])
     if "policy_of_rank" in state:
         step.policy.load_local_state_dict(state["policy_of_rank"])
-    if step.scorer is None:
-        return state
-    # A pipeline stage that holds nothing of the DWM asked for nothing and got nothing.
-    loaded = state.get("model", {})
-    weights = {name.removeprefix(_PREFIX): value for name, value in loaded.items()}
-    load_weights(step.scorer.module, weights, folder)
-    if not with_optimizer:
-        # With it, the optimizer's own copies come from the checkpoint, more precise than these.
-        step.scorer.weights_changed()
+    if step.scorer is not None:
+        # A pipeline stage that holds nothing of the DWM asked for nothing and got nothing.
+        loaded = state.get("model", {})
+        weights = {name.removeprefix(_PREFIX): value for name, value in loaded.items()}
+        load_weights(step.scorer.module, weights, folder)
     return state
 
 
@@ -253,17 +262,31 @@ def save_snapshot(step: DWMTrainStep, folder: str) -> None:
     Args:
         step: holds the DWM.
         folder: the snapshot's folder; an older snapshot there is replaced when this one is whole.
+
+    Raises:
+        DWMError: on every rank, when rank 0 cannot write there.
     """
-    first, new = torch.distributed.get_rank() == 0, snapshot_swap.beside(folder)
-    if first:
+    new = snapshot_swap.beside(folder)
+
+    def begin() -> None:
         shutil.rmtree(new, ignore_errors=True)
         os.makedirs(new, exist_ok=True)
-    torch.distributed.barrier()
+
+    on_first_rank(partial(_writing, folder, begin))
     state = _sharded_state(step, None, with_optimizer=False, loading=False)
     dist_checkpointing.save({KEY: state}, new)
     torch.distributed.barrier()
-    if first:
-        snapshot_swap.swap_in(folder)
+    on_first_rank(partial(_writing, folder, partial(snapshot_swap.swap_in, folder)))
+
+
+def _writing(folder: str, call: Callable[[], None]) -> None:
+    try:
+        call()
+    except OSError as error:
+        raise DWMError(
+            f"the snapshot {folder} cannot be written ({error}); free its place, or resume with "
+            "another --save"
+        ) from error
 
 
 def load_snapshot(step: DWMTrainStep, folder: str, stage: int | None = None) -> str:
@@ -280,11 +303,9 @@ def load_snapshot(step: DWMTrainStep, folder: str, stage: int | None = None) -> 
     Raises:
         DWMError: no snapshot there, or one of another shape.
     """
-    path = find_snapshot(folder, stage)
-    found = common_state(path).get(KEY)
-    if found is None or found["shape"] is None:
-        raise DWMError(f"--dwm-load {path} holds no weighting model")
-    _check_shape(step, found["shape"], path)
+    # The folder may be another run's, which adds snapshots to it meanwhile.
+    path = on_first_rank(partial(find_snapshot, folder, stage))
+    found = on_each_rank(partial(_snapshot_state, step, path))
     frozen = step.config.schedule == "frozen"
     # A model that goes on learning takes its weights along; what stands around it belongs to the
     # run, and to the language model, that it comes from.
@@ -294,6 +315,15 @@ def load_snapshot(step: DWMTrainStep, folder: str, stage: int | None = None) -> 
         step.policy.forget_evidence()
     step.warm_started = True
     return f"DWM: weights from {path}"
+
+
+def _snapshot_state(step: DWMTrainStep, path: str) -> dict[str, Any]:
+    """Returns what a snapshot stores once, after a look at its shape."""
+    found = common_state(path).get(KEY)
+    if found is None or found["shape"] is None:
+        raise DWMError(f"--dwm-load {path} holds no weighting model")
+    _check_shape(step, found["shape"], path)
+    return found
 
 
 def find_snapshot(folder: str, stage: int | None = None) -> str:

@@ -24,6 +24,7 @@ from megatron.training import get_tokenizer, print_rank_0
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
 from megatron_dwm import host
+from megatron_dwm.agreement import on_each_rank
 from megatron_dwm.config import DWMConfig, raise_all
 from megatron_dwm.conversion.dwm_classifier import read_classifier
 from megatron_dwm.conversion.hf_folder import read_hf_config
@@ -142,7 +143,9 @@ def build_train_step(
     )
     with _random_states_kept(config.seed):
         policy = policy_class(config.form if config.policy == "learned" else config.policy)(context)
-    tap = StateTap(model[-1]) if policy.needs.states and context.sees_losses else None
+    taps = policy.needs.states and context.sees_losses
+    # Only the last pipeline stage has an output layer, or lacks one.
+    tap = on_each_rank(lambda: StateTap(model[-1]) if taps else None)
     warm_start = None
     if policy.scorer is not None and config.init.startswith("llm:"):
         chunks = [unwrap_model(chunk) for chunk in model]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy
@@ -21,6 +21,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
 from megatron.training import training
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from megatron_dwm.agreement import on_each_rank, on_first_rank
 from megatron_dwm.config import DWMConfig
 from megatron_dwm.data.epoch_plan import PLAN_VERSION
 from megatron_dwm.data.index import read_index
@@ -128,34 +129,54 @@ class Sampling:
 
     def build_data_iterators(self, stock: Any, provider: Any) -> Any:
         """Builds the trainer's data iterators with documents drawn by weight."""
-        digests = self._in_force = self._current_digests()
+        digests = self._in_force = on_first_rank(self._current_digests)
         # If not, only some ranks call it.
         is_distributed = getattr(provider, "is_distributed", False)
+        failures: list[DWMError] = []
 
         def with_weights(*args: Any, **kwargs: Any) -> Any:
-            datasets = provider(*args, **kwargs)
-            # Of several chunks of a virtual pipeline the first one brings the history up to date.
-            changed = self._take_over(datasets[0], digests, is_distributed)
+            try:
+                datasets = provider(*args, **kwargs)
+                # Of several chunks of a virtual pipeline the first one brings the history up to
+                # date.
+                changed = self._take_over(datasets[0], digests, is_distributed)
+            except DWMError as error:
+                if is_distributed:
+                    raise
+                # The others do not come here, and are told when they are through.
+                failures.append(error)
+                return None, None, None
             self.settings.stages.update(changed)
             self._train_sets.append(datasets[0])
             return datasets
 
+        def finish() -> None:
+            for error in failures:
+                raise error
+
         with_weights.is_distributed = is_distributed  # type: ignore[attr-defined]
         if not self._resumed:
             self.settings.stages = {path: [Stage(0, digests[path])] for path in self.prefixes}
-        if self.run.save and torch.distributed.get_rank() == 0:
-            self._keep_history()
-        for path, stages in self.settings.stages.items():
-            # So that domains have the same numbers on every rank, whichever of them read data.
-            for digest in [*(stage.digest for stage in stages), digests[path]]:
-                self._weights(path, digest)
+        if self.run.save:
+            on_first_rank(self._keep_history)
+        self._read(
+            [
+                (path, digest)
+                for path, stages in self.settings.stages.items()
+                for digest in [*(stage.digest for stage in stages), digests[path]]
+            ]
+        )
         with rebound(
             BlendedMegatronDatasetBuilder,
             "__init__",
             ("self", "cls", "sizes", "is_built_on_rank", "config"),
             self._make_builder,
         ):
-            return stock(with_weights)
+            iterators = stock(with_weights)
+        on_each_rank(finish)
+        # Rank 0 reads data, and has begun what all go on from.
+        self.settings.stages = on_first_rank(lambda: self.settings.stages)
+        return iterators
 
     def at_stage(self, data_iterator: Any) -> None:
         """Looks for new weight files; where there are, the rest of the run is planned by them.
@@ -165,16 +186,15 @@ class Sampling:
         """
         self._resumed = True
         try:
-            digests = self._current_digests()
+            digests = on_first_rank(self._current_digests)
+            if digests == self._in_force:
+                return
+            self._read(list(digests.items()))
         except DWMError as error:
             # The weights in force are safe in the run's folder, and so is the training.
             self.printer(f"WARNING: DWM: documents are drawn as before, as {error}")
             return
-        if digests == self._in_force:
-            return
         self._in_force = digests
-        for path, digest in digests.items():
-            self._weights(path, digest)
         iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
         # A provider without `is_distributed` is called on the ranks that read data only.
         datasets = self._train_sets or [None] * len(iterators)
@@ -214,23 +234,15 @@ class Sampling:
             The history of the data sets that have begun one.
 
         Raises:
-            DWMError: on every rank when rank 0 cannot plan by the new weights.
+            DWMError: a rank cannot plan by the new weights; with `everywhere` on every rank.
         """
+        begin = partial(self._begin_stages, dataset, digests)
         if not everywhere:
-            return self._begin_stages(dataset, digests)
-        found: list[Any] = [None]
-        if torch.distributed.get_rank() == 0:
-            try:
-                found = [self._begin_stages(dataset, digests)]
-            except (DWMError, OSError) as error:
-                found = [str(error)]
-        torch.distributed.broadcast_object_list(found, src=0)
-        if isinstance(found[0], str):
-            raise DWMError(found[0])
-        if torch.distributed.get_rank() == 0:
-            return found[0]
+            return begin()
+        planned = on_first_rank(begin)
+        first = torch.distributed.get_rank() == 0
         # A rank of another pipeline stage may have data where rank 0 has none.
-        return {**found[0], **self._begin_stages(dataset, digests)}
+        return {**planned, **on_each_rank(lambda: planned if first else begin())}
 
     def _begin_stages(self, dataset: Any, digests: dict[str, str]) -> dict[str, list[Stage]]:
         """Does so on this rank; samples of a run that did not draw by weight count as not seen."""
@@ -239,8 +251,7 @@ class Sampling:
             if not isinstance(part, WeightedSampling):
                 raise DWMError(
                     f"--dwm-sampling weights needs Megatron's GPTDataset (or a class derived from "
-                    f"it), but the script's training data is {type(part).__name__}",
-                    this_rank_only=True,
+                    f"it), but the script's training data is {type(part).__name__}"
                 )
             path = part.dataset_path
             stages, digest = self.settings.stages[path], digests[path]
@@ -254,27 +265,24 @@ class Sampling:
                 f"DWM: {path} is drawn by new weights from its sample {position} on "
                 f"(weight file {digest[:12]})"
             )
-            part.use_stages(changed[path])
+            try:
+                part.use_stages(changed[path])
+            except OSError as error:
+                raise DWMError(
+                    f"--dwm-sampling weights: the plan of {path} cannot be kept in the cache of "
+                    f"data sets ({error}); free its place, or give another --data-cache-path"
+                ) from error
         return changed
 
     # ------------------------------------------------------------------ weight files
 
     def _current_digests(self) -> dict[str, str]:
-        """Returns the digest of each data set's weight file, the same on every rank.
+        """Returns the digest of each data set's weight file; to be called on rank 0.
 
         Rank 0 reads them, and keeps a copy in the run's folder, which the others then read: a
         file that is replaced meanwhile cannot make ranks differ.
         """
-        found: list[Any] = [None]
-        if torch.distributed.get_rank() == 0:
-            try:
-                found = [{path: self._keep(path) for path in self.prefixes}]
-            except (DWMError, OSError) as error:
-                found = [str(error)]
-        torch.distributed.broadcast_object_list(found, src=0)
-        if isinstance(found[0], str):
-            raise DWMError(found[0])
-        return found[0]
+        return {path: self._keep(path) for path in self.prefixes}
 
     def _keep(self, prefix: str) -> str:
         """Copies a data set's weight file to the run's folder; returns its digest."""
@@ -284,7 +292,7 @@ class Sampling:
         return file.digest
 
     def _keep_history(self) -> None:
-        """Copies the weight files of a resumed run's history to this run's folder."""
+        """Copies the weight files of a resumed run's history to this run's folder; on rank 0."""
         for prefix, stages in self.settings.stages.items():
             for stage in stages:
                 self._copy(self._find(prefix, stage.digest, read_index(prefix)))
@@ -293,24 +301,38 @@ class Sampling:
         path = os.path.join(self.run.save, FOLDER, f"{file.digest}.weights")
         if os.path.exists(path):
             return
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        shutil.copyfile(file.path, f"{path}.tmp")
-        if read_weights(f"{path}.tmp").digest != file.digest:
-            raise DWMError(f"{file.path} was changed while it was read; try again")
-        os.replace(f"{path}.tmp", path)
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            shutil.copyfile(file.path, f"{path}.tmp")
+            if read_weights(f"{path}.tmp").digest != file.digest:
+                raise DWMError(f"{file.path} was changed while it was read; try again")
+            os.replace(f"{path}.tmp", path)
+        except OSError as error:
+            raise DWMError(
+                f"--save {self.run.save}: {file.path} cannot be kept there, from where a resumed "
+                f"run reads it ({error}); free its place, or give another --save"
+            ) from error
 
-    def _weights(self, prefix: str, digest: str) -> DocumentWeights:
-        """Returns the weights of a data set, by its weight file's digest.
+    def _read(self, wanted: list[tuple[str, str]]) -> None:
+        """Reads weight files, by data set and digest, on every rank and in the same order.
+
+        So domains have the same numbers on all of them, whichever read data.
 
         Raises:
-            DWMError: no file with this digest is to be found.
+            DWMError: on every rank, when one does not find a file.
         """
-        known = self._files.get((prefix, digest))
-        if known is None:
-            index = read_index(prefix)
-            file = self._find(prefix, digest, index)
-            known = self._files[prefix, digest] = self._by_sequence(prefix, file, index)
-        return known
+        new = [key for key in dict.fromkeys(wanted) if key not in self._files]
+
+        def find() -> list[tuple[WeightFile, Any]]:
+            indices = [read_index(prefix) for prefix, _ in new]
+            return [(self._find(*key, i), i) for key, i in zip(new, indices, strict=True)]
+
+        for key, (file, index) in zip(new, on_each_rank(find), strict=True):
+            self._files[key] = self._by_sequence(key[0], file, index)
+
+    def _weights(self, prefix: str, digest: str) -> DocumentWeights:
+        """Returns the weights of a data set, by its weight file's digest; they have been read."""
+        return self._files[prefix, digest]
 
     def _find(self, prefix: str, digest: str, index: Any) -> WeightFile:
         folders = [os.path.join(f, FOLDER) for f in (self.run.save, self.run.load) if f]
@@ -322,8 +344,7 @@ class Sampling:
                     return file
         raise DWMError(
             f"{prefix} was drawn by a weight file {digest[:12]}... that is none of "
-            f"{', '.join(places)}; put it back, or start anew with --finetune",
-            this_rank_only=True,
+            f"{', '.join(places)}; put it back, or start anew with --finetune"
         )
 
     def _by_sequence(self, prefix: str, file: WeightFile, index: Any) -> DocumentWeights:

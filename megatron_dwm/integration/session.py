@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import checkpointing, get_args, print_rank_0, print_rank_last
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
 from megatron_dwm import checkpoint, host
+from megatron_dwm.agreement import on_each_rank, on_first_rank
 from megatron_dwm.config import DWMConfig, flag
 from megatron_dwm.errors import DWMError
 from megatron_dwm.integration.build import build_train_step, resolve_shapes
@@ -54,12 +53,13 @@ class Session:
             _check_no_flags(config)
             return stock(*args, **kwargs)
         config = config.with_defaults()
-        check_arguments(config, run)
+        # Each rank looks for the folders and modules that the flags name.
+        on_each_rank(partial(check_arguments, config, run))
         if not run.mock_data:
-            _on_first_rank(partial(check_data, config, run))
-        _on_first_rank(partial(mend_tracker, run, print_rank_0))
-        _on_first_rank(partial(check_checkpoint, run))
-        config = resolve_shapes(config, run)
+            on_first_rank(partial(check_data, config, run))
+        on_first_rank(partial(mend_tracker, run, print_rank_0))
+        on_first_rank(partial(check_checkpoint, run))
+        config = on_each_rank(partial(resolve_shapes, config, run))
         model, optimizer, scheduler = stock(*args, **kwargs)
         if optimizer is None:
             print_rank_0("DWM: --skip-train is set, nothing is weighted")
@@ -141,7 +141,7 @@ class Session:
             self.log.flush()
         if self.step is not None and not loading and run.ckpt_format == "torch_dist":
             metadata = (kwargs.get("model_sd_kwargs") or {}).get("metadata")
-            _on_first_rank(partial(forget_unfinished, run, kwargs.get("iteration")))
+            on_first_rank(partial(forget_unfinished, run, kwargs.get("iteration")))
             pending = self.verifier is not None and self.verifier.pending
             state[checkpoint.KEY] = checkpoint.state_for_saving(
                 self.step,
@@ -306,19 +306,3 @@ def _check_no_flags(config: DWMConfig) -> None:
     ]
     if given:
         raise DWMError(f"{', '.join(given)} given without --dwm; add --dwm, or remove them")
-
-
-def _on_first_rank(check: Callable[[], None]) -> None:
-    """Runs a check of files on rank 0 and raises its error on every rank, so that none waits."""
-    message: list[str | None] = [None]
-    cause: Exception | None = None
-    if torch.distributed.get_rank() == 0:
-        try:
-            check()
-        except (DWMError, OSError) as error:
-            message = [str(error)]
-        except Exception as error:  # the others must not wait for ever
-            message, cause = [f"{type(error).__name__}: {error}"], error
-    torch.distributed.broadcast_object_list(message, src=0)
-    if message[0] is not None:
-        raise DWMError(message[0]) from cause

@@ -1,4 +1,4 @@
-"""What one rank does alone, or sees alone: no other rank waits for it.
+"""What one rank does alone, or sees alone: no other rank waits for it, and all decide alike.
 
 Real runs on two ranks, which are not ended when one of them fails (as with srun): a rank that
 waited would do so until the timeout, and have another exit code. Files are put where folders should
@@ -17,12 +17,12 @@ from megatron_dwm.data.index import read_index
 from megatron_dwm.data.weight_file import read_weights
 from tests.functional.corpus import write_dataset
 from tests.functional.harness import ROOT, Results, Run, run_all
-from tests.functional.test_sampling import DOCUMENTS, weigh, words
+from tests.functional.test_sampling import BATCH, DOCUMENTS, Expected, weigh, words
 
 pytestmark = pytest.mark.timeout(900)
 
-TP2 = "--tensor-model-parallel-size 2"
-STAGES = "--dwm-stages 2 --train-iters 8 --distributed-timeout-minutes 3"
+TP2, STEPS = "--tensor-model-parallel-size 2", 8
+STAGES = f"--dwm-stages 2 --train-iters {STEPS} --distributed-timeout-minutes 3"
 # Name of the run -> what its one line says.
 ALONE = {
     "history": ["cannot be kept there", "give another --save"],
@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def data(folder: Path) -> dict[str, str]:
     """Writes data sets of the same documents and first weights, as runs change their weights."""
-    found = {name: write_dataset(folder / name, 3, DOCUMENTS) for name in ("few", "other")}
+    found = {name: write_dataset(folder / name, 3, DOCUMENTS) for name in ("few", "all", "other")}
     for prefix in found.values():
         weigh(prefix, 1)
     weigh(found["few"], 2, folder / "second.weights")
@@ -56,6 +56,10 @@ def digest(path: Path | str, prefix: str) -> str:
 @pytest.fixture(scope="module")
 def results(folder: Path, data: dict[str, str]) -> Results:
     second, few = folder / "second.weights", data["few"]
+    tp2 = f"{TP2} {STAGES}"
+
+    def replaced(name: str) -> dict[str, str]:
+        return {"REPLACE": f"2:{second}:{data[name]}.weights"}
 
     def saves(name: str, more: str = "") -> list[str]:
         save = f"--save {folder / name} --save-interval 50"
@@ -77,6 +81,8 @@ def results(folder: Path, data: dict[str, str]) -> Results:
     resumed = f"--load {folder / 'begun'}"
     begun = saves("begun", "--exit-interval 2")
     runs = [
+        Run("data-ranks", words([few], folder, tp2), {**replaced("few"), "DATA_RANKS": "1"}),
+        Run("all-ranks", words([data["all"]], folder, tp2), replaced("all")),
         Run("current", saves("current")),
         Run("unshared", saves("unshared"), {"UNSHARED": "1"}),
         Run("snapshot", saves("snapshot", head)),
@@ -88,6 +94,32 @@ def results(folder: Path, data: dict[str, str]) -> Results:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RUN_SCRIPT", str(ROOT / "tests" / "cases" / "_pretrain_alone.py"))
         return run_all(2, runs, folder)
+
+
+def test_new_weights_at_a_stage_with_a_provider_of_data_ranks(
+    results: Results, data: dict[str, str], folder: Path
+) -> None:
+    """Under tensor parallelism only rank 0 calls the provider, and both take the new weights over.
+
+    What is read is what the plan says, and losses are those of a provider that all ranks call.
+    """
+    first, second = results.succeeded("data-ranks")
+    assert first["steps"] == second["steps"] and len(first["steps"]) == STEPS
+    assert first["documents"] and not second["documents"]
+    expected = Expected(data["few"])
+    expected.use(weigh(data["few"], 1, folder / "first.weights"))
+    for step in range(1, STEPS + 1):
+        if step == STEPS // 2 + 1:
+            expected.use(folder / "second.weights", STEPS // 2 * BATCH)
+        found = [(tuple(ids), tuple(t)) for k, ids, t in first["documents"] if k == step]
+        assert sorted(found) == expected.step(step), step
+    line = f"{data['few']} is drawn by new weights from its sample {STEPS // 2 * BATCH} on"
+    assert line in first["stdout"]
+    everywhere = results.succeeded("all-ranks")
+    assert [rank["steps"] for rank in everywhere] == [first["steps"], second["steps"]]
+    assert [rank["parameters"] for rank in everywhere] == [
+        rank["parameters"] for rank in (first, second)
+    ]
 
 
 @pytest.mark.parametrize("name", ALONE)

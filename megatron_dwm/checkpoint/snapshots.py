@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
@@ -16,6 +19,7 @@ from megatron_dwm.checkpoint.state import (
     load_sharded_state,
     sharded_state,
 )
+from megatron_dwm.core.agreement import on_each_rank, on_first_rank
 from megatron_dwm.core.stored_state import common_state
 from megatron_dwm.errors import DWMError
 from megatron_dwm.files import folder_swap
@@ -33,17 +37,31 @@ def save_snapshot(step: DWMTrainStep, folder: str) -> None:
     Args:
         step: holds the DWM.
         folder: the snapshot's folder; an older snapshot there is replaced when this one is whole.
+
+    Raises:
+        DWMError: on every rank, when rank 0 cannot write there.
     """
-    first, new = torch.distributed.get_rank() == 0, folder_swap.beside(folder)
-    if first:
+    new = folder_swap.beside(folder)
+
+    def begin() -> None:
         shutil.rmtree(new, ignore_errors=True)
         os.makedirs(new, exist_ok=True)
-    torch.distributed.barrier()
+
+    on_first_rank(partial(_writing, folder, begin))
     state = sharded_state(step, None, with_optimizer=False, loading=False)
     dist_checkpointing.save({KEY: state}, new)
     torch.distributed.barrier()
-    if first:
-        folder_swap.swap_in(folder)
+    on_first_rank(partial(_writing, folder, partial(folder_swap.swap_in, folder)))
+
+
+def _writing(folder: str, call: Callable[[], None]) -> None:
+    try:
+        call()
+    except OSError as error:
+        raise DWMError(
+            f"the snapshot {folder} cannot be written ({error}); free its place, or resume with "
+            "another --save"
+        ) from error
 
 
 def load_snapshot(step: DWMTrainStep, folder: str, stage: int | None = None) -> str:
@@ -60,11 +78,9 @@ def load_snapshot(step: DWMTrainStep, folder: str, stage: int | None = None) -> 
     Raises:
         DWMError: no snapshot there, or one of another shape.
     """
-    path = find_snapshot(folder, stage)
-    found = common_state(path).get(KEY)
-    if found is None or found["shape"] is None:
-        raise DWMError(f"--dwm-load {path} holds no weighting model")
-    check_shape(step, found["shape"], path)
+    # The folder may be another run's, which adds snapshots to it meanwhile.
+    path = on_first_rank(partial(find_snapshot, folder, stage))
+    found = on_each_rank(partial(_snapshot_state, step, path))
     frozen = step.config.schedule == "frozen"
     # A model that goes on learning takes its weights along; what stands around it belongs to the
     # run, and to the language model, that it comes from.
@@ -74,6 +90,15 @@ def load_snapshot(step: DWMTrainStep, folder: str, stage: int | None = None) -> 
         step.policy.forget_evidence()
     step.warm_started = True
     return f"DWM: weights from {path}"
+
+
+def _snapshot_state(step: DWMTrainStep, path: str) -> dict[str, Any]:
+    """Returns what a snapshot stores once, after a look at its shape."""
+    found = common_state(path).get(KEY)
+    if found is None or found["shape"] is None:
+        raise DWMError(f"--dwm-load {path} holds no weighting model")
+    check_shape(step, found["shape"], path)
+    return found
 
 
 def find_snapshot(folder: str, stage: int | None = None) -> str:

@@ -10,6 +10,7 @@ a checkpoint: it does not ask for the extra keys.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megatron_dwm.checkpoint import optimizer_state
 from megatron_dwm.config import flag
+from megatron_dwm.core.agreement import on_each_rank
 from megatron_dwm.core.optimizers import leaf_optimizers
 from megatron_dwm.core.stored_state import common_state, load_sharded, load_weights
 from megatron_dwm.errors import DWMError
@@ -227,20 +229,26 @@ def load_sharded_state(
     names += ["policy"] if with_policy else []
     names += ["policy_of_rank"] if with_policy and with_ranks_own else []
     request = {KEY: {name: wanted[name] for name in names if name in wanted}}
+    # A pipeline stage may miss what others do not ask for.
+    state = on_each_rank(partial(_load_requested, step, request, folder))
+    if step.scorer is not None and not with_optimizer:
+        # With it, the optimizer's own copies come from the checkpoint, more precise than these.
+        step.scorer.weights_changed()
+    return state
+
+
+def _load_requested(step: DWMTrainStep, request: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Loads what is asked for into policy and weighting model; returns it."""
     state = load_sharded(request, folder)[KEY]
     if "policy" in state:
         step.policy.load_state_dict(state["policy"])
     if "policy_of_rank" in state:
         step.policy.load_local_state_dict(state["policy_of_rank"])
-    if step.scorer is None:
-        return state
-    # A pipeline stage that holds nothing of the DWM asked for nothing and got nothing.
-    loaded = state.get("model", {})
-    weights = {name.removeprefix(_PREFIX): value for name, value in loaded.items()}
-    load_weights(step.scorer.module, weights, folder)
-    if not with_optimizer:
-        # With it, the optimizer's own copies come from the checkpoint, more precise than these.
-        step.scorer.weights_changed()
+    if step.scorer is not None:
+        # A pipeline stage that holds nothing of the DWM asked for nothing and got nothing.
+        loaded = state.get("model", {})
+        weights = {name.removeprefix(_PREFIX): value for name, value in loaded.items()}
+        load_weights(step.scorer.module, weights, folder)
     return state
 
 

@@ -20,6 +20,10 @@ class Needs:
         domains: which data set of the blend each sample is from.
         influence: each sample's influence on the meta loss, on meta steps.
         influence_ahead: the same before every weighted step.
+        model: a separate weighting model, which `PolicyContext.scorer` builds.
+        map: the map from scores to weights that the settings ask for, see `policies.maps`.
+
+    Settings about what the policy does not ask for are refused, see `schema.READ_BY`.
     """
 
     tokens: bool = False
@@ -28,6 +32,8 @@ class Needs:
     domains: bool = False
     influence: bool = False
     influence_ahead: bool = False
+    model: bool = False
+    map: bool = False
 
 
 # Name in --dwm-policy -> where it is, and what it needs (as its class says too, so that settings
@@ -36,11 +42,11 @@ _HOME = "megatron_dwm.policies"
 BUILT_IN = {
     "uniform": (f"{_HOME}.controls:Uniform", Needs()),
     "shuffled": (f"{_HOME}.controls:Shuffled", Needs()),  # what the learned policy needs
-    "head": (f"{_HOME}.head:Head", Needs(losses=True, states=True, influence=True)),
-    "model": (f"{_HOME}.model:Model", Needs(tokens=True, influence=True)),
+    "head": (f"{_HOME}.head:Head", Needs(losses=True, states=True, influence=True, map=True)),
+    "model": (f"{_HOME}.model:Model", Needs(tokens=True, influence=True, model=True, map=True)),
     "linupper": (f"{_HOME}.loss_based:LinUpper", Needs(losses=True)),
     "truncation": (f"{_HOME}.loss_based:Truncation", Needs(losses=True)),
-    "influence": (f"{_HOME}.influence:Influence", Needs(influence_ahead=True)),
+    "influence": (f"{_HOME}.influence:Influence", Needs(influence_ahead=True, map=True)),
 }
 
 

@@ -35,6 +35,21 @@ MODEL_ONLY = (
     "replay_steps",
     "teacher",
 )
+# Settings that only some policies read: by what of `Needs` such a policy asks for, what they are
+# about and what to do instead of leaving them out.
+READ_BY: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "model": ("the separate model", "take --dwm-policy model", MODEL_ONLY),
+    "map": (
+        "the map from scores to weights",
+        "take a policy that has one",
+        ("map", "slope", "temperature", "min_effective_samples", "uniform_mix", "max_weight"),
+    ),
+    "influence": (
+        "what is learned from influence",
+        "take --dwm-policy learned",
+        ("form", "rule", "gate", "forgetting", "ridge"),
+    ),
+}
 SCHEDULES = ("staged", "joint", "frozen")
 ESTIMATORS = ("auto", "ghost", "finite_difference")
 LOOKAHEADS = ("auto", "next", "current")
@@ -270,7 +285,7 @@ class DWMConfig:
     @property
     def has_model(self) -> bool:
         """Whether a separate weighting model is built."""
-        return self.learned and self.form == "model"
+        return self._needs().model
 
     def _needs(self) -> Any:
         """What the policy asks for; nothing where there is none of that name."""
@@ -391,15 +406,7 @@ class DWMConfig:
 
     def _form_problems(self) -> list[str]:
         """Returns one line for each setting that another form, rule or map would need."""
-        found = []
-        default = DWMConfig()
-        given = [n for n in MODEL_ONLY if getattr(self, n) != getattr(default, n)]
-        if given and not self.has_model and self.learned:
-            flags = ", ".join(flag(name) for name in given)
-            found.append(
-                f"{flags}: about the separate model, but --dwm-form is {self.form}; add "
-                "--dwm-form model, or leave it out"
-            )
+        default, found = DWMConfig(), self._unread_problems()
         if self.form == "head" and self.learned:
             if self.rule == "chain":
                 found.append(
@@ -413,13 +420,31 @@ class DWMConfig:
                 )
         others = {"slope": "sigmoid", "temperature": "softmax"}
         for name, wanted in others.items():
-            if getattr(self, name) != getattr(default, name) and self.map != wanted:
+            given = getattr(self, name) != getattr(default, name)
+            if given and self._needs().map and self.map != wanted:
                 found.append(
                     f"{flag(name)} is about --dwm-map {wanted}, but the map is {self.map}; leave "
                     f"it out, or add --dwm-map {wanted}"
                 )
         if self.policy in FORMS and self.form != self.policy:
             found.append(f"--dwm-policy {self.policy} contradicts --dwm-form {self.form}")
+        return found
+
+    def _unread_problems(self) -> list[str]:
+        """Returns one line for each kind of settings that were given and that nothing reads."""
+        # Map and gate follow from form and rule where they are not given.
+        usual = vars(DWMConfig(form=self.form, rule=self.rule).with_defaults())
+        usual = {**usual, "form": "head", "rule": "regression"}
+        needs, found = self._needs(), []
+        for need, (about, way_out, names) in READ_BY.items():
+            given = [name for name in names if getattr(self, name) != usual[name]]
+            if not given or getattr(needs, need):
+                continue
+            which = f"--dwm-policy is {self.policy}"
+            if self.learned:
+                which, way_out = f"--dwm-form is {self.form}", "add --dwm-form model"
+            flags = ", ".join(f"{flag(name)} {getattr(self, name)}" for name in given)
+            found.append(f"{flags}: about {about}, but {which}; {way_out}, or leave it out")
         return found
 
     def _sampling_problems(self) -> list[str]:
@@ -444,13 +469,6 @@ class DWMConfig:
         floor = self.min_effective_samples
         if floor is not None and not 0 < floor < 1:
             found.append(f"{flag('min_effective_samples')} is {floor}; use (0, 1)")
-        for name in ("min_effective_samples", "uniform_mix", "max_weight"):
-            mapped = self.learned or self.policy == "influence"
-            if getattr(self, name) != getattr(DWMConfig, name) and not mapped:
-                found.append(
-                    f"{flag(name)} is about the DWM's weights, but --dwm-policy {self.policy} has "
-                    "none; leave it out"
-                )
         return found
 
     def head_dim_problems(self, tensor_parallel_size: int) -> list[str]:

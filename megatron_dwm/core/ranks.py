@@ -6,7 +6,6 @@ import os
 import socket
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
 
 import torch.distributed as dist
 
@@ -63,28 +62,3 @@ def rank_0_first[T](action: Callable[[], T]) -> T:
         return action() if rank else result  # type: ignore[return-value]
     except DWMError as error:
         raise DWMError(str(error), this_rank_only=True) from error
-
-
-def from_first_rank[T](make: Callable[[], T]) -> T:
-    """Returns on every rank what a function returns on rank 0. A collective of all ranks.
-
-    Args:
-        make: called on rank 0 only; returns something small.
-
-    Raises:
-        DWMError: on every rank, when it raises anything on rank 0; so no rank is left waiting.
-    """
-    found: list[Any] = [None, None]
-    cause: Exception | None = None
-    if dist.get_rank() == 0:
-        try:
-            found[0] = make()
-        except (DWMError, OSError) as error:
-            found[1] = str(error)
-        except Exception as error:  # or the other ranks hang
-            found[1], cause = f"{type(error).__name__}: {error}", error
-    dist.broadcast_object_list(found, src=0)
-    result, message = found
-    if message is not None:
-        raise DWMError(message) from cause
-    return result

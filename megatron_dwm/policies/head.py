@@ -38,7 +38,7 @@ class Head(LearnedPolicy):
         context: what it is built from.
     """
 
-    needs = Needs(losses=True, states=True, influence=True)
+    needs = Needs(losses=True, states=True, influence=True, map=True)
 
     def __init__(self, context: PolicyContext) -> None:
         super().__init__(context, standard=True)

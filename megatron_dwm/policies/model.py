@@ -12,6 +12,7 @@ Shapes: b samples in a micro-batch, m micro-batches on this rank (n = m b), N in
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,7 +38,7 @@ class Model(LearnedPolicy):
         context: what it is built from; its `scorer` builds the transformer.
     """
 
-    needs = Needs(tokens=True, influence=True)
+    needs = Needs(tokens=True, influence=True, model=True, map=True)
 
     def __init__(self, context: PolicyContext) -> None:
         super().__init__(context, standard=False)
@@ -47,7 +48,7 @@ class Model(LearnedPolicy):
         taught = self.regression and config.teacher == "head" and config.trains
         self.teacher = Head(context) if taught else None
         watches = self.teacher is not None
-        self.needs = Needs(tokens=True, losses=watches, states=watches, influence=True)
+        self.needs = replace(self.needs, losses=watches, states=watches)
         self.batch_of_step: torch.Tensor | None = None
         self.replay = Replay(config.replay if self.regression else 0)
         self.lessons = 0

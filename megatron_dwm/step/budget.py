@@ -4,13 +4,15 @@
 all ranks alike; `NoMeter` stands in for it, and does nothing, where no budget is set.
 
 DWM time is what a step takes beyond the trainer's own step (which reads the micro-batches, too):
-scoring, the meta step, and what is charged besides (a verification). It does not see what
-weighting adds inside the trainer's step (benchmarks/uniform_overhead.py), nor what happens between
-steps (the log, snapshots).
+scoring, the meta step, and what is charged besides (a verification). Scoring inside the trainer's
+step, by features and weights in the loss function, is timed there and taken off the trainer's. Not
+seen are the losses' product with the weights (benchmarks/uniform_overhead.py), and what happens
+between steps (the log, snapshots).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import statistics
@@ -24,6 +26,7 @@ import torch
 
 from megatron_dwm.config import DWMConfig
 from megatron_dwm.core import collectives
+from megatron_dwm.core.stopwatch import Stopwatch
 from megatron_dwm.step.plan import StepPlan
 
 Value = TypeVar("Value")
@@ -173,8 +176,8 @@ class OverheadBudget:
                 f"DWM: WARNING: scoring alone takes {self._part(self._scoring)} of the language "
                 f"model's step time ({_usual(self._scoring):.4g} s of {_usual(self._stock):.4g} s),"
                 f" --dwm-overhead-budget allows {self.share:.2%}: NO FURTHER META STEP IS TAKEN, "
-                "the weighting model stays as it is. Raise the budget, or make the weighting model "
-                "smaller (--dwm-num-layers, --dwm-hidden-size, or llm:K with a smaller K)"
+                "the weighting model stays as it is. Raise the budget, or with --dwm-form model "
+                "make it smaller (--dwm-num-layers, --dwm-hidden-size, or llm:K with a smaller K)"
             )
         enough = len(self._meta) >= _ENOUGH and len(self._scoring) >= _ENOUGH
         if self._told or not enough:
@@ -231,6 +234,7 @@ class StepMeter:
 
     def __init__(self, budget: OverheadBudget, device: torch.device) -> None:
         self.budget, self.device = budget, device
+        self.stopwatch = Stopwatch(device)
         self.plan: StepPlan | None = None
         self._put_off = False
         self._own = 0.0
@@ -243,7 +247,7 @@ class StepMeter:
         return self.plan
 
     def own(self, call: Callable[..., Value]) -> Callable[..., Value]:
-        """Returns `call`, its time counted as the trainer's own.
+        """Returns `call`, its time counted as the trainer's own but for what `stopwatch` took.
 
         Only the first time: a step that is run again, to verify a meta-gradient, is DWM time.
         """
@@ -254,8 +258,10 @@ class StepMeter:
             if not first:
                 return call(*args)
             first, start = False, now()
+            self.stopwatch.take()
             result = call(*args)
             self._own += now() - start
+            self._own -= self.stopwatch.take()
             return result
 
         return timed
@@ -285,6 +291,8 @@ class StepMeter:
 
 class NoMeter:
     """A step without a budget: no clock, no synchronisation, no collective."""
+
+    stopwatch = staticmethod(contextlib.nullcontext)
 
     def admitted(self, plan: StepPlan) -> StepPlan:
         """Returns the plan as it is."""

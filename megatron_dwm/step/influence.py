@@ -169,16 +169,9 @@ class MetaGradient:
     ) -> tuple[torch.Tensor | None, dict[str, float]]:
         _swap(parameters, theta)
         restore_random_states(rng)
-        with self.passes.forward_step.counted() as num_tokens:
-            local = ghost.estimate(
-                self.ghost(trainee),
-                _main_grad,
-                get_num_microbatches(),
-                trainee.model,
-                lambda: self.passes.run(trainee, batches, get_num_microbatches(), False),
-            )
+        local = self._ghost_pass(trainee, batches)
         _swap(parameters, theta)
-        return self._scaled(local, num_tokens, loss_scale(trainee)), {}
+        return local, {}
 
     def _by_difference(
         self,
@@ -272,16 +265,8 @@ class MetaGradient:
         with gathered_parameters(trainee), quiet(trainee):
             loss = self._direction_ahead(trainee, lrs)
             restore_random_states(rng)
-            with self.passes.forward_step.counted() as num_tokens:
-                local = ghost.estimate(
-                    self.ghost(trainee),
-                    _main_grad,
-                    get_num_microbatches(),
-                    trainee.model,
-                    lambda: self.passes.run(trainee, batches, get_num_microbatches(), False),
-                )
+            local = self._ghost_pass(trainee, batches)
         restore_random_states(rng)
-        local = self._scaled(local, num_tokens, loss_scale(trainee))
         return self._influence(local, loss, lrs, {})
 
     def _direction_ahead(self, trainee: Trainee, lrs: dict[int, float]) -> float:
@@ -294,6 +279,25 @@ class MetaGradient:
         return loss
 
     # ------------------------------------------------------------------ helpers
+
+    def _ghost_pass(self, trainee: Trainee, batches: StepBatches) -> torch.Tensor | None:
+        """Returns `<v, g_i>` `[n]` of the local samples at weights of 1, by a pass of its own.
+
+        At the parameters and random states as they are, with the gradient buffers holding v.
+
+        Returns:
+            The inner products, None on ranks that see no losses.
+        """
+        count = get_num_microbatches()
+        with self.passes.forward_step.counted() as num_tokens:
+            local = ghost.estimate(
+                self.ghost(trainee),
+                _main_grad,
+                count,
+                trainee.model,
+                lambda: self.passes.run(trainee, batches, count, False),
+            )
+        return self._scaled(local, num_tokens, loss_scale(trainee))
 
     def ghost(self, trainee: Trainee) -> ghost.Ghost:
         """Returns the LLM's layers with their formulas; looked up once."""

@@ -137,6 +137,8 @@ class WeightedForwardStep:
         self._num_microbatches = 1
         self._calls = 0
         self._known_linear = False
+        # What weighting adds to a micro-batch's forward step is done within it.
+        self.stopwatch: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     @contextlib.contextmanager
     def weighted(
@@ -201,10 +203,11 @@ class WeightedForwardStep:
             self._applied.num_tokens.clear()
             self._applied.by_micro_batch.clear()
         self._calls += 1
-        if isinstance(self._weights, PolicyWeights):
-            weights, reported = self._by_policy(self._weights, k, loss_func, output, kwargs)
-        else:
-            weights, reported = self._weights[k], loss_func(output.detach(), **kwargs)
+        with self.stopwatch():
+            if isinstance(self._weights, PolicyWeights):
+                weights, reported = self._by_policy(self._weights, k, loss_func, output, kwargs)
+            else:
+                weights, reported = self._weights[k], loss_func(output.detach(), **kwargs)
         weighted = loss_func(_scale(output, weights), **kwargs)
         self._applied.by_micro_batch.append(weights)
         self._note_tokens(weighted)

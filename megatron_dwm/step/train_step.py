@@ -97,6 +97,7 @@ class DWMTrainStep:
         self.time_share.begin()
         # Spaces and times meta steps under --dwm-overhead-budget; else it does nothing.
         meter = NoMeter() if self.budget is None else StepMeter(self.budget, self.shape.device)
+        self.forward_step.stopwatch = meter.stopwatch
         plan = meter.admitted(self.schedule.plan(iteration))
         self.start_warm(plan, trainee)
         batches = meter.own(StepBatches)(trainee.data_iterator, get_num_microbatches())

@@ -269,6 +269,13 @@ def value_of(run):
     return Path(snapshots.find_snapshot(str(run), stage=0), "value").read_text()
 
 
+def one_rank(monkeypatch):
+    """Stands for a process group of one."""
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda found, src: None)
+
+
 def kill_at(monkeypatch, number, *places):
     """Ends the process before call `number` of any of these functions."""
     left = [number]
@@ -291,8 +298,7 @@ def kill_at(monkeypatch, number, *places):
 def test_a_kill_at_any_step_leaves_a_whole_snapshot(tmp_path, monkeypatch, exchange, number):
     folder = tmp_path / "dwm_stage_001"
     write_snapshot(folder, "old")
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
-    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    one_rank(monkeypatch)
     monkeypatch.setattr(snapshots, "sharded_state", lambda *args, **kwargs: {})
 
     def save(state, target):
@@ -323,8 +329,7 @@ def test_a_kill_at_any_step_leaves_a_whole_snapshot(tmp_path, monkeypatch, excha
 def test_a_save_that_fails_leaves_the_snapshot_of_before(tmp_path, monkeypatch):
     """A full disk, say."""
     write_snapshot(tmp_path / "dwm_stage_001", "old")
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
-    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    one_rank(monkeypatch)
     monkeypatch.setattr(snapshots, "sharded_state", lambda *args, **kwargs: {})
 
     def save(state, target):

@@ -8,7 +8,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +26,9 @@ from megatron.core.num_microbatches_calculator import (  # noqa: E402
 )
 from megatron.core.rerun_state_machine import get_rerun_state_machine  # noqa: E402
 
+from megatron_dwm.core import agreement  # noqa: E402
 from megatron_dwm.core import contexts as guards  # noqa: E402
+from megatron_dwm.errors import DWMError  # noqa: E402
 from megatron_dwm.hosts.megatron_lm import attach, checks  # noqa: E402
 
 
@@ -174,3 +179,86 @@ def test_an_error_that_one_rank_sees_is_printed_by_that_rank(
 
     assert [says(rank, "all see it") for rank in (0, 1, 2)] == [True, False, False]
     assert [says(rank, "not rank 0") for rank in (2, 1)] == [True, False]
+
+
+class Ranks:
+    """Three ranks in threads, with the collectives that agreements are made by.
+
+    Args:
+        patch: puts them in the place of torch's.
+    """
+
+    count = 3
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.barrier = threading.Barrier(self.count, timeout=20)
+        self.rank, self.shared = threading.local(), {}
+        patch.setattr(torch.distributed, "get_rank", lambda: self.rank.value)
+        patch.setattr(torch.distributed, "get_world_size", lambda: self.count)
+        patch.setattr(torch.distributed, "broadcast_object_list", self.broadcast)
+        patch.setattr(torch.distributed, "all_gather_object", self.gather)
+
+    def broadcast(self, found: list, src: int) -> None:
+        if self.rank.value == src:
+            self.shared["broadcast"] = list(found)
+        self.barrier.wait()
+        found[:] = self.shared["broadcast"]
+        self.barrier.wait()
+
+    def gather(self, found: list, mine: object) -> None:
+        self.shared[self.rank.value] = mine
+        self.barrier.wait()
+        found[:] = [self.shared[rank] for rank in range(self.count)]
+        self.barrier.wait()
+
+    def all(self, agree: Any, call: Any) -> list:
+        """Returns what an agreement on `call(rank)` returned, or raised, on each rank."""
+
+        def on(rank: int) -> object:
+            self.rank.value = rank
+            try:
+                return agree(lambda: call(rank))
+            except Exception as error:
+                return type(error), str(error)
+
+        with ThreadPoolExecutor(self.count) as pool:
+            return list(pool.map(on, range(self.count)))
+
+
+@pytest.mark.parametrize("failing", [None, 0, 1, 2])
+def test_what_one_rank_raises_every_rank_raises(
+    monkeypatch: pytest.MonkeyPatch, failing: int | None
+) -> None:
+    """And none waits; a rank other than 0 is named."""
+    ranks, calls = Ranks(monkeypatch), []
+
+    def call(rank: int) -> int:
+        calls.append(rank)
+        if rank == failing:
+            raise OSError("a full disk")
+        return 10 + rank
+
+    found = ranks.all(agreement.on_each_rank, call)
+    assert sorted(calls) == [0, 1, 2]
+    if failing is None:
+        assert found == [10, 11, 12]
+    else:
+        text = "a full disk" if failing == 0 else f"rank {failing}: a full disk"
+        assert found == [(DWMError, text)] * 3
+    calls.clear()
+    found = ranks.all(agreement.on_first_rank, call)
+    assert calls == [0]
+    assert found == ([(DWMError, "a full disk")] if failing == 0 else [10]) * 3
+
+
+def test_an_error_that_nobody_thought_of_is_told_with_its_type(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And printed whole where it is met."""
+
+    def call(rank: int) -> None:
+        raise KeyError("stages")
+
+    for agree in (agreement.on_each_rank, agreement.on_first_rank):
+        assert Ranks(monkeypatch).all(agree, call) == [(DWMError, "KeyError: 'stages'")] * 3
+        assert "Traceback" in capsys.readouterr().err

@@ -87,9 +87,9 @@ def results(folder: Path) -> Results:
     add("old-resumed", [*common, "--load", str(folder / "old")], poison(("scores", 0, [4])))
     unchecked = ["--no-check-for-nan-in-loss-and-grad"]
     bad_loss = poison(("loss", 1, [3, 4]))
-    for name, policy in (("checked", "learned"), ("checked-uniform", "uniform")):
-        words = [*common, "--dwm-policy", policy, "--save", str(folder / name)]
-        add(name, words, bad_loss)
+    uniform = [*small(4, *LAYOUTS["dp2"].split()), "--dwm", "--dwm-policy", "uniform"]
+    for name, words in (("checked", common), ("checked-uniform", uniform)):
+        add(name, [*words, "--save", str(folder / name)], bad_loss)
     add("unchecked", [*common, *unchecked], bad_loss)
     guards = "--dwm-min-effective-samples 0.9 --dwm-uniform-mix 0.3 --dwm-max-weight 1.2".split()
     fast = "--dwm-head-lr 0.3".split()

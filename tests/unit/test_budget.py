@@ -18,8 +18,14 @@ cpu.install()
 import torch  # noqa: E402
 
 from megatron_dwm.config import DWMConfig  # noqa: E402
+from megatron_dwm.core import stopwatch  # noqa: E402
 from megatron_dwm.step import budget as module  # noqa: E402
-from megatron_dwm.step.budget import NOTICE_INTERVAL, NoMeter, OverheadBudget, StepMeter  # noqa: E402
+from megatron_dwm.step.budget import (  # noqa: E402
+    NOTICE_INTERVAL,
+    NoMeter,
+    OverheadBudget,
+    StepMeter,
+)
 from megatron_dwm.step.plan import StepPlan  # noqa: E402
 
 PLAN = StepPlan(stage=0, window="meta", weighted=True, meta_step=True, ends_stage=False)
@@ -298,6 +304,7 @@ class Clock:
     def __init__(self, monkeypatch, others=(0.0, 0.0)):
         self.now, self.others = 0.0, torch.tensor(others, dtype=torch.float64)
         monkeypatch.setattr(module, "now", lambda: self.now)
+        monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: self.now)
         monkeypatch.setattr(module.torch.distributed, "group", type("G", (), {"WORLD": None}))
         monkeypatch.setattr(module.collectives, "largest", self.largest)
 
@@ -330,6 +337,40 @@ class TestMeter:
         assert (budget.stock_seconds, budget.dwm_seconds) == (2.5, 1.25)
         assert found.time_share == 0.5 and found.budget == 0.2 and not found.put_off
 
+    def test_scoring_inside_the_trainers_step_is_the_dwms(self, monkeypatch):
+        """A step of 2 s, of two micro-batches that are scored for 0.125 s each in their forward."""
+        clock, budget = Clock(monkeypatch), OverheadBudget(0.2)
+
+        def stock_step(seconds):
+            for _ in range(2):
+                clock.passes(seconds / 2 - 0.125)
+                with meter.stopwatch():
+                    clock.passes(0.125)
+
+        meter = StepMeter(budget, torch.device("cpu"))
+        meter.admitted(StepPlan(0, "frozen", True, False, False))
+        with meter.stopwatch():
+            clock.passes(0.5)  # outside the trainer's step: the DWM's anyway, and counted once
+        meter.own(stock_step)(2.0)
+        meter.finish(False)
+        assert (budget.stock_seconds, budget.dwm_seconds) == (1.75, 0.75)
+
+    def test_scoring_inside_the_step_can_use_up_the_budget(self, monkeypatch):
+        """A head has no pass of its own, and its scoring is a cost all the same."""
+        clock, budget = Clock(monkeypatch), OverheadBudget(0.02)
+        for _ in range(5):
+            meter = StepMeter(budget, torch.device("cpu"))
+            meter.admitted(StepPlan(0, "frozen", True, False, False))
+
+            def stock_step():
+                clock.passes(1.0)
+                with meter.stopwatch():  # noqa: B023 - called in this iteration
+                    clock.passes(0.05)
+
+            meter.own(stock_step)()
+            meter.finish(False)
+        assert budget.starved and budget.time_share == pytest.approx(0.05)
+
     def test_a_step_that_is_run_again_is_dwm_time(self, monkeypatch):
         budget = OverheadBudget(0.2)
         self.finished(Clock(monkeypatch), budget, again=3)
@@ -360,9 +401,58 @@ class TestMeter:
 
         monkeypatch.setattr(module, "now", refuse)
         monkeypatch.setattr(module.collectives, "largest", refuse)
+        monkeypatch.setattr(stopwatch.time, "perf_counter", refuse)
         meter = NoMeter()
         assert meter.admitted(PLAN) is PLAN and meter.own(refuse) is refuse
+        with meter.stopwatch():
+            pass
         assert meter.finish(True) is None
+
+
+class Event:
+    """Stands in for a CUDA event on a device that is behind the CPU by `lag`."""
+
+    clock, lag, waits = None, 7.0, 0
+
+    def __init__(self, enable_timing=False):
+        assert enable_timing
+        self.at = None
+
+    def record(self):
+        self.at = self.clock.now + self.lag
+
+    def synchronize(self):
+        Event.waits += 1
+
+    def elapsed_time(self, end):
+        return (end.at - self.at) * 1e3
+
+
+class TestStopwatch:
+    def test_on_a_gpu_events_are_read_later_and_nothing_waits(self, monkeypatch):
+        clock = Event.clock = Clock(monkeypatch)
+
+        def refuse(*args):
+            raise AssertionError("waited for the device")
+
+        monkeypatch.setattr(stopwatch.torch.cuda, "Event", Event)
+        monkeypatch.setattr(stopwatch.torch.cuda, "synchronize", refuse)
+        watch = stopwatch.Stopwatch(torch.device("cuda"))
+        for seconds in (0.25, 0.5):
+            clock.passes(1.0)
+            with watch():
+                clock.passes(seconds)
+        assert watch.take() == pytest.approx(0.75) and Event.waits == 0
+        assert watch.take() == 0.0
+
+    def test_on_the_cpu_the_clock_is_read(self, monkeypatch):
+        clock = Clock(monkeypatch)
+        watch = stopwatch.Stopwatch(torch.device("cpu"))
+        for seconds in (0.25, 0.5):
+            clock.passes(1.0)
+            with watch():
+                clock.passes(seconds)
+        assert (watch.take(), watch.take()) == (0.75, 0.0)
 
 
 class TestFromConfig:

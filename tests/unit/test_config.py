@@ -7,8 +7,16 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_dwm.config.flags import add_dwm_args
-from megatron_dwm.config.schema import MODEL_ONLY, DWMConfig, attribute_name, flag, raise_all
+from megatron_dwm.config.schema import (
+    MODEL_ONLY,
+    READ_BY,
+    DWMConfig,
+    attribute_name,
+    flag,
+    raise_all,
+)
 from megatron_dwm.errors import DWMError
+from megatron_dwm.policies.base import BUILT_IN, Needs, WeightPolicy, policy_needs
 
 FIELDS = {spec.name: spec for spec in dataclasses.fields(DWMConfig)}
 
@@ -126,6 +134,20 @@ OTHER_VALUES = {
     "seed": 7,
     "log_samples": True,
 }
+
+
+WITHOUT_MODEL = [n for n, (_, needs) in BUILT_IN.items() if not needs.model]
+WITHOUT_MODEL = [n for n in WITHOUT_MODEL if n not in ("head", "shuffled")]  # by --dwm-form
+
+
+class ReadsNothing(WeightPolicy):
+    """A policy of a user's own."""
+
+
+class ReadsAll(ReadsNothing):
+    """One that is built of all that there is."""
+
+    needs = Needs(influence=True, model=True, map=True)
 
 
 def config_with(**values) -> DWMConfig:
@@ -261,8 +283,47 @@ class TestProblems:
     @pytest.mark.parametrize("name", MODEL_ONLY)
     def test_what_only_the_separate_model_has_is_refused_with_the_head(self, name):
         (problem,) = DWMConfig(**{name: OTHER_VALUES[name]}).problems()
-        assert problem.startswith(f"{flag(name)}: about the separate model, but --dwm-form is head")
+        given = f"{flag(name)} {OTHER_VALUES[name]}"
+        assert problem.startswith(f"{given}: about the separate model, but --dwm-form is head; add")
         assert "--dwm-form model" in problem
+
+    @pytest.mark.parametrize("policy", WITHOUT_MODEL)
+    @pytest.mark.parametrize("name", MODEL_ONLY)
+    def test_what_only_the_separate_model_has_is_refused_without_one(self, policy, name):
+        (problem,) = DWMConfig(policy=policy, **{name: OTHER_VALUES[name]}).problems()
+        assert problem == (
+            f"{flag(name)} {OTHER_VALUES[name]}: about the separate model, but --dwm-policy is "
+            f"{policy}; take --dwm-policy model, or leave it out"
+        )
+
+    @pytest.mark.parametrize("policy", BUILT_IN)
+    @pytest.mark.parametrize("need", READ_BY)
+    def test_settings_are_taken_by_the_policies_that_read_them(self, policy, need):
+        """As the table of needs says; and settings that are left alone are never refused."""
+        config = DWMConfig(policy=policy)
+        reads = getattr(policy_needs("head" if policy == "shuffled" else policy), need)
+        about, _, names = READ_BY[need]
+        values = {**OTHER_VALUES, "gate": "off"}
+        for name in names:
+            given = dataclasses.replace(config, **{name: values[name]})
+            assert any(about in problem for problem in given.problems()) == (not reads), name
+        assert config.problems() == []
+
+    def test_a_policy_of_ones_own_says_what_it_reads(self):
+        values = {"init": "llm:2", "form": "model", "rule": "chain", "max_weight": 4.0}
+        assert DWMConfig(policy=f"{__name__}:ReadsAll", **values).problems() == []
+        problems = DWMConfig(policy=f"{__name__}:ReadsNothing", **values).problems()
+        assert [problem.split(":")[0] for problem in problems] == [
+            "--dwm-init llm", "--dwm-max-weight 4.0", "--dwm-form model, --dwm-rule chain",
+        ]  # fmt: skip
+
+    @pytest.mark.parametrize("chain", [{}, {"rule": "chain"}])
+    def test_settings_that_follow_from_others_are_not_taken_for_given(self, chain):
+        """The paper's rule has another map and gate, which nobody asked for here."""
+        config = DWMConfig(policy="linupper", form="model", **chain).with_defaults()
+        (problem,) = config.problems()
+        assert "--dwm-form model" in problem
+        assert "--dwm-map" not in problem and "--dwm-gate" not in problem
 
     @pytest.mark.parametrize(
         ("values", "words"),

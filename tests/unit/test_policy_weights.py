@@ -1,5 +1,7 @@
 """Weights that a policy makes inside the forward step: what it is shown, and what is refused."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -167,3 +169,34 @@ def test_hooks_are_gone_afterwards():
     with tap.listening():
         pass
     assert not model.output_layer._forward_pre_hooks
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["given", "policy"])
+def test_what_weighting_adds_to_a_forward_step_is_timed(given):
+    """The policy, and the report's own call of the loss function; not the loss that is trained."""
+    seen, inside = [], []
+
+    @contextlib.contextmanager
+    def stopwatch():
+        inside.append(True)
+        yield
+        inside.pop()
+
+    class Watched(Spy):
+        def weights(self, view):
+            seen.append(("policy", bool(inside)))
+            return super().weights(view)
+
+    def loss_func(mask, output):
+        seen.append(("trained" if output.grad_fn is not None else "reported", bool(inside)))
+        return three_values(mask, output)
+
+    model, data = Model(), batches()
+    step = WeightedForwardStep(forward_step(loss_func))
+    step.stopwatch = stopwatch
+    weights = torch.ones(2, B) if given else PolicyWeights(Watched(Needs()), None)
+    with step.weighted(weights, 2):
+        run(step, model, data)
+    expected = [("reported", True), ("trained", False)]
+    assert seen == (expected if given else [("policy", True), *expected]) * 2
+    assert not inside

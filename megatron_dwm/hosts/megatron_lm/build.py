@@ -26,6 +26,7 @@ from megatron_dwm.config.schema import DWMConfig, raise_all
 from megatron_dwm.conversion.dwm_classifier import read_classifier
 from megatron_dwm.conversion.families.rope import LLAMA3_ROPE
 from megatron_dwm.conversion.hf_folder import read_hf_config
+from megatron_dwm.core.agreement import on_each_rank
 from megatron_dwm.core.random_states import random_states
 from megatron_dwm.core.state_tap import StateTap
 from megatron_dwm.core.topology import Megatron
@@ -144,7 +145,9 @@ def build_train_step(
     )
     with _random_states_kept(config.seed):
         policy = policy_class(config.form if config.policy == "learned" else config.policy)(context)
-    tap = StateTap(model[-1]) if policy.needs.states and context.sees_losses else None
+    taps = policy.needs.states and context.sees_losses
+    # Only the last pipeline stage has an output layer, or lacks one.
+    tap = on_each_rank(lambda: StateTap(model[-1]) if taps else None)
     warm_start = None
     if policy.scorer is not None and config.init.startswith("llm:"):
         chunks = [unwrap_model(chunk) for chunk in model]

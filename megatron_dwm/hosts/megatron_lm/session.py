@@ -15,7 +15,7 @@ from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writ
 from megatron_dwm.checkpoint import snapshots
 from megatron_dwm.checkpoint import state as checkpoint
 from megatron_dwm.config import DWMConfig, flag
-from megatron_dwm.core.ranks import from_first_rank
+from megatron_dwm.core.agreement import on_each_rank, on_first_rank
 from megatron_dwm.core.trainee import Trainee
 from megatron_dwm.errors import DWMError
 from megatron_dwm.hosts import cpu
@@ -58,12 +58,13 @@ class Session:
             _check_no_flags(config)
             return stock(*args, **kwargs)
         config = config.with_defaults()
-        check_arguments(config, run)
+        # Each rank looks for the folders and modules that the flags name.
+        on_each_rank(partial(check_arguments, config, run))
         if not run.mock_data:
-            from_first_rank(partial(check_data, config, run))
-        from_first_rank(partial(mend_tracker, run, print_rank_0))
-        from_first_rank(partial(check_checkpoint, run))
-        config = resolve_shapes(config, run)
+            on_first_rank(partial(check_data, config, run))
+        on_first_rank(partial(mend_tracker, run, print_rank_0))
+        on_first_rank(partial(check_checkpoint, run))
+        config = on_each_rank(partial(resolve_shapes, config, run))
         model, optimizer, scheduler = stock(*args, **kwargs)
         if optimizer is None:
             print_rank_0("DWM: --skip-train is set, nothing is weighted")
@@ -145,7 +146,7 @@ class Session:
             self.log.flush()
         if self.step is not None and not loading and run.ckpt_format == "torch_dist":
             metadata = (kwargs.get("model_sd_kwargs") or {}).get("metadata")
-            from_first_rank(partial(forget_unfinished, run, kwargs.get("iteration")))
+            on_first_rank(partial(forget_unfinished, run, kwargs.get("iteration")))
             pending = self.verifier is not None and self.verifier.pending
             state[checkpoint.KEY] = checkpoint.state_for_saving(
                 self.step,

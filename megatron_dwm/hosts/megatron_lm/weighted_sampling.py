@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy
@@ -23,7 +23,7 @@ from megatron.training import training
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_dwm.config import DWMConfig
-from megatron_dwm.core.ranks import from_first_rank
+from megatron_dwm.core.agreement import on_each_rank, on_first_rank
 from megatron_dwm.core.weighted_dataset import (
     DocumentWeights,
     SamplingSettings,
@@ -150,25 +150,40 @@ class Sampling:
 
     def build_data_iterators(self, stock: Any, provider: Any) -> Any:
         """Builds the trainer's data iterators with documents drawn by weight."""
-        digests = self._in_force = self._current_digests()
+        digests = self._in_force = on_first_rank(self._current_digests)
         # If not, only some ranks call it.
         is_distributed = getattr(provider, "is_distributed", False)
+        failures: list[DWMError] = []
 
         def with_weights(*args: Any, **kwargs: Any) -> Any:
-            datasets = provider(*args, **kwargs)
-            # Of several chunks of a virtual pipeline the first one brings the history up to date.
-            changed = self._take_over(datasets[0], digests, is_distributed)
+            try:
+                datasets = provider(*args, **kwargs)
+                # Of several chunks of a virtual pipeline the first one brings the history up to
+                # date.
+                changed = self._take_over(datasets[0], digests, is_distributed)
+            except DWMError as error:
+                if is_distributed:
+                    raise
+                # The others do not come here, and are told when they are through.
+                failures.append(error)
+                return None, None, None
             self.settings.stages.update(changed)
             self._train_sets.append(datasets[0])
             return datasets
+
+        def finish() -> None:
+            for error in failures:
+                raise error
 
         with_weights.is_distributed = is_distributed  # type: ignore[attr-defined]
         if not self._resumed:
             self.settings.stages = {path: [Stage(0, digests[path])] for path in self.prefixes}
         self._open(
-            (path, digest)
-            for path, stages in self.settings.stages.items()
-            for digest in [*(stage.digest for stage in stages), digests[path]]
+            [
+                (path, digest)
+                for path, stages in self.settings.stages.items()
+                for digest in [*(stage.digest for stage in stages), digests[path]]
+            ]
         )
         with rebound(
             BlendedMegatronDatasetBuilder,
@@ -176,7 +191,11 @@ class Sampling:
             ("self", "cls", "sizes", "is_built_on_rank", "config"),
             self._make_builder,
         ):
-            return stock(with_weights)
+            iterators = stock(with_weights)
+        on_each_rank(finish)
+        # Rank 0 reads data, and has begun what all go on from.
+        self.settings.stages = on_first_rank(lambda: self.settings.stages)
+        return iterators
 
     def at_stage(self, data_iterator: Any) -> None:
         """Looks for new weight files; where there are, the rest of the run is planned by them.
@@ -186,15 +205,15 @@ class Sampling:
         """
         self._resumed = True
         try:
-            digests = self._current_digests()
+            digests = on_first_rank(self._current_digests)
+            if digests == self._in_force:
+                return
+            self._open(digests.items())
         except DWMError as error:
             # The weights in force are safe in the run's folder, and so is the training.
             self.printer(f"WARNING: DWM: documents are drawn as before, as {error}")
             return
-        if digests == self._in_force:
-            return
         self._in_force = digests
-        self._open(digests.items())
         iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
         # A provider without `is_distributed` is called on the ranks that read data only.
         datasets = self._train_sets or [None] * len(iterators)
@@ -234,15 +253,15 @@ class Sampling:
             The history of the data sets that have begun one.
 
         Raises:
-            DWMError: on every rank when rank 0 cannot plan by the new weights.
+            DWMError: a rank cannot plan by the new weights; with `everywhere` on every rank.
         """
+        begin = partial(self._begin_stages, dataset, digests)
         if not everywhere:
-            return self._begin_stages(dataset, digests)
-        found = from_first_rank(lambda: self._begin_stages(dataset, digests))
-        if torch.distributed.get_rank() == 0:
-            return found
+            return begin()
+        planned = on_first_rank(begin)
+        first = torch.distributed.get_rank() == 0
         # A rank of another pipeline stage may have data where rank 0 has none.
-        return {**found, **self._begin_stages(dataset, digests)}
+        return {**planned, **on_each_rank(lambda: planned if first else begin())}
 
     def _begin_stages(self, dataset: Any, digests: dict[str, str]) -> dict[str, list[Stage]]:
         """Does so on this rank; samples of a run that did not draw by weight count as not seen."""
@@ -251,8 +270,7 @@ class Sampling:
             if not isinstance(part, WeightedSampling):
                 raise DWMError(
                     f"--dwm-sampling weights needs Megatron's GPTDataset (or a class derived from "
-                    f"it), but the script's training data is {type(part).__name__}",
-                    this_rank_only=True,
+                    f"it), but the script's training data is {type(part).__name__}"
                 )
             path = part.dataset_path
             stages, digest = self.settings.stages[path], digests[path]
@@ -266,7 +284,13 @@ class Sampling:
                 f"DWM: {path} is drawn by new weights from its sample {position} on "
                 f"(weight file {digest[:12]})"
             )
-            part.use_stages(changed[path])
+            try:
+                part.use_stages(changed[path])
+            except OSError as error:
+                raise DWMError(
+                    f"--dwm-sampling weights: the plan of {path} cannot be kept in the cache of "
+                    f"data sets ({error}); free its place, or give another --data-cache-path"
+                ) from error
         return changed
 
     # ------------------------------------------------------------------ files
@@ -278,31 +302,32 @@ class Sampling:
             index = read_index(prefix, verify=False)
             return lengths_digest(index.sequence_lengths), _outline(index)
 
-        found = from_first_rank(lambda: [describe(prefix) for prefix in self.prefixes])
-        for prefix, (digest, outline) in zip(self.prefixes, found, strict=True):
-            index = self._indices[prefix] = read_index(prefix, verify=False)
-            self.settings.lengths[prefix] = digest
+        def open_like(prefix: str, outline: tuple) -> IndexSummary:
+            index = read_index(prefix, verify=False)
             if _outline(index) != outline:
                 raise DWMError(
                     f"{prefix}.idx: documents, sequences, token type and bytes of the .bin are "
-                    f"{_outline(index)} on one rank and {outline} on rank 0; give all ranks the "
-                    "same files"
+                    f"{_outline(index)} here and {outline} on rank 0; give all ranks the same files"
                 )
+            return index
+
+        found = on_first_rank(lambda: [describe(prefix) for prefix in self.prefixes])
+        self.settings.lengths.update(zip(self.prefixes, (d for d, _ in found), strict=True))
+        outlines = dict(zip(self.prefixes, (outline for _, outline in found), strict=True))
+        self._indices = on_each_rank(
+            lambda: {prefix: open_like(prefix, outline) for prefix, outline in outlines.items()}
+        )
 
     def _current_digests(self) -> dict[str, str]:
-        """Returns the digest of each data set's weight file, the same on every rank.
+        """Returns the digest of each data set's weight file; to be called on rank 0.
 
         Rank 0 reads them, and keeps a copy in the run's folder, which the others then open: a
         file that is replaced meanwhile cannot make ranks differ.
         """
-
-        def verified() -> dict[str, str]:
-            files = [read_weights(weights_path(p), self._indices[p]) for p in self.prefixes]
-            for prefix, file in zip(self.prefixes, files, strict=True):
-                self._verified[prefix, file.digest] = self._keep(file)
-            return {p: file.digest for p, file in zip(self.prefixes, files, strict=True)}
-
-        return from_first_rank(verified)
+        files = [read_weights(weights_path(p), self._indices[p]) for p in self.prefixes]
+        for prefix, file in zip(self.prefixes, files, strict=True):
+            self._verified[prefix, file.digest] = self._keep(file)
+        return {p: file.digest for p, file in zip(self.prefixes, files, strict=True)}
 
     def _open(self, files: Iterable[tuple[str, str]]) -> None:
         """Opens weight files on every rank, and numbers their domains, the same on each.
@@ -311,12 +336,14 @@ class Sampling:
             files: path of the data set and digest of the weight file of each.
 
         Raises:
-            DWMError: a file is not to be found.
+            DWMError: on every rank, when one does not find a file.
         """
         new = [key for key in dict.fromkeys(files) if key not in self._opened]
-        found = from_first_rank(lambda: [self._describe(*key) for key in new])
-        for (prefix, digest), described in zip(new, found, strict=True):
-            file = self._reopen(prefix, digest, described)
+        found = on_first_rank(lambda: [self._describe(*key) for key in new])
+        opened = on_each_rank(
+            lambda: [self._reopen(*key, d) for key, d in zip(new, found, strict=True)]
+        )
+        for (prefix, digest), described, file in zip(new, found, opened, strict=True):
             names = list(file.domain_names)
             if described.distinct is not None:
                 names = [str(number) for number in described.distinct.tolist()]
@@ -371,15 +398,23 @@ class Sampling:
         path = os.path.join(self.run.save, FOLDER, f"{file.digest}.weights")
         if file.path == path:
             return file
-        if os.path.exists(path):
-            copy = read_weights(path)
-        else:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            shutil.copyfile(file.path, f"{path}.tmp")
-            copy = read_weights(f"{path}.tmp")
-        if copy.digest != file.digest:
-            raise DWMError(f"{copy.path} is not a copy of {file.path}; delete it, and try again")
-        os.replace(copy.path, path)
+        try:
+            if os.path.exists(path):
+                copy = read_weights(path)
+            else:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                shutil.copyfile(file.path, f"{path}.tmp")
+                copy = read_weights(f"{path}.tmp")
+            if copy.digest != file.digest:
+                raise DWMError(
+                    f"{copy.path} is not a copy of {file.path}; delete it, and try again"
+                )
+            os.replace(copy.path, path)
+        except OSError as error:
+            raise DWMError(
+                f"--save {self.run.save}: {file.path} cannot be kept there, from where a resumed "
+                f"run reads it ({error}); free its place, or give another --save"
+            ) from error
         return read_weights(path, verify=False)
 
     def _weights(self, prefix: str, digest: str) -> DocumentWeights:

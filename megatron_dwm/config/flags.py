@@ -6,7 +6,8 @@ import argparse
 import dataclasses
 import typing
 
-from megatron_dwm.config.schema import DWMConfig, attribute_name, flag
+from megatron_dwm.config.choices import attribute_name, flag
+from megatron_dwm.config.schema import DWMConfig
 
 
 def add_dwm_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

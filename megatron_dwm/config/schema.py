@@ -3,61 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_dwm.config import validation
+from megatron_dwm.config.choices import FORMS, attribute_name
 from megatron_dwm.config.policy_table import Needs, policy_needs
 from megatron_dwm.errors import DWMError
-
-FORMS = ("head", "model")
-RULES = ("regression", "chain")
-MAPS = ("sigmoid", "softmax")
-GATES = ("on", "off")
-TEACHERS = ("head", "none")
-# Settings that only the form `model` has.
-MODEL_ONLY = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "pooling",
-    "init",
-    "head_lr",
-    "backbone_lr",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "clip_grad",
-    "replay",
-    "replay_steps",
-    "teacher",
-)
-# Settings that only some policies read: by what of `Needs` such a policy asks for, what they are
-# about and what to do instead of leaving them out.
-READ_BY: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "model": ("the separate model", "take --dwm-policy model", MODEL_ONLY),
-    "map": (
-        "the map from scores to weights",
-        "take a policy that has one",
-        ("map", "slope", "temperature", "min_effective_samples", "uniform_mix", "max_weight"),
-    ),
-    "influence": (
-        "what is learned from influence",
-        "take --dwm-policy learned",
-        ("form", "rule", "gate", "forgetting", "ridge"),
-    ),
-}
-SCHEDULES = ("staged", "joint", "frozen")
-ESTIMATORS = ("auto", "ghost", "finite_difference")
-LOOKAHEADS = ("auto", "next", "current")
-JACOBIANS = ("exact", "identity")
-POOLINGS = ("last", "mean")
-SAMPLINGS = ("stock", "weights")
-DRAWS = ("systematic", "independent")
-_INIT = re.compile(r"random|llm:[1-9]\d*|hf:.+")
 
 
 def _option(default: Any, help: str, **metadata: Any) -> Any:
@@ -264,12 +216,12 @@ class DWMConfig:
     @property
     def trains(self) -> bool:
         """Whether meta steps are taken at all."""
-        return self.uses_meta_set and self.schedule != "frozen" and self._needs().influence
+        return self.uses_meta_set and self.schedule != "frozen" and self.needs.influence
 
     @property
     def uses_meta_set(self) -> bool:
         """Whether samples' influence on the meta set is wanted, on meta steps or ahead of steps."""
-        needs = self._needs()
+        needs = self.needs
         return needs.influence_ahead or (needs.influence and self.schedule != "frozen")
 
     @property
@@ -285,9 +237,10 @@ class DWMConfig:
     @property
     def has_model(self) -> bool:
         """Whether a separate weighting model is built."""
-        return self._needs().model
+        return self.needs.model
 
-    def _needs(self) -> Any:
+    @property
+    def needs(self) -> Needs:
         """What the policy asks for; nothing where there is none of that name."""
         name = self.form if self.policy in ("learned", "shuffled") else self.policy
         try:
@@ -315,200 +268,7 @@ class DWMConfig:
 
     def problems(self) -> list[str]:
         """Returns one line for each setting that cannot work, independent of the LLM."""
-        config = self.with_defaults()
-        if config.form not in FORMS:
-            return [_not_allowed("form", config.form, FORMS)]
-        try:
-            policy_needs(config.form if config.policy == "learned" else config.policy)
-        except DWMError as error:
-            # The rest is looked at all the same.
-            return [str(error), *dataclasses.replace(config, policy="learned")._problems()]
-        return config._problems()
-
-    def _problems(self) -> list[str]:
-        found = self._form_problems()
-        for spec in dataclasses.fields(self):
-            value = getattr(self, spec.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                found.append(f"{flag(spec.name)} is {value}; it must be a finite number")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                found.append(f"{flag(name)} is {getattr(self, name)}; it must lie in [0, 1)")
-        for name, allowed in (
-            ("rule", RULES),
-            ("map", MAPS),
-            ("gate", GATES),
-            ("teacher", TEACHERS),
-            ("schedule", SCHEDULES),
-            ("estimator", ESTIMATORS),
-            ("lookahead", LOOKAHEADS),
-            ("jacobian", JACOBIANS),
-            ("pooling", POOLINGS),
-            ("sampling", SAMPLINGS),
-            ("sampling_draws", DRAWS),
-        ):
-            value = getattr(self, name)
-            if value not in allowed:
-                found.append(_not_allowed(name, value, allowed))
-        if not _INIT.fullmatch(self.init):
-            found.append(f"{flag('init')} is '{self.init}'; allowed are random, llm:K and hf:DIR")
-        positive = ("stages", "meta_interval", "num_layers", "hidden_size", "num_attention_heads")
-        for name in (*positive, "temperature", "slope", "head_lr", "max_bad_steps"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                found.append(f"{flag(name)} is {value}; it must be above 0")
-        if self.meta_dense_steps is not None and self.meta_dense_steps < 0:
-            found.append(
-                f"{flag('meta_dense_steps')} is {self.meta_dense_steps}; it must not be negative"
-            )
-        not_negative = ("warmup_steps", "backbone_lr", "weight_decay", "clip_grad", "seed")
-        for name in (*not_negative, "ridge", "replay", "replay_steps"):
-            if (getattr(self, name) or 0) < 0:
-                found.append(f"{flag(name)} is {getattr(self, name)}; it must not be negative")
-        for name in (
-            "stage_meta_steps",
-            "meta_batch_size",
-            "ffn_hidden_size",
-            "num_query_groups",
-            "overhead_budget",
-            "verify_meta_gradient",
-            "sampling_max_repeats",
-        ):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                found.append(f"{flag(name)} is {value}; it must be above 0")
-        if self.fd_relative_step is not None and not 0 < self.fd_relative_step < 1:
-            found.append(f"{flag('fd_relative_step')} is {self.fd_relative_step}; use (0, 1)")
-        if self.verify_samples < 3:
-            found.append(
-                f"{flag('verify_samples')} is {self.verify_samples}; a correlation needs 3 or more"
-            )
-        for name in ("verify_meta_gradient", "overhead_budget"):
-            if getattr(self, name) is not None and not self.trains:
-                found.append(
-                    f"{flag(name)} is about meta steps, but --dwm-policy {self.policy} with "
-                    f"--dwm-schedule {self.schedule} takes no meta steps; leave it out"
-                )
-        if not 0 <= self.verify_correlation < 1:
-            found.append(f"{flag('verify_correlation')} is {self.verify_correlation}; use [0, 1)")
-        if self.lookahead == "current" and self.estimator == "finite_difference":
-            found.append(
-                "--dwm-lookahead current needs --dwm-estimator ghost: its gain is to read the "
-                "influence off the training pass, which finite_difference cannot do"
-            )
-        if not 0 < self.forgetting <= 1:
-            found.append(f"{flag('forgetting')} is {self.forgetting}; use (0, 1]")
-        found += self._sampling_problems()
-        found += self._guard_problems()
-        if self.schedule == "frozen" and self.learned and not self.load:
-            found.append("--dwm-schedule frozen needs --dwm-load DIR, the weights to be used")
-        return found
-
-    def _form_problems(self) -> list[str]:
-        """Returns one line for each setting that another form, rule or map would need."""
-        default, found = DWMConfig(), self._unread_problems()
-        if self.form == "head" and self.learned:
-            if self.rule == "chain":
-                found.append(
-                    "--dwm-rule chain is the rule of a separate model, but --dwm-form is head; "
-                    "add --dwm-form model, or leave it out"
-                )
-            if self.map == "softmax":
-                found.append(
-                    "--dwm-map softmax needs the scores of the whole batch before the step, but "
-                    "--dwm-form head makes them inside it; use sigmoid, or --dwm-form model"
-                )
-        others = {"slope": "sigmoid", "temperature": "softmax"}
-        for name, wanted in others.items():
-            given = getattr(self, name) != getattr(default, name)
-            if given and self._needs().map and self.map != wanted:
-                found.append(
-                    f"{flag(name)} is about --dwm-map {wanted}, but the map is {self.map}; leave "
-                    f"it out, or add --dwm-map {wanted}"
-                )
-        if self.policy in FORMS and self.form != self.policy:
-            found.append(f"--dwm-policy {self.policy} contradicts --dwm-form {self.form}")
-        return found
-
-    def _unread_problems(self) -> list[str]:
-        """Returns one line for each kind of settings that were given and that nothing reads."""
-        # Map and gate follow from form and rule where they are not given.
-        usual = vars(DWMConfig(form=self.form, rule=self.rule).with_defaults())
-        usual = {**usual, "form": "head", "rule": "regression"}
-        needs, found = self._needs(), []
-        for need, (about, way_out, names) in READ_BY.items():
-            given = [name for name in names if getattr(self, name) != usual[name]]
-            if not given or getattr(needs, need):
-                continue
-            which = f"--dwm-policy is {self.policy}"
-            if self.learned:
-                which, way_out = f"--dwm-form is {self.form}", "add --dwm-form model"
-            flags = ", ".join(f"{flag(name)} {getattr(self, name)}" for name in given)
-            found.append(f"{flags}: about {about}, but {which}; {way_out}, or leave it out")
-        return found
-
-    def _sampling_problems(self) -> list[str]:
-        found = []
-        for name in ("sampling_draws", "sampling_max_repeats"):
-            given = getattr(self, name) != getattr(DWMConfig(), name)
-            if given and self.sampling != "weights":
-                found.append(
-                    f"{flag(name)} is about drawn documents; add --dwm-sampling weights, or leave "
-                    "it out"
-                )
-        return found
-
-    def _guard_problems(self) -> list[str]:
-        found = []
-        if not 0 <= self.uniform_mix < 1:
-            found.append(f"{flag('uniform_mix')} is {self.uniform_mix}; use [0, 1)")
-        if self.max_weight is not None and not self.max_weight > 1:
-            found.append(
-                f"{flag('max_weight')} is {self.max_weight}; it must be above 1, the mean weight"
-            )
-        floor = self.min_effective_samples
-        if floor is not None and not 0 < floor < 1:
-            found.append(f"{flag('min_effective_samples')} is {floor}; use (0, 1)")
-        return found
-
-    def head_dim_problems(self, tensor_parallel_size: int) -> list[str]:
-        """Returns one line for each DWM shape that does not divide.
-
-        Args:
-            tensor_parallel_size: the LLM's tensor-parallel size, which the DWM shares.
-        """
-        found: list[str] = []
-        heads = self.num_attention_heads
-        groups = self.num_query_groups or heads
-        if min(heads, groups, self.hidden_size, self.resolved_ffn_hidden_size) <= 0:
-            return found  # already among problems()
-        if self.hidden_size % heads:
-            found.append(
-                f"--dwm-hidden-size {self.hidden_size} is not divisible by "
-                f"--dwm-num-attention-heads {heads}"
-            )
-        elif (self.hidden_size // heads) % 2:
-            found.append(
-                f"--dwm-hidden-size {self.hidden_size} / --dwm-num-attention-heads {heads} is "
-                f"odd; rotary embeddings need an even head size"
-            )
-        if heads % groups:
-            found.append(
-                f"--dwm-num-attention-heads {heads} is not divisible by "
-                f"--dwm-num-query-groups {groups}"
-            )
-        for name, value in (
-            ("hidden-size", self.hidden_size),
-            ("num-attention-heads", heads),
-            ("num-query-groups", groups),
-            ("ffn-hidden-size", self.resolved_ffn_hidden_size),
-        ):
-            if value % tensor_parallel_size:
-                found.append(
-                    f"--dwm-{name} {value} is not divisible by "
-                    f"--tensor-model-parallel-size {tensor_parallel_size}"
-                )
-        return found
+        return validation.problems(self)
 
     @property
     def resolved_ffn_hidden_size(self) -> int:
@@ -535,23 +295,3 @@ class DWMConfig:
             if hasattr(args, attribute):
                 values[spec.name] = getattr(args, attribute)
         return cls(**values)
-
-
-def flag(name: str) -> str:
-    """Returns the command-line flag of a field: `meta_batch_size` -> `--dwm-meta-batch-size`."""
-    return "--dwm" if name == "enabled" else "--dwm-" + name.replace("_", "-")
-
-
-def attribute_name(name: str) -> str:
-    """Returns the attribute of the parsed arguments that holds a field."""
-    return "dwm" if name == "enabled" else "dwm_" + name
-
-
-def _not_allowed(name: str, value: Any, allowed: tuple[str, ...]) -> str:
-    return f"{flag(name)} is '{value}'; allowed are {', '.join(allowed)}"
-
-
-def raise_all(problems: list[str]) -> None:
-    """Raises one `DWMError` that lists every problem, if there is any."""
-    if problems:
-        raise DWMError("; ".join(problems))

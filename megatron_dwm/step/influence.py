@@ -63,7 +63,7 @@ class Influence:
     quality: dict[str, float] = field(default_factory=dict)
 
 
-class MetaGradient:
+class InfluencePasses:
     """Takes the trainer's step and finds every sample's influence on the meta loss.
 
     Args:
@@ -145,7 +145,7 @@ class MetaGradient:
             # kept: the step's gradient, until v is there.
             inner = InnerStep.capture(trainee.optimizer, lrs, result[5])
         with quiet(trainee):
-            loss = self.passes.meta_gradient(trainee)
+            loss = self.passes.meta_loss_gradient(trainee)
             if inner is not None:
                 inner.pull_back(trainee.model, self.passes.shape.device)
             else:
@@ -271,7 +271,7 @@ class MetaGradient:
 
     def _direction_ahead(self, trainee: Trainee, lrs: dict[int, float]) -> float:
         """Leaves v before the step in the gradient buffers; returns the meta loss."""
-        loss = self.passes.meta_gradient(trainee)
+        loss = self.passes.meta_loss_gradient(trainee)
         if self.config.jacobian == "exact":
             pull_back_before_step(trainee.optimizer, lrs, trainee.model)
         else:

@@ -50,7 +50,7 @@ class Passes:
             forward_only=forward_only,
         )
 
-    def meta_gradient(self, trainee: Trainee) -> float:
+    def meta_loss_gradient(self, trainee: Trainee) -> float:
         """Leaves the gradient h of the next meta batch's loss in the gradient buffers.
 
         Returns:
@@ -72,7 +72,7 @@ class Passes:
 
     @torch.no_grad()
     def meta_loss(self, trainee: Trainee, position: int) -> float:
-        """Returns the loss of the meta batch at `position` whose gradient `meta_gradient` takes.
+        """Returns the loss of the meta batch at `position`, as `meta_loss_gradient` takes it.
 
         With the trainer's own normalisation: the mean over micro-batches of the loss per token, or
         the loss per token of the whole batch (`--calculate-per-token-loss`).

@@ -92,7 +92,7 @@ def influence(probed: ProbedStep, estimator: str | None = None) -> Influence | N
     step = probed.step
     assert step.meta_data is not None
     position, state = step.meta_data.consumed_samples, probed.state()
-    _, found = step.meta_gradient.step(
+    _, found = step.influence.step(
         probed.quiet_step, probed.trainee, probed.batches, probed.weights, estimator
     )
     with gathered_parameters(probed.trainee):
@@ -135,7 +135,7 @@ def _meta_loss_after(probed: ProbedStep, weights: torch.Tensor, state: TrainerSt
     step, trainee = probed.step, probed.trainee
     assert step.meta_data is not None
     with gathered_parameters(trainee):
-        result, _ = step.meta_gradient.weighted_step(probed.quiet_step, probed.batches, weights)
+        result, _ = step.influence.weighted_step(probed.quiet_step, probed.batches, weights)
         with quiet(trainee):
             loss = step.passes.meta_loss(trainee, step.meta_data.consumed_samples)
         state.restore()
@@ -155,12 +155,12 @@ def reference(probed: ProbedStep) -> torch.Tensor:
         exact = step.config.jacobian == "exact"
         inner = None
         if step.config.lookahead == "next":
-            result, _ = step.meta_gradient.weighted_step(
+            result, _ = step.influence.weighted_step(
                 probed.quiet_step, probed.batches, probed.weights
             )
             inner = InnerStep.capture(trainee.optimizer, lrs, result[5]) if exact else None
         with quiet(trainee):
-            step.passes.meta_gradient(trainee)
+            step.passes.meta_loss_gradient(trainee)
             if not exact:
                 pull_back_identity(max(lrs.values(), default=0.0), trainee.model)
             elif inner is not None:

@@ -32,7 +32,7 @@ from megatron_dwm.core.trainee import Trainee
 from megatron_dwm.policies.base import SampleView, StepView, WeightPolicy
 from megatron_dwm.step.budget import NoMeter, Overhead, OverheadBudget, StepMeter, now
 from megatron_dwm.step.health import BadSteps
-from megatron_dwm.step.influence import Influence, MetaGradient, StockStep, Weighing
+from megatron_dwm.step.influence import Influence, InfluencePasses, StockStep, Weighing
 from megatron_dwm.step.loss import PolicyWeights
 from megatron_dwm.step.passes import Passes
 from megatron_dwm.step.plan import Schedule, StepPlan
@@ -69,7 +69,7 @@ class DWMTrainStep:
         self.shape, self.meta_data = passes.shape, passes.meta_data
         self.sees_losses = passes.sees_losses
         self.policy, self.tap, self.warm_start = policy, tap, warm_start
-        self.meta_gradient = MetaGradient(config, passes)
+        self.influence = InfluencePasses(config, passes)
         self.budget = OverheadBudget.from_config(config)
         self.bad_steps = BadSteps(config.max_bad_steps)
         self.time_share = TimeShare()
@@ -115,9 +115,9 @@ class DWMTrainStep:
         influence: Influence | None = None
         start = now() if plan.meta_step else 0.0
         if plan.meta_step:
-            result, influence = self.meta_gradient.step(stock_step, trainee, batches, weighing)
+            result, influence = self.influence.step(stock_step, trainee, batches, weighing)
         else:
-            result, _ = self.meta_gradient.weighted_step(stock_step, batches, weighing)
+            result, _ = self.influence.weighted_step(stock_step, batches, weighing)
         loss = _first_loss(result[0])
 
         # E: the policy learns, unless something is NaN or infinite
@@ -163,7 +163,7 @@ class DWMTrainStep:
             What was not.
         """
         causes: list[str] = []
-        found = self.meta_gradient.ahead(trainee, step.batches)
+        found = self.influence.ahead(trainee, step.batches)
         values = None
         if found is not None:
             lr = torch.tensor(found.lr, dtype=torch.float64, device=self.shape.device)
@@ -262,7 +262,7 @@ class DWMTrainStep:
         overhead: Overhead | None,
         causes: list[str],
     ) -> StepRecord:
-        weights = self._gathered(self.meta_gradient.applied.weights)
+        weights = self._gathered(self.influence.applied.weights)
         domains = None if step.domains is None else self._gathered(step.domains)
         record = StepRecord(step.iteration + 1, plan, weights, domains, meta, loss, overhead)
         record.causes, record.bad_steps = causes, self.bad_steps.summary()

@@ -21,9 +21,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dwm.hosts.cpu import install as host
+from megatron_dwm.hosts import cpu
 
-host.install()
+cpu.install()
 
 from megatron.core.datasets.blended_megatron_dataset_builder import (  # noqa: E402
     BlendedMegatronDatasetBuilder,

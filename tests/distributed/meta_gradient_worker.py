@@ -163,7 +163,7 @@ def update(probed, scores, iteration):
     # The meta step must leave the LLM exactly where the trainer's step alone takes it.
     state.restore()
     with gathered_parameters(probed.trainee):
-        step.meta_gradient.weighted_step(probed.stock_step, probed.batches, probed.weights)
+        step.influence.weighted_step(probed.stock_step, probed.batches, probed.weights)
     left_alone = all(
         torch.equal(t, m) for (t, _), m in zip(state.tensors, moved, strict=True) if t.dim() > 0
     )
@@ -199,7 +199,7 @@ def memory(probed):
     state = probed.state()
 
     def without_meta_step():
-        step.meta_gradient.weighted_step(probed.stock_step, probed.batches, probed.weights)
+        step.influence.weighted_step(probed.stock_step, probed.batches, probed.weights)
 
     def peak_of(act, *places):
         """Runs `act` and returns the most that is alive at the entry of one of the places."""
@@ -228,14 +228,14 @@ def memory(probed):
         measure_after_step()
         state.restore()
     base = seen[0]
-    passes = (step.passes, "meta_gradient"), (step.passes, "run")
+    passes = (step.passes, "meta_loss_gradient"), (step.passes, "run")
     for name in ("ghost", "finite_difference", "current"):
         lookahead = "current" if name == "current" else "next"
-        config = dataclasses.replace(step.meta_gradient.config, lookahead=lookahead)
-        places = passes if name != "current" else [(step.meta_gradient, "weighted_step")]
-        with replaced(step.meta_gradient, "config", config), gathered_parameters(probed.trainee):
+        config = dataclasses.replace(step.influence.config, lookahead=lookahead)
+        places = passes if name != "current" else [(step.influence, "weighted_step")]
+        with replaced(step.influence, "config", config), gathered_parameters(probed.trainee):
             peak = peak_of(
-                lambda name=name: step.meta_gradient.step(
+                lambda name=name: step.influence.step(
                     probed.stock_step,
                     probed.trainee,
                     probed.batches,

@@ -31,7 +31,7 @@ import torch  # noqa: E402
 
 from megatron_dwm.checkpoint import state as checkpoint  # noqa: E402
 from megatron_dwm.core.optimizers import leaf_optimizers  # noqa: E402
-from megatron_dwm.step.influence import MetaGradient  # noqa: E402
+from megatron_dwm.step.influence import InfluencePasses  # noqa: E402
 from megatron_dwm.step.loss import WeightedForwardStep  # noqa: E402
 from megatron_dwm.step.train_step import DWMTrainStep  # noqa: E402
 from megatron_dwm.weighting_model.scorer import Scorer  # noqa: E402
@@ -76,7 +76,7 @@ def poisoned(seen):
     """Within it, values are poisoned as POISON says, and every step is written down."""
     poison = Poison()
     step, scores, run = DWMTrainStep.__call__, Scorer.scores, Scorer._run
-    influence, forward = MetaGradient._influence, WeightedForwardStep.__call__
+    influence, forward = InfluencePasses._influence, WeightedForwardStep.__call__
 
     def noted_step(self, stock_step, trainee, iteration):
         poison.step = iteration + 1
@@ -135,13 +135,13 @@ def poisoned(seen):
 
     saving, checkpoint.state_for_saving = checkpoint.state_for_saving, older
     DWMTrainStep.__call__, Scorer.scores, Scorer._run = noted_step, poisoned_scores, poisoned_run
-    MetaGradient._influence, WeightedForwardStep.__call__ = poisoned_influence, poisoned_forward
+    InfluencePasses._influence, WeightedForwardStep.__call__ = poisoned_influence, poisoned_forward
     try:
         yield
     finally:
         checkpoint.state_for_saving = saving
         DWMTrainStep.__call__, Scorer.scores, Scorer._run = step, scores, run
-        MetaGradient._influence, WeightedForwardStep.__call__ = influence, forward
+        InfluencePasses._influence, WeightedForwardStep.__call__ = influence, forward
 
 
 def main():

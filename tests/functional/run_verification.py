@@ -21,7 +21,7 @@ import psutil  # noqa: E402
 
 from megatron_dwm.checkpoint import state as checkpoint  # noqa: E402
 from megatron_dwm.cli import probe as command  # noqa: E402
-from megatron_dwm.step.influence import MetaGradient  # noqa: E402
+from megatron_dwm.step.influence import InfluencePasses  # noqa: E402
 
 
 def scrambled(found):
@@ -32,13 +32,13 @@ def scrambled(found):
 @contextlib.contextmanager
 def broken_estimate():
     """Breaks the product's meta-gradient where SCRAMBLE is set, and nothing else."""
-    whole = MetaGradient._influence
+    whole = InfluencePasses._influence
     if os.environ.get("SCRAMBLE") == "1":
-        MetaGradient._influence = scrambled(whole)
+        InfluencePasses._influence = scrambled(whole)
     try:
         yield
     finally:
-        MetaGradient._influence = whole
+        InfluencePasses._influence = whole
 
 
 @contextlib.contextmanager

@@ -6,17 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_dwm.config.choices import MODEL_ONLY, READ_BY, attribute_name, flag
 from megatron_dwm.config.flags import add_dwm_args
-from megatron_dwm.config.schema import (
-    MODEL_ONLY,
-    READ_BY,
-    DWMConfig,
-    attribute_name,
-    flag,
-    raise_all,
-)
+from megatron_dwm.config.policy_table import BUILT_IN, policy_needs
+from megatron_dwm.config.schema import DWMConfig
+from megatron_dwm.config.validation import raise_all
 from megatron_dwm.errors import DWMError
-from megatron_dwm.policies.base import BUILT_IN, Needs, WeightPolicy, policy_needs
+from megatron_dwm.policies.base import Needs, WeightPolicy
 
 FIELDS = {spec.name: spec for spec in dataclasses.fields(DWMConfig)}
 

@@ -20,7 +20,7 @@ cpu.install()
 from megatron_dwm.config import DWMConfig  # noqa: E402
 from megatron_dwm.core import collectives  # noqa: E402
 from megatron_dwm.meta_gradient import finite_difference  # noqa: E402
-from megatron_dwm.step.influence import MetaGradient  # noqa: E402
+from megatron_dwm.step.influence import InfluencePasses  # noqa: E402
 
 SAMPLES = 10
 CPU = torch.device("cpu")
@@ -402,7 +402,7 @@ class TestWhenLinearityIsChecked:
     def checked(self, first_position=0, steps=250, batch_size=48):
         """Numbers of the meta steps that check, of a run that begins at a meta set position."""
         data = SimpleNamespace(consumed_samples=first_position, batch_size=batch_size)
-        step = MetaGradient(DWMConfig(), SimpleNamespace(meta_data=data))
+        step = InfluencePasses(DWMConfig(), SimpleNamespace(meta_data=data))
         found = []
         for _ in range(steps):
             data.consumed_samples += batch_size  # pass C

@@ -22,7 +22,8 @@ from megatron.core.utils import get_model_config, unwrap_model
 from megatron.training import get_tokenizer, print_rank_0
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
-from megatron_dwm.config.schema import DWMConfig, raise_all
+from megatron_dwm.config.schema import DWMConfig
+from megatron_dwm.config.validation import head_dim_problems, raise_all
 from megatron_dwm.conversion.dwm_classifier import read_classifier
 from megatron_dwm.conversion.families.rope import LLAMA3_ROPE
 from megatron_dwm.conversion.hf_folder import read_hf_config
@@ -94,7 +95,7 @@ def resolve_shapes(config: DWMConfig, args: Any) -> DWMConfig:
         changes["meta_batch_size"] = default_meta_batch_size(args)
     config = dataclasses.replace(config, **changes)
     if config.has_model and config.init.startswith("hf:"):
-        raise_all(config.head_dim_problems(args.tensor_model_parallel_size))
+        raise_all(head_dim_problems(config, args.tensor_model_parallel_size))
     return config
 
 

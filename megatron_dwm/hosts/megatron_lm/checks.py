@@ -9,7 +9,8 @@ from typing import Any
 from megatron.core.datasets.utils import get_blend_from_list
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from megatron_dwm.config.schema import DWMConfig, raise_all
+from megatron_dwm.config.schema import DWMConfig
+from megatron_dwm.config.validation import head_dim_problems, raise_all
 from megatron_dwm.data.index import DatasetError, read_index
 from megatron_dwm.data.weight_file import read_weights, weights_path
 from megatron_dwm.errors import DWMError
@@ -123,7 +124,7 @@ def check_arguments(config: DWMConfig, args: Any) -> None:
         problems += _unsupported_flags(config, args)
     if config.has_model:
         if config.init == "random":
-            problems += config.head_dim_problems(args.tensor_model_parallel_size)
+            problems += head_dim_problems(config, args.tensor_model_parallel_size)
         problems += _init_problems(config, args)
     if config.uses_meta_set:
         problems += _meta_problems(config, args)

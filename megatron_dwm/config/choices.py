@@ -1,0 +1,60 @@
+"""What settings may be, which of them belong to what, and what each is called as a flag."""
+
+from __future__ import annotations
+
+FORMS = ("head", "model")
+RULES = ("regression", "chain")
+MAPS = ("sigmoid", "softmax")
+GATES = ("on", "off")
+TEACHERS = ("head", "none")
+# Settings that only the form `model` has.
+MODEL_ONLY = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "pooling",
+    "init",
+    "head_lr",
+    "backbone_lr",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "clip_grad",
+    "replay",
+    "replay_steps",
+    "teacher",
+)
+# Settings that only some policies read: by what of `Needs` such a policy asks for, what they are
+# about and what to do instead of leaving them out.
+READ_BY: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "model": ("the separate model", "take --dwm-policy model", MODEL_ONLY),
+    "map": (
+        "the map from scores to weights",
+        "take a policy that has one",
+        ("map", "slope", "temperature", "min_effective_samples", "uniform_mix", "max_weight"),
+    ),
+    "influence": (
+        "what is learned from influence",
+        "take --dwm-policy learned",
+        ("form", "rule", "gate", "forgetting", "ridge"),
+    ),
+}
+SCHEDULES = ("staged", "joint", "frozen")
+ESTIMATORS = ("auto", "ghost", "finite_difference")
+LOOKAHEADS = ("auto", "next", "current")
+JACOBIANS = ("exact", "identity")
+POOLINGS = ("last", "mean")
+SAMPLINGS = ("stock", "weights")
+DRAWS = ("systematic", "independent")
+
+
+def flag(name: str) -> str:
+    """Returns the command-line flag of a field: `meta_batch_size` -> `--dwm-meta-batch-size`."""
+    return "--dwm" if name == "enabled" else "--dwm-" + name.replace("_", "-")
+
+
+def attribute_name(name: str) -> str:
+    """Returns the attribute of the parsed arguments that holds a field."""
+    return "dwm" if name == "enabled" else "dwm_" + name

@@ -1,0 +1,1 @@
+"""The weighting inside Megatron's checkpoints, snapshots, and damage."""

@@ -1,7 +1,7 @@
 """Conversion between Megatron checkpoints and Hugging Face folders.
 
 `families` states each model family once, as rules that export and import both follow;
-`checkpoint` and `legacy_checkpoint` read Megatron's checkpoints without a process group,
+`dist_checkpoint` and `legacy_checkpoint` read Megatron's checkpoints without a process group,
 `torch_dist_writer` writes one, `hf_folder` and `hf_model` read Hugging Face safetensors folders.
 None of them imports `megatron` or `transformers`.
 """
@@ -25,7 +25,6 @@ from megatron_dwm.errors import ConversionError
 
 __all__ = [
     "ConversionError",
-    "ModelShape",
     "ModelShape",
     "TorchDistCheckpoint",
     "find_checkpoint",

@@ -1,0 +1,1 @@
+"""What is relied on in megatron.core, the run's layout, and the collectives."""

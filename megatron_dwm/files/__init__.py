@@ -1,0 +1,1 @@
+"""Files of others, read with care; folders, replaced whole."""

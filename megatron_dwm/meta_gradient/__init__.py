@@ -1,0 +1,1 @@
+"""`dL_meta/dw` for every sample: estimators, and how they see layers and optimizers."""

@@ -1,0 +1,1 @@
+"""The modified training step, its passes, and what may go wrong in it."""

@@ -1,0 +1,1 @@
+"""The separate transformer of `--dwm-form model`."""

@@ -65,7 +65,7 @@ class ProbeSession(Session):
             scheduler.step(increment=0)
         return found
 
-    def train_step(  # noqa: D102 - as Session's
+    def train_step(
         self,
         stock: Any,
         forward_step_func: Any,
@@ -78,6 +78,7 @@ class ProbeSession(Session):
         iteration: int | None = None,
         **kwargs: Any,
     ) -> tuple:
+        """Compares at the first step, and ends the script there."""
         assert self.step is not None
         rest = (model, optimizer, opt_param_scheduler, config, forward_backward_func)
         wrapped = self.step.forward_step

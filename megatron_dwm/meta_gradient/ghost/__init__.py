@@ -1,0 +1,1 @@
+"""The ghost estimator: a rule a layer type."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import select
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +21,8 @@ _EXTRAS = {
     "tokenizers": "convert",
     "transformers": "convert",
 }
-_INTERRUPTED = 130
+# As a shell says of a program that a signal has ended: SIGINT, SIGPIPE.
+_INTERRUPTED, _READER_GONE = 130, 141
 
 
 def new_parser(name: str, text: str) -> argparse.ArgumentParser:
@@ -51,8 +54,12 @@ def completed(name: str, work: Callable[[], int | None], interrupted: str = "") 
         interrupted: What to say of the files after Ctrl-C.
     """
     try:
-        return work() or 0
+        code = work() or 0
+        sys.stdout.flush()
+        return code
     except (DWMError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():
+            return _READER_GONE
         say_error(name, str(error))
         return 2
     except ModuleNotFoundError as error:
@@ -68,6 +75,18 @@ def completed(name: str, work: Callable[[], int | None], interrupted: str = "") 
     except KeyboardInterrupt:
         print(f"{PROGRAM} {name}: interrupted{interrupted}", file=sys.stderr)
         return _INTERRUPTED
+
+
+def _reader_has_gone() -> bool:
+    """Returns whether nobody reads standard output any more, as after `| head`."""
+    output = sys.stdout.fileno()
+    pipes = select.poll()
+    pipes.register(output, 0)
+    if not any(event & select.POLLERR for _, event in pipes.poll(0)):
+        return False
+    # What is left must go somewhere when Python ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
 
 
 def say_error(name: str, message: str) -> None:

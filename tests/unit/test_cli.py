@@ -228,6 +228,28 @@ def test_errors_become_codes(capsys: pytest.CaptureFixture[str]) -> None:
         fails(ModuleNotFoundError(name="megatron_dwm.gone"))
 
 
+@pytest.mark.parametrize("words", [["completion", "bash"], ["inspect", "{}", "--json"]])
+def test_a_pipe_that_nobody_reads(tmp_path: Path, words: list[str]) -> None:
+    """No message, and the code that a shell gives."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{tmp_path}/data.bin")
+    builder.finalize(f"{tmp_path}/data.idx")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_dwm", *(w.format(tmp_path / "data") for w in words)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 # --- JSON, completion, version ------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from megatron.core.activations import fast_gelu, quick_gelu, squared_relu
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megatron_dwm.checkpoint.state.state import KEY
+from megatron_dwm.checkpoint.state import KEY
 from megatron_dwm.conversion.families.rope import BUILT_IN_ROPE_FACTOR
 from megatron_dwm.conversion.hf_folder import read_hf_config
 from megatron_dwm.core.stored_state import load_sharded, load_weights

@@ -1,10 +1,11 @@
-"""How many micro-batches the weighting model takes at once, and which snapshot it starts from."""
+"""The weighting model: micro-batches at once, a rank's gradients, snapshots to start from."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from megatron_dwm.hosts import cpu
 
@@ -67,3 +68,21 @@ def test_snapshot_of_the_stage_or_the_last_but_never_another_for_a_torn_one(tmp_
     assert find_snapshot(str(tmp_path), 7).endswith("dwm_stage_003")
     with pytest.raises(DWMError, match="dwm_stage_002 has no metadata.json"):
         find_snapshot(str(tmp_path), 1)
+
+
+@pytest.mark.parametrize(("sharded", "bad"), [(False, {0, 1}), (True, {1})])
+def test_a_rank_looks_at_the_gradients_that_it_has_reduced(sharded, bad):
+    """Rank 1 of two: with a share of its own, the first half of each bucket is not reduced here."""
+    group = SimpleNamespace(size=lambda: 2, rank=lambda: 1)
+    for half in (0, 1):
+        data = torch.ones(8)
+        data[4 * half + 2] = float("nan")
+        buffer = SimpleNamespace(
+            grad_data=data,
+            buckets=[SimpleNamespace(grad_data=data)],
+            data_parallel_group=group,
+            ddp_config=SimpleNamespace(use_distributed_optimizer=sharded),
+        )
+        ddp = SimpleNamespace(buffers=[buffer], expert_parallel_buffers=[])
+        found = Scorer._bad_gradient(SimpleNamespace(ddp=ddp))
+        assert bool(found) == (half in bad)

@@ -120,8 +120,8 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of `python -m megatron_dwm.meta.probe`.
 
     Returns:
-        0: the correlation reaches `--dwm-verify-correlation`; 1: it does not; 2: no comparison,
-        for a reason that one line on standard error names.
+        0: the correlation reaches `--dwm-verify-correlation` and the magnitude is not wrong; 1: one
+        of them fails; 2: no comparison, for a reason that one line on standard error names.
     """
     first = int(os.environ.get("RANK", "0")) == 0
     try:
@@ -335,7 +335,7 @@ def _alone() -> None:
 
 def _report(request: Request, done: ProbeDone, first: bool) -> int:
     """Prints the table on the first rank, and returns the exit code."""
-    from megatron_dwm.integration.verification import drowned, passes, warning
+    from megatron_dwm.integration.verification import drowned, passes, warnings
 
     found, threshold = done.found, done.config.verify_correlation
     if found is None:
@@ -347,14 +347,15 @@ def _report(request: Request, done: ProbeDone, first: bool) -> int:
     if not first:
         return 0 if passed else 1
     print("\n".join(_table(request, done)), flush=True)
-    if not passed:
-        print(warning(found, threshold, done.config.estimator), flush=True)
+    for words in warnings(found, threshold, done.config.estimator):
+        print(words, flush=True)
     if request.json is not None:
         figures = {
             "checkpoint": request.folder,
             "iteration": request.iteration,
             "estimator": done.config.estimator,
             **vars(found),
+            "magnitude": found.magnitude,
             "threshold": threshold,
             "passed": passed,
             "drowned_in_noise": drowned(found, threshold),
@@ -375,6 +376,6 @@ def _table(request: Request, done: ProbeDone) -> Iterator[str]:
     for sample, weight, estimated, measured in rows:
         yield f"{sample:8d} {weight:10.4f} {estimated:14.6e} {measured:14.6e}"
     yield (
-        f"correlation {found.correlation:.4f}   relative error {found.relative_error:.3e}   "
-        f"noise of brute force {found.noise:.3e}"
+        f"correlation {found.correlation:.4f}   magnitude {found.magnitude:.4g}   "
+        f"relative error {found.relative_error:.3e}   noise of brute force {found.noise:.3e}"
     )

@@ -29,12 +29,19 @@ def scrambled(found):
     return lambda self, local, *rest: found(self, None if local is None else local.roll(1), *rest)
 
 
+def scaled(found, factor):
+    """Multiplies the influence, as a loss scale does that is not divided out."""
+    return lambda self, local, *rest: found(self, None if local is None else local * factor, *rest)
+
+
 @contextlib.contextmanager
 def broken_estimate():
-    """Breaks the product's meta-gradient where SCRAMBLE is set, and nothing else."""
+    """Breaks the product's meta-gradient where SCRAMBLE or SCALE is set, and nothing else."""
     whole = InfluencePasses._influence
     if os.environ.get("SCRAMBLE") == "1":
         InfluencePasses._influence = scrambled(whole)
+    if "SCALE" in os.environ:
+        InfluencePasses._influence = scaled(whole, float(os.environ["SCALE"]))
     try:
         yield
     finally:

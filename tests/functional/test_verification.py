@@ -84,6 +84,7 @@ def results(folder: Path, common: list[str]) -> Results:
     resumed = [*common, *LAYOUTS["pp2"].split(), *VERIFY, "--load", saved, "--ckpt-step", "3"]
     later = [*common, *LATER, *VERIFY, "--dwm-estimator", "ghost"]
     drowned = [*later, "--bf16", "--lr", "1e-6", "--dwm-verify-samples", "6"]
+    current = ["--dwm-lookahead", "current"]
     board = ["--tensorboard-dir", str(folder / "tensorboard")]
     runs += [
         {"name": "resumed", "args": [*resumed, "--save", str(folder / "resumed")]},
@@ -92,6 +93,21 @@ def results(folder: Path, common: list[str]) -> Results:
             "name": "broken",
             "args": [*later, "--save", str(folder / "old")],
             "env": {"SCRAMBLE": "1", "OLD": "1"},
+        },
+        {
+            "name": "doubled",
+            "args": [*later, "--save", str(folder / "doubled")],
+            "env": {"SCALE": "2"},
+        },
+        {
+            "name": "loss-scale",
+            "args": [*later, "--bf16", "--save", str(folder / "loss-scale")],
+            "env": {"SCALE": "64"},
+        },
+        {
+            "name": "current",
+            "args": [*later, *current, "--save", str(folder / "current")],
+            "env": {"SCALE": "64"},
         },
         {"name": "bf16", "args": [*later, "--bf16", "--save", str(folder / "bf16")]},
         {
@@ -122,6 +138,11 @@ def probes(results: Results, folder: Path, common: list[str]) -> Results:
             "name": "probe-broken",
             "args": ["--checkpoint", str(folder / "later"), *few],
             "env": {"SCRAMBLE": "1"},
+        },
+        {
+            "name": "probe-doubled",
+            "args": ["--checkpoint", str(folder / "later"), *few],
+            "env": {"SCALE": "2"},
         },
         {
             "name": "probe-old",
@@ -216,6 +237,7 @@ def test_estimate_agrees_with_brute_force(results: Results, folder: Path) -> Non
     for line in lines:
         assert line["verify_correlation"] >= 0.99
         assert line["verify_relative_error"] < 0.1
+        assert 0.9 < line["verify_magnitude"] < 1.1
         assert line["verify_noise"] < 0.05
         assert line["verify_samples"] == 3
     assert "META-GRADIENT" not in out and "without a verdict" not in out
@@ -229,7 +251,8 @@ def test_tensorboard_has_the_figures(results: Results, folder: Path) -> None:
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     (line,) = [x for x in log_of(folder, "later") if "verify_correlation" in x]
-    for name in ("verify_correlation", "verify_relative_error", "verify_noise"):
+    names = ("correlation", "magnitude", "relative_error", "noise")
+    for name in (f"verify_{name}" for name in names):
         (event,) = events.Scalars(f"dwm/evidence/{name}")
         assert event.step == 5 and event.value == pytest.approx(line[name])
 
@@ -242,6 +265,25 @@ def test_broken_estimate_is_noticed(results: Results) -> None:
     for words in (LOUD, "--dwm-verify-correlation 0.9", "learning noise", "relative error"):
         assert words in out
     assert "DWM: " not in "".join(x for x in found[0]["stdout"].splitlines() if "CONFIRMED" in x)
+
+
+@pytest.mark.parametrize(("name", "factor"), [("doubled", 2), ("loss-scale", 64)])
+def test_a_factor_is_noticed(results: Results, folder: Path, name: str, factor: float) -> None:
+    """Of every estimate alike, as of a loss scale in bf16: the correlation does not see it."""
+    out = results.succeeded(name)[-1]["stdout"]
+    (line,) = [x for x in log_of(folder, name) if "verify_magnitude" in x]
+    assert line["verify_correlation"] >= 0.95
+    assert line["verify_magnitude"] == pytest.approx(factor, rel=0.1 if factor == 2 else 0.5)
+    assert LOUD in out and "The order of the samples is right" in out
+    assert f"the estimate is {line['verify_magnitude']:.3g} times what brute force" in out
+
+
+def test_the_magnitude_of_current_is_not_judged(results: Results, folder: Path) -> None:
+    """It is printed and logged, and nothing is said of it, whatever it is."""
+    out = results.succeeded("current")[-1]["stdout"]
+    (line,) = [x for x in log_of(folder, "current") if "verify_correlation" in x]
+    assert line["verify_magnitude"] is not None and "| magnitude: " in out
+    assert "times what brute force measures" not in out and "on the magnitude" not in out
 
 
 def test_bf16_is_verified(results: Results, folder: Path) -> None:
@@ -284,6 +326,14 @@ def test_command_notices_a_broken_estimate(probes: Results) -> None:
     assert "the run is complete" in found[0]["stdout"]
 
 
+def test_command_notices_a_factor(probes: Results) -> None:
+    """Exit code 1, with a correlation that would have passed."""
+    found = probes["probe-doubled"]
+    assert [rank["code"] for rank in found] == [1, 1], found[0]["stderr"][-3000:]
+    out = found[0]["stdout"]
+    assert LOUD in out and "The order of the samples is right" in out
+
+
 def command(*words: str) -> tuple[int, str, str]:
     """Runs the command without torchrun, as one process; returns code, stdout and stderr."""
     import subprocess
@@ -309,6 +359,7 @@ def test_command_on_another_world_size(results: Results, folder: Path) -> None:
     assert code == 0, err[-3000:]
     figures = json.loads(file.read_text())
     assert figures["passed"] and figures["correlation"] >= 0.99
+    assert 0.5 < figures["magnitude"] < 2.0
     assert len(figures["samples"]) == len(figures["measured"]) == 8
     assert f"correlation {figures['correlation']:.4f}" in out
     assert contents(saved) == before

@@ -110,8 +110,8 @@ def probe(request: Request) -> int:
     """Compares, and prints what was found.
 
     Returns:
-        0: the correlation reaches `--dwm-verify-correlation`; 1: it does not; 2: no comparison,
-        for a reason that one line on standard error names.
+        0: the correlation reaches `--dwm-verify-correlation` and the magnitude is not wrong; 1: one
+        of them fails; 2: no comparison, for a reason that one line on standard error names.
     """
     first = int(os.environ.get("RANK", "0")) == 0
     try:
@@ -230,7 +230,7 @@ def _altered(args: Any, request: Request) -> Any:
 
 def _report(request: Request, done: ProbeDone, first: bool) -> int:
     """Prints the table on the first rank, and returns the exit code."""
-    from megatron_dwm.hosts.megatron_lm.verification import drowned, passes, warning
+    from megatron_dwm.hosts.megatron_lm.verification import drowned, passes, warnings
 
     found, threshold = done.found, done.config.verify_correlation
     if found is None:
@@ -246,6 +246,7 @@ def _report(request: Request, done: ProbeDone, first: bool) -> int:
         "iteration": request.iteration,
         "estimator": done.config.estimator,
         **vars(found),
+        "magnitude": found.magnitude,
         "threshold": threshold,
         "passed": passed,
         "drowned_in_noise": drowned(found, threshold),
@@ -258,8 +259,8 @@ def _report(request: Request, done: ProbeDone, first: bool) -> int:
         print(json.dumps(known, indent=1), flush=True)
         return 0 if passed else 1
     print("\n".join(_table(request, done)), flush=True)
-    if not passed:
-        print(warning(found, threshold, done.config.estimator), flush=True)
+    for words in warnings(found, threshold, done.config.estimator):
+        print(words, flush=True)
     if request.json is not None:
         with open(request.json, "w") as file:
             json.dump(figures, file, indent=1)
@@ -277,6 +278,6 @@ def _table(request: Request, done: ProbeDone) -> Iterator[str]:
     for sample, weight, estimated, measured in rows:
         yield f"{sample:8d} {weight:10.4f} {estimated:14.6e} {measured:14.6e}"
     yield (
-        f"correlation {found.correlation:.4f}   relative error {found.relative_error:.3e}   "
-        f"noise of brute force {found.noise:.3e}"
+        f"correlation {found.correlation:.4f}   magnitude {found.magnitude:.4g}   "
+        f"relative error {found.relative_error:.3e}   noise of brute force {found.noise:.3e}"
     )

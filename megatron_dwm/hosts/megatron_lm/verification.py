@@ -1,7 +1,7 @@
 """The self-check of a running training: the meta-gradient against brute force, on this very step.
 
 `--dwm-verify-meta-gradient K` compares both every K meta steps, before the step is taken, and
-leaves the trainer exactly as it was.
+leaves the trainer exactly as it was. Order and magnitude are compared, see `meta/comparison.py`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from megatron.core.rerun_state_machine import RerunDataIterator
 from megatron_dwm.core import collectives
 from megatron_dwm.core.batches import StepBatches
 from megatron_dwm.core.trainee import Trainee
+from megatron_dwm.meta_gradient.comparison import Verification
 from megatron_dwm.step import probe
 from megatron_dwm.step.influence import StockStep
-from megatron_dwm.step.probe import ProbedStep, Verification
+from megatron_dwm.step.probe import ProbedStep
 from megatron_dwm.step.train_step import DWMTrainStep
 
 # Every run of the trainer's step would write these anew.
@@ -101,8 +102,8 @@ class Verifier:
     def _tell(self, found: Verification, iteration: int) -> None:
         config = self.step.config
         self.printer(console_line(found, iteration + 1))
-        if not passes(found, config.verify_correlation):
-            self.printer(warning(found, config.verify_correlation, config.estimator))
+        for words in warnings(found, config.verify_correlation, config.estimator):
+            self.printer(words)
 
     def _charge(self, seconds: float) -> None:
         """Books the time as the DWM's, under `--dwm-overhead-budget`."""
@@ -154,6 +155,7 @@ def log_fields(found: Verification | None) -> dict[str, float | None]:
     figures = {
         "verify_correlation": found.correlation,
         "verify_relative_error": found.relative_error,
+        "verify_magnitude": found.magnitude,
         "verify_noise": found.noise,
     }
     # JSON has no NaN.
@@ -162,8 +164,9 @@ def log_fields(found: Verification | None) -> dict[str, float | None]:
 
 
 def passes(found: Verification, threshold: float) -> bool:
-    """Returns whether the correlation is a number and not below the threshold."""
-    return math.isfinite(found.correlation) and found.correlation >= threshold
+    """Returns whether the correlation reaches the threshold and the magnitude is not wrong."""
+    correlated = math.isfinite(found.correlation) and found.correlation >= threshold
+    return correlated and not found.wrong_magnitude
 
 
 def drowned(found: Verification, threshold: float) -> bool:
@@ -176,42 +179,76 @@ def console_line(found: Verification, iteration: int) -> str:
     """Returns one line in the manner of the step log's."""
     return (
         f" dwm iteration {iteration:8d} | meta-gradient verified on {len(found.samples)} samples | "
-        f"correlation: {found.correlation:.4f} | relative error: {found.relative_error:.3E} | "
-        f"noise of brute force: {found.noise:.3E} |"
+        f"correlation: {found.correlation:.4f} | magnitude: {found.magnitude:.4G} | "
+        f"relative error: {found.relative_error:.3E} | noise of brute force: {found.noise:.3E} |"
     )
 
 
-def warning(found: Verification, threshold: float, estimator: str) -> str:
-    """Returns what a correlation below the threshold means, and what to do.
+def warnings(found: Verification, threshold: float, estimator: str) -> Iterator[str]:
+    """Yields what there is to say of a comparison beside its figures: nothing if all is well.
 
     Args:
         found: the comparison.
         threshold: `--dwm-verify-correlation`.
         estimator: the estimator in use.
     """
-    figures = f"correlation {found.correlation:.4f}, --dwm-verify-correlation {threshold:g}"
-    if drowned(found, threshold):
-        return (
-            f"DWM: verification without a verdict ({figures}): the brute force itself is too "
-            f"noisy: raising and lowering a weight differ by {found.noise:.2f} of what they "
-            f"measure, so that a perfect meta-gradient would reach {found.ceiling:.2f} only. In "
-            "bf16 most parameters do not move when one sample's weight changes. Verify more "
-            "samples (--dwm-verify-samples), at a larger learning rate, or a short run in fp32"
+    if not passes(found, threshold):
+        quiet = drowned(found, threshold) and not found.wrong_magnitude
+        yield _without_verdict(found, threshold) if quiet else _loud(found, threshold, estimator)
+    elif found.unknown_magnitude:
+        yield (
+            f"DWM: verification without a verdict on the magnitude ({_magnitude(found)}): the "
+            f"brute force itself is too noisy, or the step too far from linear in a weight, as "
+            f"Adam's first ones are: that alone may be {found.margin:.2f} of the estimate. Verify "
+            "more samples (--dwm-verify-samples), later, or a short run in fp32"
         )
+
+
+def _magnitude(found: Verification) -> str:
+    words = f"the estimate is {found.magnitude:.3g} times what brute force measures"
+    if found.tolerance is None:
+        return words
+    return f"{words}, and may be {1 / found.tolerance:.3g} to {found.tolerance:.3g} times that"
+
+
+def _figures(found: Verification, threshold: float) -> str:
+    return f"correlation {found.correlation:.4f}, --dwm-verify-correlation {threshold:g}"
+
+
+def _without_verdict(found: Verification, threshold: float) -> str:
+    return (
+        f"DWM: verification without a verdict ({_figures(found, threshold)}): the brute force "
+        f"itself is too noisy: raising and lowering a weight differ by {found.noise:.2f} of what "
+        f"they measure, so that a perfect meta-gradient would reach {found.ceiling:.2f} only. In "
+        "bf16 most parameters do not move when one sample's weight changes. Verify more "
+        "samples (--dwm-verify-samples), at a larger learning rate, or a short run in fp32"
+    )
+
+
+def _loud(found: Verification, threshold: float, estimator: str) -> str:
     other = (
         "--dwm-estimator ghost, or another --dwm-fd-relative-step"
         if estimator == "finite_difference"
         else "--dwm-estimator finite_difference, --dwm-lookahead next, --dwm-jacobian exact"
     )
+    what = [
+        "The meta-gradient does not describe what sample weights do to the meta loss; the",
+        "weighting model may be learning noise. The language model's training is not hurt",
+    ]
+    if found.correlation >= threshold:
+        what = [
+            "The order of the samples is right, the size of the meta-gradient is not, as where a",
+            "loss scale counts twice. The language model's training is not hurt",
+        ]
     bar = "!" * 100
     return "\n".join(
         [
             bar,
-            f"!!! DWM: META-GRADIENT NOT CONFIRMED: {figures}",
+            f"!!! DWM: META-GRADIENT NOT CONFIRMED: {_figures(found, threshold)}",
+            *([f"!!! {_magnitude(found)}"] if found.wrong_magnitude else []),
             f"!!! relative error {found.relative_error:.3f}, noise of brute force "
             f"{found.noise:.3f} (a perfect meta-gradient would reach {found.ceiling:.3f})",
-            "!!! The meta-gradient does not describe what sample weights do to the meta loss; the",
-            "!!! weighting model may be learning noise. The language model's training is not hurt",
+            *(f"!!! {line}" for line in what),
             f"!!! by this check. Try {other};",
             "!!! if it stays, train with --dwm-policy uniform and report it with this message.",
             bar,

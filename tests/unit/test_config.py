@@ -370,7 +370,7 @@ class TestProblems:
 class TestShapes:
     def test_defaults_divide_at_the_usual_tensor_parallel_sizes(self):
         for size in (1, 2, 4):
-            assert DWMConfig().head_dim_problems(size) == []
+            assert head_dim_problems(DWMConfig(), size) == []
 
     @pytest.mark.parametrize(
         ("options", "size", "words"),
@@ -385,7 +385,7 @@ class TestShapes:
         ],
     )
     def test_a_shape_that_does_not_divide_names_its_flags(self, options, size, words):
-        problems = DWMConfig(**options).head_dim_problems(size)
+        problems = head_dim_problems(DWMConfig(**options), size)
         assert any(all(word in problem for word in words) for problem in problems), problems
 
     @pytest.mark.parametrize(("hidden", "ffn"), [(256, 704), (192, 512), (64, 192), (24, 64)])

@@ -29,7 +29,7 @@ from megatron_dwm.errors import DWMError  # noqa: E402
 from megatron_dwm.meta_gradient.ghost import embeddings, linear, norms  # noqa: E402
 from megatron_dwm.meta_gradient.ghost.linear import linear_dot  # noqa: E402
 from megatron_dwm.meta_gradient.ghost.recording import Ghost, refusal, uncovered_parameters  # noqa: E402
-from megatron_dwm.meta_gradient.ghost.rule import ByRow, Call  # noqa: E402
+from megatron_dwm.meta_gradient.ghost.rule import ByDimension, ByRow, Call  # noqa: E402
 from megatron_dwm.meta_gradient.ghost.rules import register, rule_of  # noqa: E402
 
 S, B, H = 5, 3, 6
@@ -192,11 +192,11 @@ class TestLinear:
         """By `V x` where the output is narrower, else by `V^T grad`."""
         x, grad, v = randn(S, B, inputs), randn(S, B, outputs, seed=1), randn(outputs, inputs)
         expected = torch.einsum("sbo,oi,sbi->b", grad.double(), v.double(), x.double())
-        assert error(linear_dot(x, grad, v), expected) <= TOLERANCE
+        assert error(linear_dot(x, grad, v, ByDimension(1)), expected) <= TOLERANCE
         # Strided inputs, as after a transpose, and bfloat16 activations with a float32 direction.
         strided = x.transpose(0, 1).contiguous().transpose(0, 1)
-        assert error(linear_dot(strided, grad, v), expected) <= TOLERANCE
-        assert error(linear_dot(x.bfloat16(), grad.bfloat16(), v), expected) < 0.05
+        assert error(linear_dot(strided, grad, v, ByDimension(1)), expected) <= TOLERANCE
+        assert error(linear_dot(x.bfloat16(), grad.bfloat16(), v, ByDimension(1)), expected) < 0.05
 
     @pytest.mark.parametrize("outputs", [4, 9])
     @pytest.mark.parametrize("bias", [True, False])
@@ -430,10 +430,10 @@ class TestSampleMaps:
 
     def test_rows_are_summed_into_their_samples(self):
         rows, samples = 3 * B, torch.arange(3 * B) % B
-        module = torch.nn.Linear(H, H).double()
-        x, v = randn(rows, H, seed=1).double(), directions(module)
+        module = torch.nn.Linear(H, H)
+        x, v = randn(rows, H, seed=1), directions(module)
         out = module(x)
-        weights = randn(rows, H, seed=2).double()
+        weights = randn(rows, H, seed=2)
         (grad,) = torch.autograd.grad((torch.tanh(out) * weights).sum(), out)
         expected = []
         for i in range(B):

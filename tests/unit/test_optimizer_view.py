@@ -54,9 +54,9 @@ def shard_of(step, options, history):
     return ParamShard(parameter, 0, SIZE, parameter, group, optimizer.state[parameter], leaf)
 
 
-def update_jacobian(shard, lr, grad):
+def update_jacobian(shard, lr, grad, dtype=torch.float32):
     """The diagonal of `dU/dG'`: what is pulled back of ones."""
-    return rule_of(shard).pull_back(shard, lr, grad, torch.ones(SIZE))
+    return rule_of(shard).pull_back(shard, lr, grad, torch.ones(SIZE, dtype=dtype))
 
 
 def expected_jacobian(shard, lr):
@@ -95,9 +95,9 @@ class TestUpdateJacobian:
         matrix, _, _ = last_step(sgd_step, gradients(3), options)
         shard = shard_of(sgd_step, options, gradients(3))
         assert not rule_of(shard).needs_gradient
-        assert is_diagonal(matrix, update_jacobian(shard, LR, None))
+        assert is_diagonal(matrix, update_jacobian(shard, LR, None, torch.float64))
         assert torch.equal(expected_jacobian(shard, LR), update_jacobian(shard, LR, None))
-        assert not is_diagonal(matrix, update_jacobian(shard, 2 * LR, None))
+        assert not is_diagonal(matrix, update_jacobian(shard, 2 * LR, None, torch.float64))
 
     def test_expected_reads_the_second_moment_and_the_rate_of_the_coming_step(self):
         history = gradients(4)

@@ -29,7 +29,9 @@ class SGDRule:
         """As `OptimizerRule.pull_back`."""
         group = shard.group
         momentum, dampening = group.get("momentum", 0.0), group.get("dampening", 0.0)
-        return h.float() * derivatives.sgd(lr, momentum, dampening, group.get("nesterov", False))
+        # In float32 at least, as gradients may be kept in bf16.
+        h = h.to(torch.promote_types(h.dtype, torch.float32))
+        return h * derivatives.sgd(lr, momentum, dampening, group.get("nesterov", False))
 
     def pull_back_ahead(self, shard: ParamShard, lr: float, h: torch.Tensor) -> torch.Tensor:
         """As `OptimizerRule.pull_back_ahead`; exact."""

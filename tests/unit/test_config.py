@@ -10,7 +10,7 @@ from megatron_dwm.config.choices import MODEL_ONLY, READ_BY, attribute_name, fla
 from megatron_dwm.config.flags import add_dwm_args
 from megatron_dwm.config.policy_table import BUILT_IN, policy_needs
 from megatron_dwm.config.schema import DWMConfig
-from megatron_dwm.config.validation import raise_all
+from megatron_dwm.config.validation import head_dim_problems, raise_all
 from megatron_dwm.errors import DWMError
 from megatron_dwm.policies.base import Needs, WeightPolicy
 

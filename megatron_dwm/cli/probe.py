@@ -61,6 +61,13 @@ def parse(argv: list[str]) -> Request:
         raise DWMError(f"--samples {given.samples}; a correlation needs 3 or more")
     run, iteration = _checkpoint(os.path.abspath(given.checkpoint), given.iteration)
     path = _json_path(given.json, run)
+    from megatron_dwm.hosts import cpu
+
+    try:
+        # Before Megatron is imported.
+        cpu.install()
+    except (RuntimeError, ValueError) as error:
+        raise DWMError(str(error)) from None
     from megatron_dwm.hosts.megatron_lm.probe_command import Request
 
     return Request(

@@ -7,9 +7,9 @@ is one process. On many it starts under torchrun, and so on several nodes:
 
     torchrun --nproc-per-node 8 -m megatron_dwm train pretrain_gpt.py YOUR FLAGS --dwm ...
 
-All words after SCRIPT are the script's; the --dwm-* flags are among its own (`megatron-dwm train
-pretrain_gpt.py --help` lists all of them). Without --dwm it is the stock trainer. The exit code is
-the script's own, and 2 where the flags or the data are refused, after one line on standard error.
+All words after SCRIPT are the script's, and it takes the flags below besides its own. Without --dwm
+it is the stock trainer. The exit code is the script's own, and 2 where the flags or the data are
+refused, after one line on standard error.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import argparse
 import sys
 
 from megatron_dwm.cli.command import new_parser
+from megatron_dwm.config.flags import add_dwm_args
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's flags."""
     parser.add_argument("script", metavar="SCRIPT", help="your training script")
-    parser.add_argument("words", metavar="...", nargs=argparse.REMAINDER, help="its own flags")
+    parser.add_argument("words", metavar="...", nargs=argparse.REMAINDER, help="its flags")
+    add_dwm_args(parser)
 
 
 def main(argv: list[str] | None = None) -> int:

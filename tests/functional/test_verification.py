@@ -377,9 +377,10 @@ def test_command_on_a_launched_script(folder: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     logits.unlink()
     before = contents(saved)
-    code, out, err = command("--checkpoint", str(saved), "--samples", "3")
+    code, out, err = command("--checkpoint", str(saved), "--samples", "3", "--json")
     assert code == 0, err[-3000:]
-    assert "the run is complete" in out
+    figures = json.loads(out)  # and nothing else is printed
+    assert figures["iteration"] == 4 and len(figures["samples"]) == 3 and figures["passed"]
     assert not logits.exists() and contents(saved) == before
 
 

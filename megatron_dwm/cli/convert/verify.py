@@ -16,12 +16,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_dwm.cli.command import print_json
 from megatron_dwm.errors import ConversionError
+from megatron_dwm.files.streams import output_to_stderr
 from megatron_dwm.progress import working
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def run(
     from megatron_dwm.conversion.dist_checkpoint import find_checkpoint
 
     # What Megatron prints is not the result.
-    quiet = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+    quiet = output_to_stderr() if as_json else contextlib.nullcontext()
     with quiet, working("comparing"):
         found = compare(find_checkpoint(megatron_path, iteration), Path(hf_path), data, tokens)
     worst = found.worst()

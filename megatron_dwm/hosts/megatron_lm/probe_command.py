@@ -24,7 +24,7 @@ from typing import Any
 
 from megatron_dwm.core.ranks import stand_alone
 from megatron_dwm.errors import DWMError, in_short
-from megatron_dwm.hosts import cpu
+from megatron_dwm.files.streams import output_to_stderr
 from megatron_dwm.hosts.megatron_lm.probe_session import ProbeDone
 
 STDOUT = "-"
@@ -115,7 +115,6 @@ def probe(request: Request) -> int:
     """
     first = int(os.environ.get("RANK", "0")) == 0
     try:
-        cpu.install()
         command = command_of(request)
         return _report(request, _run(request, command), first)
     except DWMError as error:
@@ -206,7 +205,7 @@ def _run(request: Request, command: dict[str, Any]) -> ProbeDone:
         if command["launched"]:
             stack.enter_context(attach(add_arguments=True))
         # What the trainer prints is not the result.
-        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        stack.enter_context(output_to_stderr())
         try:
             runpy.run_path(script, run_name="__main__")
         except ProbeDone as done:

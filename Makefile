@@ -50,6 +50,6 @@ lint: setup ## check style, spelling, types and layers
 
 clean: ## remove .venv, builds, caches and the examples' output
 	rm -rf .venv .venv.lock build dist demo_out smollm2_out *.egg-info
-	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .import_linter_cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	rm -f megatron_dwm/_data_engine.*.so megatron_dwm/_version.py
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -215,8 +215,8 @@ fi
 # First line: the number of GPUs; then the trainer flags that this host needs (none on a GPU).
 HOST=$("$PYTHON" -c '
 import torch
-from megatron_dwm import host
-print(torch.cuda.device_count(), *host.default_flags(), sep="\n")
+from megatron_dwm.hosts import cpu
+print(torch.cuda.device_count(), *cpu.default_flags(), sep="\n")
 ') || die "'$PYTHON' cannot import torch and megatron_dwm; set PYTHON to one that can."
 mapfile -t HOST_ARGS <<<"$HOST"
 GPUS_FOUND=${HOST_ARGS[0]}

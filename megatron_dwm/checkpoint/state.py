@@ -149,7 +149,7 @@ def load(step: DWMTrainStep, folder: str, with_optimizer: bool = True) -> str:
     Raises:
         DWMError: the checkpoint's DWM has another shape.
     """
-    found = common_state(folder).get(KEY)
+    found = on_each_rank(partial(common_state, folder)).get(KEY)
     if step.policy.description() is None:
         return f"DWM: policy {step.config.policy}, nothing to load"
     if found is None or found["shape"] is None:
@@ -161,14 +161,16 @@ def load(step: DWMTrainStep, folder: str, with_optimizer: bool = True) -> str:
         step.policy.load_common_state(found["policy_common"])
     as_it_is = with_optimizer and not _other_optimizer(step, found)
     state = load_sharded_state(step, folder, as_it_is, has_policy(found), same_ranks)
-    if with_optimizer and step.scorer is not None and leaf_optimizers(step.scorer.optimizer):
+    if with_optimizer and step.scorer is not None:
         if not as_it_is:
-            wanted = sharded_state(step, None, True, loading=True)["optimizer"]
+            # On every rank, as loading is a collective: a pipeline stage may hold nothing of it.
+            wanted = sharded_state(step, None, True, loading=True).get("optimizer", {})
             state["optimizer"] = optimizer_state.load_whole_as_sharded(
                 wanted, found["optimizer"], KEY, _PREFIX, folder
             )
-        step.scorer.optimizer.load_state_dict(state["optimizer"])
-        set_hyperparameters(step.scorer.optimizer, step.config)
+        if leaf_optimizers(step.scorer.optimizer):
+            step.scorer.optimizer.load_state_dict(state["optimizer"])
+            set_hyperparameters(step.scorer.optimizer, step.config)
     step.meta_steps_taken = int(found["meta_steps_taken"])
     step.warm_started = step.warm_start is None or bool(found["warm_started"])
     if step.meta_data is not None and found["meta_data"] is not None:

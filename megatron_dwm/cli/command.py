@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
 import select
 import sys
@@ -12,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_dwm.errors import DWMError
+from megatron_dwm.files.json_files import json_text
 
 PROGRAM = "megatron-dwm"
 # What a command needs beyond a training node: package -> the extra that installs it.
@@ -96,14 +95,4 @@ def say_error(name: str, message: str) -> None:
 
 def print_json(value: Any) -> None:
     """Prints one JSON object on standard output; NaN and infinity, which JSON lacks, as null."""
-    print(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False), flush=True)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(name): _finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
+    print(json_text(value), flush=True)

@@ -23,7 +23,7 @@ class Needs:
         model: a separate weighting model, which `PolicyContext.scorer` builds.
         map: the map from scores to weights that the settings ask for, see `policies.maps`.
 
-    Settings about what the policy does not ask for are refused, see `schema.READ_BY`.
+    Settings about what the policy does not ask for are refused, see `choices.READ_BY`.
     """
 
     tokens: bool = False

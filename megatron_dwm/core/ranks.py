@@ -13,6 +13,8 @@ from megatron_dwm.errors import DWMError
 
 # A rank may wait for another as long as a chunk takes, and the first one for all others.
 _TIMEOUT = timedelta(days=7)
+# In which torchrun, SLURM, Open MPI and MPICH say how many processes they have started.
+_RANKS_OF_A_LAUNCHER = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 def start_ranks() -> None:
@@ -32,6 +34,8 @@ def stand_alone() -> None:
     """Sets what torchrun would set, so that one process needs no torchrun."""
     if "MASTER_ADDR" in os.environ or "RANK" in os.environ:
         return
+    if any(os.environ.get(name, "1") != "1" for name in _RANKS_OF_A_LAUNCHER):
+        return  # one of many, as the script itself will find out
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -11,7 +11,7 @@ import torch
 
 @dataclass
 class RunShape:
-    """The facts of the run that the passes need, read once by the integration.
+    """The facts of the run that the passes need, read once by the host.
 
     Attributes:
         micro_batch_size: b.

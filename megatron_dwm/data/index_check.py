@@ -5,6 +5,8 @@ Both name the first entry that is wrong, and in the same words.
 
 from __future__ import annotations
 
+import importlib.util
+
 import numpy as np
 
 from megatron_dwm.data.engine import engine
@@ -35,6 +37,8 @@ def check_index(
     try:
         compiled = engine()
     except DWMError:
+        if importlib.util.find_spec("megatron_dwm._data_engine") is not None:
+            raise  # it is there and cannot be loaded
         check_in_numpy(lengths, pointers, document_indices, itemsize, bin_bytes)
         return
     compiled.check_index(lengths, pointers, document_indices, itemsize, bin_bytes)

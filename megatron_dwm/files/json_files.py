@@ -7,6 +7,7 @@ Python's own reader raises three kinds of errors on bad JSON, of which two do no
 from __future__ import annotations
 
 import json
+import math
 import os
 from typing import Any
 
@@ -90,3 +91,18 @@ def shown(value: object) -> str:
     except (ValueError, RecursionError):
         text = f"a {json_type(value)} too large to show"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def json_text(value: Any) -> str:
+    """Returns a value as JSON for others to read; NaN and infinity, which JSON lacks, as null."""
+    return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(name): _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

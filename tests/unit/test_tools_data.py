@@ -7,6 +7,8 @@ import json
 import lzma
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +72,19 @@ def dataset(prefix, key="text"):
 
 
 # --- inputs -----------------------------------------------------------------------------------
+
+
+def test_help_of_the_corpus_builder_needs_neither_torch_nor_megatron():
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2] / 'tools')!r}); sys.argv = ['build', '--help']\n"
+        "import build_demo_corpus\n"
+        "try: build_demo_corpus.main()\n"
+        "except SystemExit as e: assert not e.code\n"
+        "assert not {'torch', 'megatron', 'sentencepiece'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout
 
 
 def test_expand_inputs_sorts_patterns_and_drops_repeats(tmp_path):

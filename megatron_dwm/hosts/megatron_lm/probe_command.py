@@ -12,8 +12,6 @@ exit code is the command's own.
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import os
 import runpy
 import sys
@@ -24,6 +22,7 @@ from typing import Any
 
 from megatron_dwm.core.ranks import stand_alone
 from megatron_dwm.errors import DWMError, in_short
+from megatron_dwm.files.json_files import json_text
 from megatron_dwm.files.streams import output_to_stderr
 from megatron_dwm.hosts.megatron_lm.probe_session import ProbeDone
 
@@ -251,18 +250,14 @@ def _report(request: Request, done: ProbeDone, first: bool) -> int:
         "drowned_in_noise": drowned(found, threshold),
     }
     if request.json == STDOUT:
-        known = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in figures.items()
-        }
-        print(json.dumps(known, indent=1), flush=True)
+        print(json_text(figures), flush=True)
         return 0 if passed else 1
     print("\n".join(_table(request, done)), flush=True)
     for words in warnings(found, threshold, done.config.estimator):
         print(words, flush=True)
     if request.json is not None:
         with open(request.json, "w") as file:
-            json.dump(figures, file, indent=1)
+            file.write(json_text(figures))
     return 0 if passed else 1
 
 

@@ -203,10 +203,7 @@ class Session:
                     "--dwm-sampling weights, or start anew with --finetune"
                 )
             return None
-        # Here, as drawing by weight needs the C++ engine, and weighting does not.
-        from megatron_dwm.hosts.megatron_lm.weighted_sampling import Sampling
-
-        sampling = Sampling(config, run, print_rank_0)
+        sampling = on_each_rank(_sampling_class)(config, run, print_rank_0)
         if state is not None:
             sampling.load_state_dict(state)
         elif run.iteration > 0:
@@ -311,3 +308,10 @@ def _check_no_flags(config: DWMConfig) -> None:
     ]
     if given:
         raise DWMError(f"{', '.join(given)} given without --dwm; add --dwm, or remove them")
+
+
+def _sampling_class() -> type[Sampling]:
+    """Imports it only now: drawing by weight needs the C++ engine, and weighting does not."""
+    from megatron_dwm.hosts.megatron_lm.weighted_sampling import Sampling
+
+    return Sampling

@@ -13,7 +13,7 @@ import torch
 
 from megatron_dwm.core import collectives
 from megatron_dwm.core.optimizers import ParamShard, all_leaves, shards
-from megatron_dwm.meta_gradient.optimizers.derivatives import clip_projection
+from megatron_dwm.meta_gradient.optimizers import derivatives
 from megatron_dwm.meta_gradient.optimizers.rules import rule_of
 
 
@@ -28,7 +28,7 @@ class InnerStep:
         entries: for each slice that this rank steps: the slice and the (clipped) gradient that it
             was stepped with, `[k]` float32, None where the Jacobian does not need it.
         lrs: the step's learning rates, by the id of the group.
-        clip: `(a, b)` of `clip_projection`.
+        clip: `(a, b)` of `derivatives.clip_projection`.
         optimizers: the Megatron optimizers, those without a share on this rank too.
     """
 
@@ -48,7 +48,7 @@ class InnerStep:
             grad_norm: global norm before clipping, as the trainer reports it.
         """
         leaves = all_leaves(optimizer)
-        clip = clip_projection(float(grad_norm or 0.0), leaves[0].config.clip_grad)
+        clip = derivatives.clip_projection(float(grad_norm or 0.0), leaves[0].config.clip_grad)
         entries = [
             (s, s.stepped_grad().clone() if clip[1] or rule_of(s).needs_gradient else None)
             for s in shards(optimizer)

@@ -16,7 +16,7 @@ from typing import Any
 from megatron_dwm.conversion.families import shape_from_config
 from megatron_dwm.conversion.hf_folder import Weights, _read_json
 from megatron_dwm.conversion.shape import ModelShape
-from megatron_dwm.conversion.tokenizer import tokenizer_files
+from megatron_dwm.conversion.tokenizer_files import tokenizer_files
 from megatron_dwm.errors import ConversionError
 
 CONFIG, GENERATION = "config.json", "generation_config.json"

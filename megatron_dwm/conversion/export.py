@@ -20,10 +20,10 @@ from megatron_dwm.conversion.families import hf_config, shape_from_args
 from megatron_dwm.conversion.hf_folder import INDEX_FILE
 from megatron_dwm.conversion.legacy_checkpoint import LegacyCheckpoint, is_legacy
 from megatron_dwm.conversion.output_folder import check_output, complete_or_nothing
-from megatron_dwm.conversion.rules import Rule
 from megatron_dwm.conversion.shape import ModelShape
 from megatron_dwm.conversion.stored_model import StoredModel
-from megatron_dwm.conversion.tokenizer import Tokenizer, find_tokenizer
+from megatron_dwm.conversion.tensor_rules import Rule
+from megatron_dwm.conversion.tokenizer_files import Tokenizer, find_tokenizer
 from megatron_dwm.errors import ConversionError
 from megatron_dwm.progress import bar
 

@@ -25,7 +25,7 @@ from megatron_dwm.conversion.dwm_classifier import (
 )
 from megatron_dwm.conversion.export import DTYPES
 from megatron_dwm.conversion.output_folder import check_output, complete_or_nothing
-from megatron_dwm.conversion.tokenizer import PROBES, Tokenizer, find_tokenizer
+from megatron_dwm.conversion.tokenizer_files import PROBES, Tokenizer, find_tokenizer
 from megatron_dwm.errors import ConversionError
 from megatron_dwm.progress import bar
 

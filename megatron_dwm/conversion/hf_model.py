@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_dwm.conversion.families import FAMILIES, shape_from_config
 from megatron_dwm.conversion.hf_folder import _read, _read_json, _tensor_files
-from megatron_dwm.conversion.rules import Rule, compare
+from megatron_dwm.conversion.tensor_rules import Rule, compare
 from megatron_dwm.errors import ConversionError
 
 # The dtypes of safetensors that a model may have.
@@ -116,7 +116,7 @@ class HfModel:
         """Loads the tensor of a rule, in Megatron's layout.
 
         Args:
-            rule: A rule of `rules`.
+            rule: A rule of `tensor_rules`.
             dtype: The dtype to return.
             rows: Rows of a padded vocabulary; those behind the true one are zero.
 

@@ -17,8 +17,8 @@ from megatron_dwm.conversion.families.rope import BUILT_IN_ROPE_FACTOR
 from megatron_dwm.conversion.hf_folder import find_weights
 from megatron_dwm.conversion.hf_model import HfModel, padded_vocabulary
 from megatron_dwm.conversion.output_folder import check_output, complete_or_nothing
-from megatron_dwm.conversion.rules import Rule
-from megatron_dwm.conversion.tokenizer import largest_id
+from megatron_dwm.conversion.tensor_rules import Rule
+from megatron_dwm.conversion.tokenizer_files import largest_id
 from megatron_dwm.conversion.torch_dist_writer import chunks, write_checkpoint
 from megatron_dwm.conversion.trainer_flags import FLAGS_FILE, trainer_flags
 from megatron_dwm.errors import ConversionError, in_short

@@ -12,8 +12,8 @@ import torch
 
 from megatron_dwm.conversion.families import FAMILIES, layer_shapes
 from megatron_dwm.conversion.layouts import merge_gate_up, merge_qkv, split_gate_up, split_qkv
-from megatron_dwm.conversion.rules import compare
 from megatron_dwm.conversion.shape import ModelShape
+from megatron_dwm.conversion.tensor_rules import compare
 from megatron_dwm.errors import ConversionError
 
 __all__ = [

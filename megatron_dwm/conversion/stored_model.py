@@ -17,8 +17,8 @@ import torch
 from megatron_dwm.conversion.dist_checkpoint import TensorInfo
 from megatron_dwm.conversion.families import FAMILIES
 from megatron_dwm.conversion.llama_layers import FUSED_NORM_NAMES
-from megatron_dwm.conversion.rules import Rule, joined
 from megatron_dwm.conversion.shape import ModelShape
+from megatron_dwm.conversion.tensor_rules import Rule, joined
 from megatron_dwm.errors import ConversionError
 
 _LAYERS = "decoder.layers."

@@ -23,8 +23,8 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from megatron_dwm.conversion.llama_layers import FUSED_NORM_NAMES
-from megatron_dwm.conversion.rules import Rule
 from megatron_dwm.conversion.shape import ModelShape
+from megatron_dwm.conversion.tensor_rules import Rule
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"(mlp\.experts\.experts\.)(\d+)\.(.+)")

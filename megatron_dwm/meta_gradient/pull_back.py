@@ -14,7 +14,7 @@ import torch
 from megatron_dwm.core import collectives
 from megatron_dwm.core.optimizers import ParamShard, all_leaves, shards
 from megatron_dwm.meta_gradient.optimizers import derivatives
-from megatron_dwm.meta_gradient.optimizers.rules import rule_of
+from megatron_dwm.meta_gradient.optimizers.optimizer_rules import rule_of
 
 
 @dataclass

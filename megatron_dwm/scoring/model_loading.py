@@ -26,7 +26,7 @@ from megatron_dwm.errors import ConversionError, DWMError, in_short
 from megatron_dwm.files.folder_swap import mend
 from megatron_dwm.hosts import cpu
 from megatron_dwm.scoring.identity import digest_of
-from megatron_dwm.weighting_model.model import (
+from megatron_dwm.weighting_model.transformer import (
     LAYER_FIELDS,
     DataWeightingModel,
     EmbeddingShape,

@@ -31,14 +31,14 @@ from megatron_dwm.meta_gradient.comparison import (
     Verification,
     compare,
 )
-from megatron_dwm.meta_gradient.optimizers.rules import has_stepped
+from megatron_dwm.meta_gradient.optimizers.optimizer_rules import has_stepped
 from megatron_dwm.meta_gradient.pull_back import (
     InnerStep,
     pull_back_before_step,
     pull_back_identity,
     trainable_parameters,
 )
-from megatron_dwm.step.influence import Influence, StockStep
+from megatron_dwm.step.influence_passes import Influence, StockStep
 from megatron_dwm.step.train_step import DWMTrainStep
 
 

@@ -30,9 +30,9 @@ from megatron_dwm.core.random_states import random_states, restore_random_states
 from megatron_dwm.core.state_tap import StateTap
 from megatron_dwm.core.trainee import Trainee
 from megatron_dwm.policies.base import SampleView, StepView, WeightPolicy
+from megatron_dwm.step.bad_steps import BadSteps
 from megatron_dwm.step.budget import NoMeter, Overhead, OverheadBudget, StepMeter, now
-from megatron_dwm.step.health import BadSteps
-from megatron_dwm.step.influence import Influence, InfluencePasses, StockStep, Weighing
+from megatron_dwm.step.influence_passes import Influence, InfluencePasses, StockStep, Weighing
 from megatron_dwm.step.loss import PolicyWeights
 from megatron_dwm.step.passes import Passes
 from megatron_dwm.step.plan import Schedule, StepPlan

@@ -25,7 +25,7 @@ from torch.nn.utils import get_total_norm
 from megatron_dwm.config import DWMConfig
 from megatron_dwm.core.agreement import agreed
 from megatron_dwm.core.collectives import broadcast_from_first_tensor_rank
-from megatron_dwm.weighting_model.model import DataWeightingModel
+from megatron_dwm.weighting_model.transformer import DataWeightingModel
 
 # Megatron finds the group that a saved one belongs to by, among others, its largest learning rate.
 # These constants tell head and backbone apart whatever the learning rates are, so that those can be

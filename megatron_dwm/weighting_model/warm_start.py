@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron_dwm.conversion.dwm_classifier import read_classifier
 from megatron_dwm.conversion.hf_folder import iter_hf_tensors, iter_megatron_tensors
 from megatron_dwm.errors import DWMError
-from megatron_dwm.weighting_model.model import DataWeightingModel
+from megatron_dwm.weighting_model.transformer import DataWeightingModel
 
 
 @torch.no_grad()

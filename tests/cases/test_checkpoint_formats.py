@@ -36,7 +36,7 @@ from megatron_dwm.checkpoint import state as state_module  # noqa: E402
 from megatron_dwm.core.ranks import start_ranks  # noqa: E402
 from megatron_dwm.errors import DWMError  # noqa: E402
 from megatron_dwm.scoring import model_loading  # noqa: E402
-from megatron_dwm.weighting_model.model import (  # noqa: E402
+from megatron_dwm.weighting_model.transformer import (  # noqa: E402
     DataWeightingModel,
     EmbeddingShape,
     dwm_transformer_config,

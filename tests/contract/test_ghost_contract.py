@@ -42,8 +42,8 @@ from megatron_dwm.config import DWMConfig  # noqa: E402
 from megatron_dwm.core.random_states import restore_random_states  # noqa: E402
 from megatron_dwm.errors import DWMError  # noqa: E402
 from megatron_dwm.meta_gradient.estimators import choose_estimator  # noqa: E402
+from megatron_dwm.meta_gradient.ghost import layer_rules as ghost_layers  # noqa: E402
 from megatron_dwm.meta_gradient.ghost import recording as ghost  # noqa: E402
-from megatron_dwm.meta_gradient.ghost import rules as ghost_layers  # noqa: E402
 
 B, S, VOCAB, M = 3, 8, 48, 2
 TOLERANCE = 1e-4

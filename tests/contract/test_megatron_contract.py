@@ -44,7 +44,7 @@ from megatron_dwm.errors import DWMError  # noqa: E402
 from megatron_dwm.hosts.megatron_lm import checks, rebind  # noqa: E402
 from megatron_dwm.hosts.megatron_lm.rebind import check_version, rebound  # noqa: E402
 from megatron_dwm.step.loss import SampleLosses  # noqa: E402
-from megatron_dwm.weighting_model import model as dwm_model  # noqa: E402
+from megatron_dwm.weighting_model import transformer as dwm_model  # noqa: E402
 
 
 def parameters_of(function):

@@ -31,7 +31,7 @@ from megatron_dwm.core.trainee import Trainee  # noqa: E402
 from megatron_dwm.core.trainer_state import TrainerState, refusal  # noqa: E402
 from megatron_dwm.errors import DWMError  # noqa: E402
 from megatron_dwm.meta_gradient.optimizers import derivatives as jacobian  # noqa: E402
-from megatron_dwm.meta_gradient.optimizers.rules import check_supported  # noqa: E402
+from megatron_dwm.meta_gradient.optimizers.optimizer_rules import check_supported  # noqa: E402
 from megatron_dwm.meta_gradient.pull_back import pull_back_identity, trainable_parameters  # noqa: E402
 from tests.contract.real_step import (  # noqa: E402
     SIZE,

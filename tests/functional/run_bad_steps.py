@@ -31,7 +31,7 @@ import torch  # noqa: E402
 
 from megatron_dwm.checkpoint import state as checkpoint  # noqa: E402
 from megatron_dwm.core.optimizers import leaf_optimizers  # noqa: E402
-from megatron_dwm.step.influence import InfluencePasses  # noqa: E402
+from megatron_dwm.step.influence_passes import InfluencePasses  # noqa: E402
 from megatron_dwm.step.loss import WeightedForwardStep  # noqa: E402
 from megatron_dwm.step.train_step import DWMTrainStep  # noqa: E402
 from megatron_dwm.weighting_model.scorer import Scorer  # noqa: E402

@@ -21,7 +21,7 @@ import psutil  # noqa: E402
 
 from megatron_dwm.checkpoint import state as checkpoint  # noqa: E402
 from megatron_dwm.cli import probe as command  # noqa: E402
-from megatron_dwm.step.influence import InfluencePasses  # noqa: E402
+from megatron_dwm.step.influence_passes import InfluencePasses  # noqa: E402
 
 
 def scrambled(found):

@@ -112,7 +112,7 @@ def model_of(run: str, pooling: str, like_llm: bool) -> Any:
 
     from megatron_dwm.conversion import TorchDistCheckpoint, find_checkpoint
     from megatron_dwm.conversion.llama_layers import FUSED_NORM_NAMES
-    from megatron_dwm.weighting_model.model import (
+    from megatron_dwm.weighting_model.transformer import (
         DataWeightingModel,
         EmbeddingShape,
         dwm_transformer_config,

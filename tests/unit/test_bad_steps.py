@@ -8,7 +8,7 @@ from megatron_dwm.hosts import cpu
 
 cpu.install()
 
-from megatron_dwm.step.health import CAUSES, BadSteps  # noqa: E402
+from megatron_dwm.step.bad_steps import CAUSES, BadSteps  # noqa: E402
 
 
 def taken(steps: BadSteps, *causes: str, scored: bool = True, meta_step: bool = True) -> BadSteps:

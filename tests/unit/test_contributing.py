@@ -11,9 +11,9 @@ from megatron_dwm.hosts import cpu
 
 cpu.install()
 
-from megatron_dwm.meta_gradient.ghost import rules as ghost_rules  # noqa: E402
+from megatron_dwm.meta_gradient.ghost import layer_rules as ghost_rules  # noqa: E402
 from megatron_dwm.meta_gradient.ghost.rule import Call  # noqa: E402
-from megatron_dwm.meta_gradient.optimizers import rules as optimizer_rules  # noqa: E402
+from megatron_dwm.meta_gradient.optimizers import optimizer_rules  # noqa: E402
 from megatron_dwm.policies.base import SampleView, policy_class  # noqa: E402
 
 TEXT = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()

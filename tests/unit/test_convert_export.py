@@ -234,7 +234,7 @@ def test_sentencepiece_ids_are_kept(tmp_path, kind, rule, symbols):
     import sentencepiece
     from transformers import AutoTokenizer
 
-    from megatron_dwm.conversion.tokenizer import PROBES, find_tokenizer
+    from megatron_dwm.conversion.tokenizer_files import PROBES, find_tokenizer
 
     words = (
         "the weight of a sample is what the model learns from it Straße naïve 日本 123 x".split()

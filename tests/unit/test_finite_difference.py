@@ -20,7 +20,7 @@ cpu.install()
 from megatron_dwm.config import DWMConfig  # noqa: E402
 from megatron_dwm.core import collectives  # noqa: E402
 from megatron_dwm.meta_gradient import finite_difference  # noqa: E402
-from megatron_dwm.step.influence import InfluencePasses  # noqa: E402
+from megatron_dwm.step.influence_passes import InfluencePasses  # noqa: E402
 
 SAMPLES = 10
 CPU = torch.device("cpu")

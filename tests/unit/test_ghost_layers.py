@@ -27,10 +27,10 @@ cpu.install()
 
 from megatron_dwm.errors import DWMError  # noqa: E402
 from megatron_dwm.meta_gradient.ghost import embeddings, linear, norms  # noqa: E402
+from megatron_dwm.meta_gradient.ghost.layer_rules import register, rule_of  # noqa: E402
 from megatron_dwm.meta_gradient.ghost.linear import linear_dot  # noqa: E402
 from megatron_dwm.meta_gradient.ghost.recording import Ghost, refusal, uncovered_parameters  # noqa: E402
 from megatron_dwm.meta_gradient.ghost.rule import ByDimension, ByRow, Call  # noqa: E402
-from megatron_dwm.meta_gradient.ghost.rules import register, rule_of  # noqa: E402
 
 S, B, H = 5, 3, 6
 TOLERANCE = 1e-5

@@ -15,10 +15,7 @@ cpu.install()
 
 from megatron_dwm.core.optimizers import ParamShard  # noqa: E402
 from megatron_dwm.meta_gradient.optimizers import derivatives as jacobian  # noqa: E402
-from megatron_dwm.meta_gradient.optimizers.rules import (  # noqa: E402
-    has_stepped,
-    rule_of,
-)
+from megatron_dwm.meta_gradient.optimizers.optimizer_rules import has_stepped, rule_of  # noqa: E402
 from tests.contract.stand_in_fused_adam import FusedAdam  # noqa: E402
 from tests.unit.restated_optimizers import (  # noqa: E402
     BETAS,

@@ -11,7 +11,7 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import (  # noqa: 
     PipelineParallelLayerLayout,
 )
 
-from megatron_dwm.weighting_model.model import pipeline_layout  # noqa: E402
+from megatron_dwm.weighting_model.transformer import pipeline_layout  # noqa: E402
 
 SIZES = [(layers, stages) for layers in (1, 2, 3, 4, 7, 12) for stages in (2, 3, 4, 8)]
 

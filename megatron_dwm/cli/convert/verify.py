@@ -25,7 +25,7 @@ from megatron_dwm.files.streams import output_to_stderr
 from megatron_dwm.progress import working
 
 if TYPE_CHECKING:
-    from megatron_dwm.cli.convert.comparison import Comparison
+    from megatron_dwm.cli.convert.logit_comparison import Comparison
 
 _ROWS = 8
 
@@ -72,7 +72,7 @@ def run(
         raise ConversionError(f"--tolerance is {tolerance:g}; give a number above 0.")
     if tokens < 2:
         raise ConversionError(f"--tokens is {tokens}; give 2 or more.")
-    from megatron_dwm.cli.convert.comparison import compare
+    from megatron_dwm.cli.convert.logit_comparison import compare
     from megatron_dwm.conversion.dist_checkpoint import find_checkpoint
 
     # What Megatron prints is not the result.

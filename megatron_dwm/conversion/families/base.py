@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_dwm.conversion.families.config_types import is_count, type_issues
-from megatron_dwm.conversion.rules import Rule
 from megatron_dwm.conversion.shape import ModelShape
+from megatron_dwm.conversion.tensor_rules import Rule
 from megatron_dwm.errors import ConversionError
 from megatron_dwm.files.json_files import shown
 

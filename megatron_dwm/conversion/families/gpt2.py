@@ -7,8 +7,8 @@ from typing import Any, override
 
 from megatron_dwm.conversion.families.base import Family
 from megatron_dwm.conversion.layouts import TRANSPOSED, side_by_side_qkv_transform
-from megatron_dwm.conversion.rules import Rule
 from megatron_dwm.conversion.shape import ModelShape
+from megatron_dwm.conversion.tensor_rules import Rule
 from megatron_dwm.errors import ConversionError
 
 # Megatron computes GELU by its tanh approximation when it fuses it with the bias, as it does

@@ -8,8 +8,8 @@ from typing import Any, override
 from megatron_dwm.conversion.families import rope
 from megatron_dwm.conversion.families.base import Family
 from megatron_dwm.conversion.layouts import GATE_UP, qkv_transform
-from megatron_dwm.conversion.rules import Rule
 from megatron_dwm.conversion.shape import ModelShape
+from megatron_dwm.conversion.tensor_rules import Rule
 
 _NO_EXPERTS = {"num_experts": (None, 0)}
 # Where each family has defaults of its own, config.json must say it.

@@ -39,18 +39,18 @@ from megatron_dwm.errors import DWMError
 from megatron_dwm.hosts import cpu
 from megatron_dwm.hosts.megatron_lm.checks import blend_of, default_meta_batch_size
 from megatron_dwm.meta_gradient.estimators import choose_estimator, choose_lookahead
-from megatron_dwm.meta_gradient.optimizers.rules import check_supported
+from megatron_dwm.meta_gradient.optimizers.optimizer_rules import check_supported
 from megatron_dwm.policies.base import PolicyContext, policy_class
 from megatron_dwm.step.loss import WeightedForwardStep
 from megatron_dwm.step.passes import Passes
 from megatron_dwm.step.plan import Schedule
 from megatron_dwm.step.train_step import DWMTrainStep
-from megatron_dwm.weighting_model.model import (
+from megatron_dwm.weighting_model.scorer import Scorer, micro_batches_at_once
+from megatron_dwm.weighting_model.transformer import (
     DataWeightingModel,
     EmbeddingShape,
     dwm_transformer_config,
 )
-from megatron_dwm.weighting_model.scorer import Scorer, micro_batches_at_once
 from megatron_dwm.weighting_model.warm_start import copy_from_llm, load_hf_folder
 
 _MOCK_META_SAMPLES = 4096

@@ -22,7 +22,7 @@ from megatron_dwm.core.batches import StepBatches
 from megatron_dwm.core.trainee import Trainee
 from megatron_dwm.meta_gradient.comparison import Verification
 from megatron_dwm.step import probe
-from megatron_dwm.step.influence import StockStep
+from megatron_dwm.step.influence_passes import StockStep
 from megatron_dwm.step.probe import ProbedStep
 from megatron_dwm.step.train_step import DWMTrainStep
 

@@ -1,6 +1,6 @@
 """Per-sample influence from hooks on the layers' inputs and output gradients: exact, one pass.
 
-`c_i = <v, g_i>` is summed layer by layer, by the rule of each (`rules`), during one forward and
+`c_i = <v, g_i>` is summed layer by layer, by the rule of each (`layer_rules`), in one forward and
 backward of the step's micro-batches without weight gradients (3 forwards' worth of arithmetic), or
 during the training pass itself when v is known before it (one more forward's worth).
 """
@@ -18,8 +18,8 @@ from megatron.core.utils import unwrap_model
 
 from megatron_dwm.core import collectives
 from megatron_dwm.errors import DWMError
+from megatron_dwm.meta_gradient.ghost.layer_rules import rule_of
 from megatron_dwm.meta_gradient.ghost.rule import Call, Direction, GhostRule
-from megatron_dwm.meta_gradient.ghost.rules import rule_of
 
 
 class Ghost:

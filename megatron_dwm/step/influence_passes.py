@@ -31,7 +31,7 @@ from megatron_dwm.core.trainee import Trainee, loss_scale
 from megatron_dwm.meta_gradient import finite_difference
 from megatron_dwm.meta_gradient.ghost import recording as ghost
 from megatron_dwm.meta_gradient.optimizers import derivatives as jacobian
-from megatron_dwm.meta_gradient.optimizers.rules import has_stepped
+from megatron_dwm.meta_gradient.optimizers.optimizer_rules import has_stepped
 from megatron_dwm.meta_gradient.pull_back import (
     InnerStep,
     pull_back_before_step,

@@ -27,7 +27,7 @@ STAGES = f"--dwm-stages 2 --train-iters {STEPS} --distributed-timeout-minutes 3"
 ALONE = {
     "history": ["cannot be kept there", "give another --save"],
     "current": ["cannot be kept there", "give another --save"],
-    "unshared": ["rank 1: ", "was drawn by a weight file", "put it back"],
+    "unshared": ["rank 1: ", "is not what rank 0 has read", "does not see the same files"],
     "foreign": ["needs Megatron's GPTDataset", "training data is Subset"],
     "snapshot": ["dwm_stage_001 cannot be written", "another --save"],
     "swap": ["dwm_stage_001 cannot be written", "another --save"],

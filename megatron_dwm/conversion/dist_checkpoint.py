@@ -206,7 +206,8 @@ class _IntoTensor(planner.LoadPlanner):
     def commit_tensor(self, read_item: planner.ReadItem, tensor: torch.Tensor) -> None:
         pass
 
-    # Abstract in the base class, and called only by the planning that `load` does by itself.
+    # Not unfinished: abstract in the base class, and called by planning only, which `load` does by
+    # itself.
     def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("plans are made by TorchDistCheckpoint.load")
 

@@ -275,6 +275,7 @@ class TestWaiting:
         """The control: the same steps cannot be flushed."""
         log = Log(tmp_path, log_interval=100)
         log.log.write(self.unreadable(1))
+        # What torch says of reading a tensor without storage, by operation.
         with pytest.raises((RuntimeError, NotImplementedError)):
             log.log.flush()
 

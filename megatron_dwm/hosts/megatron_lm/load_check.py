@@ -171,7 +171,7 @@ def _tokenizer_size() -> int | None:
     try:
         return get_tokenizer().vocab_size
     except (AssertionError, AttributeError, NotImplementedError):
-        return None  # There is none, or one that does not say.
+        return None  # There is none, or one that does not say (Megatron raises these three).
 
 
 def _way_out(run: Any, before: int | None) -> str:

@@ -15,6 +15,7 @@ time: a finished run is kept in --out, and a second call takes the others. Regim
 The loss is that on held-out prose, on the same samples at every evaluation. `--only a/head/1` (or
 `shuffled/head`, or `a`) takes some of the runs; `--variant 'head-16=head --dwm-meta-interval 16'`
 adds an arm with other flags; `--tune` compares learning rates; `--table` tabulates what is there.
+`--known benchmarks/quality.json` goes on from the results that are kept with the project.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
     add("--data", action="store_true", help="build the data only")
     add("--list", action="store_true", help="name the runs and whether they are done")
     add("--table", action="store_true", help="train nothing, tabulate what is there")
-    add("--write", action="store_true", help="put table and plot beside this script as well")
+    add("--write", action="store_true", help="put table, plot and results beside this script too")
+    add("--known", type=Path, metavar="FILE", help="results that --write has put there: not again")
     return parser.parse_args(argv)
 
 
@@ -94,6 +96,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check(args, size)
         runs = planned(args, size)
+        if args.known:
+            runner.take_over(place, args.known)
         if not runs:
             raise ValueError(f"--only {' '.join(args.only)} names none of the runs; see --list")
         if args.table:
@@ -136,6 +140,8 @@ def tabulate(place: runner.Place, name: str, write: bool) -> None:
         target.write_text(
             f"# benchmarks/quality.py, size {name}\n\n![curves]({picture.name})\n\n{text}"
         )
+        if target.parent == Path(__file__).parent:
+            runner.keep(found, target.with_suffix(".json"))
         try:
             plots.draw(results, picture)
         except ImportError as error:

@@ -1,7 +1,9 @@
 """Shared by all tests. Imports neither torch nor Megatron: the quick tests stay quick."""
 
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,18 @@ SPAWN_RANKS = ("tests/distributed/", "tests/functional/")
 # tools/ and examples/ are not installed with the package, yet tests import from them.
 if str(REPO_ROOT) not in sys.path:
     sys.path.insert(0, str(REPO_ROOT))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Gives the session a folder of its own for extensions that torch compiles as they are needed.
+
+    A process that was killed while compiling leaves its lock in that folder, and whoever needs the
+    extension next waits for it without end.
+    """
+    if not hasattr(config, "workerinput") and "TORCH_EXTENSIONS_DIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="torch_extensions_")
+        os.environ["TORCH_EXTENSIONS_DIR"] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 @pytest.fixture(scope="session")

@@ -199,6 +199,9 @@ def read_pieces(corpus: Path, name: str) -> list[str]:
 
     Few tokens of a source then still come from many documents.
     """
+    # The folder of the command that builds the corpus, no package of its own.
+    if str(TOOLS) not in sys.path:
+        sys.path.append(str(TOOLS))
     from demo_corpus.corruption import cut_paragraphs
 
     texts = read_texts(corpus, name)

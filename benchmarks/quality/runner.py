@@ -117,6 +117,29 @@ def read_all(runs: Path) -> list[dict[str, Any]]:
     return [read(path) for path in sorted(runs.glob("*/*/*.json"))]
 
 
+def keep(results: list[dict[str, Any]], path: Path) -> None:
+    """Writes results to one file, a line each."""
+    lines = ",\n".join(json.dumps(result) for result in results)
+    path.write_text(f"[\n{lines}\n]\n")
+
+
+def take_over(place: Place, path: Path) -> None:
+    """Files the results of `keep` where they are missing, as if the runs had been taken here.
+
+    Raises:
+        RunError: the file is not one of `keep`.
+    """
+    try:
+        found = json.loads(path.read_text())
+        names = [place.runs / f"{r['regime']}/{r['arm']}/{r['seed']}.json" for r in found]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path}: {error!r}; give a file that --write has written") from None
+    for name, result in zip(names, found, strict=True):
+        if not name.exists():
+            name.parent.mkdir(parents=True, exist_ok=True)
+            name.write_text(json.dumps(result, indent=1))
+
+
 def take(place: Place, size: Size, runs: list[Run], corpus: str, jobs: int) -> int:
     """Takes the runs that have no result yet, in order; returns how many failed."""
     left = [run for run in runs if not finished(place, size, run, corpus)]

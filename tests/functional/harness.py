@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +62,14 @@ def environment(**variables: str) -> dict[str, str]:
 def torchrun(
     ranks: int, words: list[str], timeout: int = 900, **variables: str
 ) -> subprocess.CompletedProcess:
-    """Runs a script under torchrun and returns the finished process."""
+    """Runs a script as so many ranks and returns the finished process.
+
+    On the CPU a script's ranks are forked from a process that has imported the trainer; a module
+    (`-m`) and a script that is given a host are started with torchrun.
+    """
+    forks = words[0].endswith(".py") and "MEGATRON_DWM_HOST" not in variables and host_flags()
+    if forks:
+        return RankServer.running().run(ranks, words, timeout, environment(**variables))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     command += ["--master-port", str(free_port()), *words]
     return subprocess.run(
@@ -73,6 +81,59 @@ def torchrun(
         timeout=timeout,
         check=False,
     )
+
+
+class RankServer:
+    """The process that ranks are forked from, `rank_server.py`; one for the test session."""
+
+    _running: RankServer | None = None
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "functional" / "rank_server.py")],
+            cwd=ROOT,
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    @classmethod
+    def running(cls) -> RankServer:
+        """Returns the session's server, started at the first call."""
+        if cls._running is None:
+            cls._running = cls()
+        return cls._running
+
+    def run(
+        self, ranks: int, words: list[str], timeout: int, variables: dict[str, str]
+    ) -> subprocess.CompletedProcess:
+        """Runs a script; as `torchrun` here."""
+        with tempfile.TemporaryDirectory() as folder:
+            request = {
+                "ranks": ranks,
+                "script": words[0],
+                "args": words[1:],
+                "env": variables,
+                "output": f"{folder}/rank",
+                "timeout": timeout,
+            }
+            asked, answers = self.process.stdin, self.process.stdout
+            assert asked is not None and answers is not None
+            try:
+                asked.write(json.dumps(request) + "\n")
+                asked.flush()
+                code = json.loads(answers.readline())["code"]
+            except BaseException:
+                # Whatever it is still at is not the next request's.
+                self.process.kill()
+                self.process.wait()
+                type(self)._running = None
+                raise
+            out, err = (Path(folder, f"rank.{name}").read_text() for name in ("out", "err"))
+        if code is None:
+            raise subprocess.TimeoutExpired(words, timeout, out, err)
+        return subprocess.CompletedProcess(words, code, out, err)
 
 
 class Results:

@@ -69,6 +69,17 @@ def test_boilerplate_repeats():
     assert not any("{" in block for block in blocks)
 
 
+def test_pieces_are_all_of_a_file_s_text_and_none_is_long(tmp_path: Path):
+    (tmp_path / "train").mkdir()
+    texts = [f"{word} " + "\n\n".join(LINE * 20 for _ in range(9)) for word in ("one", "two")]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "train" / "books.jsonl").write_text(lines)
+    pieces = data.read_pieces(tmp_path, "train/books")
+    assert max(map(len, pieces)) <= data.PIECE
+    words = sorted(" ".join(texts).split())
+    assert sorted(" ".join(pieces).split()) == words
+
+
 def test_documents_are_cut_off_at_the_limit_with_their_end_counted():
     documents = [numpy.arange(10)] * 5
     found = list(data.up_to(25, documents))
@@ -351,6 +362,29 @@ def test_a_killed_run_is_taken_again_and_a_finished_one_is_not(
     assert started == []
 
 
+def test_kept_results_count_as_taken_and_change_none_that_is_there(
+    place: runner.Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    size = plan.scaled(plan.SIZES["toy"], steps=100)
+    runs = plan.full_plan(size)[:3]
+    commands(monkeypatch)
+    runner.take(place, size, runs, "corpus", jobs=1)
+    kept = tmp_path / "kept.json"
+    runner.keep(runner.read_all(place.runs), kept)
+
+    own = {**runner.read(place.result(runs[1])), "final": 9.0}
+    place.result(runs[0]).unlink()
+    place.result(runs[1]).write_text(json.dumps(own))
+    runner.take_over(place, kept)
+    assert runner.read(place.result(runs[0]))["final"] == 2.5
+    assert runner.read(place.result(runs[1]))["final"] == 9.0
+    started = commands(monkeypatch)
+    assert runner.take(place, size, runs, "corpus", jobs=1) == 0
+    assert started == []
+    with pytest.raises(runner.RunError, match="other settings"):
+        runner.take(place, size, runs, "another corpus", jobs=1)
+
+
 def test_a_result_of_other_settings_is_neither_used_nor_lost(
     place: runner.Place, monkeypatch: pytest.MonkeyPatch
 ):
@@ -445,6 +479,7 @@ def command_line(*words: str) -> tuple[int, str]:
         (["--micro-batch", "5"], "--micro-batch is 5"),
         (["--lr", "nan"], "--lr is nan"),
         (["--table"], "no results in"),
+        (["--known", __file__], "test_quality.py: JSONDecodeError"),
         (["--corpus", "/nonexistent"], "--corpus /nonexistent lacks"),
     ],
 )

@@ -7,7 +7,7 @@ PYTEST_SHARE ?= -n 2 --dist loadscope
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-gpu test-faults lint clean
+.PHONY: help setup demo test test-unit test-gpu test-faults coverage lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
@@ -22,7 +22,7 @@ test: setup ## run all tests (GPU tests are skipped, see test-gpu)
 	$(PYTEST) --durations=10 $(PYTEST_SHARE) $(PYTEST_ARGS) tests
 
 test-unit: setup ## run the quick tests only
-	$(PYTEST) $(PYTEST_ARGS) tests/unit
+	$(PYTEST) $(PYTEST_SHARE) $(PYTEST_ARGS) tests/unit
 
 # A GPU that the driver lists and torch cannot use is a broken machine, not a reason to skip.
 test-gpu: setup ## run the GPU tests; without a GPU say so and succeed
@@ -41,6 +41,12 @@ FAULT_SEED ?= 20250711
 test-faults: setup ## kill a real run at 200 random instants and compare (FAULTS=n, FAULT_SEED=n)
 	FAULTS=$(FAULTS) FAULT_SEED=$(FAULT_SEED) $(PYTEST) -s $(PYTEST_ARGS) tests/functional/test_faults.py
 
+coverage: setup ## run all tests, and report which lines of the package they reach
+	.venv/bin/coverage erase
+	.venv/bin/coverage run -m pytest $(PYTEST_SHARE) $(PYTEST_ARGS) tests
+	.venv/bin/coverage combine --quiet
+	.venv/bin/coverage report
+
 lint: setup ## check style, spelling, types and layers
 	$(PYTHON_VENV) -m ruff check .
 	$(PYTHON_VENV) -m ruff format --check .
@@ -50,6 +56,6 @@ lint: setup ## check style, spelling, types and layers
 
 clean: ## remove .venv, builds, caches and the examples' output
 	rm -rf .venv .venv.lock build dist demo_out smollm2_out *.egg-info
-	rm -rf .import_linter_cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .coverage .coverage.* .import_linter_cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	rm -f megatron_dwm/_data_engine.*.so megatron_dwm/_version.py
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -47,6 +47,23 @@ class Trainee:
     data_iterator: Any
 
 
+@dataclass
+class StepOutcome:
+    """What came of the trainer's own step.
+
+    Attributes:
+        losses: what it reports, by name; empty on ranks that see none.
+        skipped: whether the optimizer took no step, as after an overflow.
+        grad_norm: before clipping; None where there is none.
+        own: what the trainer's step returned, which goes back to it.
+    """
+
+    losses: dict[str, Any]
+    skipped: bool = False
+    grad_norm: float | None = None
+    own: Any = None
+
+
 def loss_scale(trainee: Trainee) -> float:
     """Returns S of `--loss-scale`, by which schedules multiply losses before differentiating."""
     scaled = trainee.config.grad_scale_func

@@ -27,7 +27,7 @@ from megatron_dwm.core.batches import StepBatches
 from megatron_dwm.core.contexts import gathered_parameters, quiet
 from megatron_dwm.core.optimizers import learning_rates
 from megatron_dwm.core.random_states import random_states, restore_random_states
-from megatron_dwm.core.trainee import Trainee, loss_scale
+from megatron_dwm.core.trainee import StepOutcome, Trainee, loss_scale
 from megatron_dwm.meta_gradient import finite_difference
 from megatron_dwm.meta_gradient.ghost import recording as ghost
 from megatron_dwm.meta_gradient.optimizers import derivatives as jacobian
@@ -43,7 +43,8 @@ from megatron_dwm.step.passes import Passes
 
 # Given weights `[N]`, what makes them inside the forward step, or None on ranks without losses.
 type Weighing = torch.Tensor | PolicyWeights | None
-StockStep = Callable[[Any], tuple]
+# Takes the trainer's own step on the data iterator it is given.
+StockStep = Callable[[Any], StepOutcome]
 
 
 @dataclass
@@ -84,7 +85,7 @@ class InfluencePasses:
         batches: StepBatches,
         weights: Weighing,
         estimator: str | None = None,
-    ) -> tuple[tuple, Influence | None]:
+    ) -> tuple[StepOutcome, Influence | None]:
         """Takes one weighted step of the trainer with passes C and D.
 
         Args:
@@ -95,8 +96,8 @@ class InfluencePasses:
             estimator: instead of the configured one.
 
         Returns:
-            The trainer's own result; the influence, None when the trainer skipped the step or
-            there is nothing to look ahead from yet.
+            What came of the trainer's step; the influence, None when the trainer skipped the step
+            or there is nothing to look ahead from yet.
         """
         with gathered_parameters(trainee):
             if self.config.lookahead == "current":
@@ -106,11 +107,11 @@ class InfluencePasses:
 
     def weighted_step(
         self, stock_step: StockStep, batches: StepBatches, weights: Weighing
-    ) -> tuple[tuple, Applied]:
+    ) -> tuple[StepOutcome, Applied]:
         """Pass B: the trainer's own step under weights `[N]`, or under a policy's.
 
         Returns:
-            The trainer's result, and what was applied to each micro-batch.
+            What came of it, and what was applied to each micro-batch.
         """
         local: Weighing = None
         if weights is not None and self.passes.sees_losses:
@@ -130,20 +131,20 @@ class InfluencePasses:
         batches: StepBatches,
         weights: Weighing,
         estimator: str,
-    ) -> tuple[tuple, Influence | None]:
+    ) -> tuple[StepOutcome, Influence | None]:
         parameters = trainable_parameters(trainee.model)
         # kept: a copy of the parameters, theta now, theta+ while pass D runs at theta.
         theta = [p.detach().clone() for p in parameters]
         lrs, rng = learning_rates(trainee.optimizer), random_states()
         # B
         result, _ = self.weighted_step(stock_step, batches, weights)
-        if result[1]:
+        if result.skipped:
             return result, None
         # C: h at theta+, and what it is in terms of the step's gradient
         inner = None
         if self.config.jacobian == "exact":
             # kept: the step's gradient, until v is there.
-            inner = InnerStep.capture(trainee.optimizer, lrs, result[5])
+            inner = InnerStep.capture(trainee.optimizer, lrs, result.grad_norm)
         with quiet(trainee):
             loss = self.passes.meta_loss_gradient(trainee)
             if inner is not None:
@@ -223,7 +224,7 @@ class InfluencePasses:
         trainee: Trainee,
         batches: StepBatches,
         weights: Weighing,
-    ) -> tuple[tuple, Influence | None]:
+    ) -> tuple[StepOutcome, Influence | None]:
         lrs, rng = learning_rates(trainee.optimizer), random_states()
         if self.config.jacobian == "exact" and not self._optimizer_has_stepped(trainee):
             return self.weighted_step(stock_step, batches, weights)[0], None
@@ -242,7 +243,7 @@ class InfluencePasses:
         with layers.recording(direction, get_num_microbatches()) as total:
             result, applied = self.weighted_step(stock_step, batches, weights)
             recorded = total()
-        if result[1]:
+        if result.skipped:
             return result, None
         recorded = collectives.sum_over_model_parallel(recorded, self.passes.groups.mp)
         local, w = self._scaled(recorded, applied.num_tokens, loss_scale(trainee)), applied.weights
@@ -251,7 +252,7 @@ class InfluencePasses:
             local = torch.where(w > 0, local / w.clamp(min=1e-30), 0.0)
             if self.config.jacobian == "exact":
                 max_norm = _clip_grad(trainee.optimizer)
-                local = local * jacobian.clip_coefficient(float(result[5] or 0.0), max_norm)
+                local = local * jacobian.clip_coefficient(float(result.grad_norm or 0.0), max_norm)
         return result, self._influence(local, loss, lrs, {})
 
     def ahead(self, trainee: Trainee, batches: StepBatches) -> Influence | None:

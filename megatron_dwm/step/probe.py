@@ -21,7 +21,7 @@ from megatron_dwm.core.batches import StepBatches
 from megatron_dwm.core.contexts import gathered_parameters, quiet
 from megatron_dwm.core.optimizers import learning_rates
 from megatron_dwm.core.random_states import restore_random_states
-from megatron_dwm.core.trainee import Trainee
+from megatron_dwm.core.trainee import StepOutcome, Trainee
 from megatron_dwm.core.trainer_state import TrainerState
 from megatron_dwm.errors import DWMError
 from megatron_dwm.meta_gradient import per_sample as reference_estimator
@@ -67,7 +67,7 @@ class ProbedStep:
         with gathered_parameters(self.trainee):
             return TrainerState(self.trainee, self.scheduler)
 
-    def quiet_step(self, iterator: Any) -> tuple:
+    def quiet_step(self, iterator: Any) -> StepOutcome:
         """Takes the trainer's step, whose checks of results could otherwise end the run."""
         with quiet(self.trainee):
             return self.stock_step(iterator)
@@ -145,7 +145,7 @@ def _meta_loss_after(probed: ProbedStep, weights: torch.Tensor, state: TrainerSt
         with quiet(trainee):
             loss = step.passes.meta_loss(trainee, step.meta_data.consumed_samples)
         state.restore()
-    return math.nan if result[1] else loss
+    return math.nan if result.skipped else loss
 
 
 def reference(probed: ProbedStep) -> torch.Tensor:
@@ -164,7 +164,7 @@ def reference(probed: ProbedStep) -> torch.Tensor:
             result, _ = step.influence.weighted_step(
                 probed.quiet_step, probed.batches, probed.weights
             )
-            inner = InnerStep.capture(trainee.optimizer, lrs, result[5]) if exact else None
+            inner = InnerStep.capture(trainee.optimizer, lrs, result.grad_norm) if exact else None
         with quiet(trainee):
             step.passes.meta_loss_gradient(trainee)
             if not exact:

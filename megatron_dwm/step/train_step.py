@@ -83,7 +83,7 @@ class DWMTrainStep:
 
     def __call__(
         self, stock_step: StockStep, trainee: Trainee, iteration: int
-    ) -> tuple[tuple, StepRecord]:
+    ) -> tuple[Any, StepRecord]:
         """Runs one training step.
 
         Args:
@@ -92,7 +92,7 @@ class DWMTrainStep:
             iteration: 0-based.
 
         Returns:
-            The trainer's own result, and the record for the log.
+            What the trainer's own step returned, and the record for the log.
         """
         self.time_share.begin()
         # Spaces and times meta steps under --dwm-overhead-budget; else it does nothing.
@@ -118,7 +118,7 @@ class DWMTrainStep:
             result, influence = self.influence.step(stock_step, trainee, batches, weighing)
         else:
             result, _ = self.influence.weighted_step(stock_step, batches, weighing)
-        loss = _first_loss(result[0])
+        loss = _first_loss(result.losses)
 
         # E: the policy learns, unless something is NaN or infinite
         meta: MetaResult | None = None
@@ -141,7 +141,7 @@ class DWMTrainStep:
         overhead = meter.finish(meta is not None)
         record = self._record(step, plan, meta, loss, overhead, causes)
         record.time_share = self.time_share.end(meta is not None)
-        return result, record
+        return result.own, record
 
     # ------------------------------------------------------------------ A
 

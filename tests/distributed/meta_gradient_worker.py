@@ -43,6 +43,7 @@ from megatron_dwm.core import collectives  # noqa: E402
 from megatron_dwm.core.batches import StepBatches  # noqa: E402
 from megatron_dwm.core.contexts import gathered_parameters  # noqa: E402
 from megatron_dwm.core.trainee import Trainee  # noqa: E402
+from megatron_dwm.hosts.megatron_lm.build import outcome  # noqa: E402
 from megatron_dwm.hosts.megatron_lm.session import Session  # noqa: E402
 from megatron_dwm.meta_gradient.ghost import recording as ghost  # noqa: E402
 from megatron_dwm.meta_gradient.optimizers import derivatives as jacobian  # noqa: E402
@@ -119,7 +120,7 @@ def taken_apart(
     trainee = Trainee(model, optimizer, config, schedule, batches.replay())
 
     def stock_step(data):
-        return stock(step.forward_step, data, model, optimizer, scheduler, *rest, **kw)
+        return outcome(stock(step.forward_step, data, model, optimizer, scheduler, *rest, **kw))
 
     weights = step.weights_of(trainee, batches, kw["iteration"])
     scores = scores_of(step)

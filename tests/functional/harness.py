@@ -65,10 +65,9 @@ def torchrun(
     """Runs a script as so many ranks and returns the finished process.
 
     On the CPU a script's ranks are forked from a process that has imported the trainer; a module
-    (`-m`) and a script that is given a host are started with torchrun.
+    (`-m`), and what is given a variable that counts at import, are started with torchrun.
     """
-    forks = words[0].endswith(".py") and "MEGATRON_DWM_HOST" not in variables and host_flags()
-    if forks:
+    if words[0].endswith(".py") and "TORCHDYNAMO_DISABLE" not in variables and host_flags():
         return RankServer.running().run(ranks, words, timeout, environment(**variables))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     command += ["--master-port", str(free_port()), *words]

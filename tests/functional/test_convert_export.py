@@ -9,10 +9,9 @@ NOT exercised: Transformer Engine's layers, bf16 runs, checkpoints of other Mega
 unit tests write their layouts by hand).
 """
 
+import contextlib
+import io
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,7 +21,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from megatron_dwm.cli.main import main  # noqa: E402
 from megatron_dwm.hosts.cpu import CPU_FLAGS  # noqa: E402
+from tests.functional.harness import torchrun  # noqa: E402
 
 COMMON = """
     --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4 --seq-length 48
@@ -50,28 +51,6 @@ RUNS = {
 TOKENIZER_SIZE = 300
 
 
-def _run(command: list[str], **env: str) -> str:
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    # The cause stands at the first traceback; the launcher's summary follows it.
-    cause = done.stdout[max(done.stdout.find("Traceback"), 0) :][:6000]
-    assert done.returncode == 0, f"{' '.join(command)} failed:\n{cause}"
-    return done.stdout
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def _train_tokenizer(folder: Path) -> Path:
     import sentencepiece
 
@@ -97,22 +76,24 @@ def exported(request, tmp_path_factory):
     processes, flags = RUNS[request.param]
     tokenizer = _train_tokenizer(folder) if "{tokenizer}" in flags else None
     script = str(ROOT / "tests/functional/_tiny_pretrain.py")
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-    _run(
+    done = torchrun(
+        processes,
         [
-            *(sys.executable, *launcher, f"--master-port={_free_port()}", script),
-            *(str(folder / "logits.pt"), "--save", str(folder / "run"), *CPU_FLAGS),
+            *(script, str(folder / "logits.pt"), "--save", str(folder / "run"), *CPU_FLAGS),
             *COMMON.split(),
             *flags.format(tokenizer=tokenizer).split(),
         ],
-        MEGATRON_DWM_HOST="cpu",
+        timeout=300,
     )
+    assert done.returncode == 0, done.stderr[-6000:]
     out = folder / "hf"
     paths = ["--megatron-path", str(folder / "run"), "--hf-path", str(out)]
     # So small that there are several files.
     shards = ["--max-shard-size", "100KB"]
-    printed = _run([sys.executable, "-m", "megatron_dwm", "convert", "export", *paths, *shards])
-    assert "iteration 2" in printed
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main(["convert", "export", *paths, *shards]) == 0
+    assert "iteration 2" in printed.getvalue()
     return request.param, torch.load(folder / "logits.pt"), tokenizer, out
 
 

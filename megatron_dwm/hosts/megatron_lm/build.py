@@ -1,23 +1,16 @@
-"""Builds the weighting model, its meta data and its log from Megatron's arguments."""
+"""Megatron-LM's trainer as a host: the weighting model and the meta data by its arguments."""
 
 from __future__ import annotations
 
 import dataclasses
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy
 import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
-from megatron.core.tensor_parallel.random import (
-    _set_all_rng_states,
-    model_parallel_cuda_manual_seed,
-)
 from megatron.core.utils import get_model_config, unwrap_model
 from megatron.training import get_tokenizer, print_rank_0
 from megatron.training.utils import is_first_or_last_pipeline_stage
@@ -27,24 +20,13 @@ from megatron_dwm.config.validation import head_dim_problems, raise_all
 from megatron_dwm.conversion.dwm_classifier import read_classifier
 from megatron_dwm.conversion.families.rope import LLAMA3_ROPE
 from megatron_dwm.conversion.hf_folder import read_hf_config
-from megatron_dwm.core.agreement import on_each_rank
-from megatron_dwm.core.random_states import random_states
-from megatron_dwm.core.state_tap import StateTap
-from megatron_dwm.core.topology import Megatron
-from megatron_dwm.core.trainee import RunShape
+from megatron_dwm.core.trainee import RunShape, StepOutcome
 from megatron_dwm.core.trainer_state import refusal as step_refusal
 from megatron_dwm.core.vocabulary import megatron_vocabulary_size
 from megatron_dwm.data.meta_dataset import MetaData
 from megatron_dwm.errors import DWMError
 from megatron_dwm.hosts import cpu
 from megatron_dwm.hosts.megatron_lm.checks import blend_of, default_meta_batch_size
-from megatron_dwm.meta_gradient.estimators import choose_estimator, choose_lookahead
-from megatron_dwm.meta_gradient.optimizers.optimizer_rules import check_supported
-from megatron_dwm.policies.base import PolicyContext, policy_class
-from megatron_dwm.step.loss import WeightedForwardStep
-from megatron_dwm.step.passes import Passes
-from megatron_dwm.step.plan import Schedule
-from megatron_dwm.step.train_step import DWMTrainStep
 from megatron_dwm.weighting_model.scorer import Scorer, micro_batches_at_once
 from megatron_dwm.weighting_model.transformer import (
     DataWeightingModel,
@@ -54,6 +36,12 @@ from megatron_dwm.weighting_model.transformer import (
 from megatron_dwm.weighting_model.warm_start import copy_from_llm, load_hf_folder
 
 _MOCK_META_SAMPLES = 4096
+
+
+def outcome(result: tuple) -> StepOutcome:
+    """Returns what came of a step, of what Megatron-LM's `train_step` returns."""
+    losses, skipped, _, _, _, grad_norm, *_ = result
+    return StepOutcome(losses, bool(skipped), grad_norm, result)
 
 
 def resolve_shapes(config: DWMConfig, args: Any) -> DWMConfig:
@@ -99,85 +87,67 @@ def resolve_shapes(config: DWMConfig, args: Any) -> DWMConfig:
     return config
 
 
-def build_train_step(
-    config: DWMConfig, args: Any, model: list[Any], optimizer: Any, groups: Any
-) -> DWMTrainStep:
-    """Builds everything that the modified step needs, leaving all random states as they were.
+class MegatronLM:
+    """Megatron-LM's trainer as a `TrainerHost`: its arguments and globals, read here.
 
     Args:
-        config: resolved settings.
         args: Megatron's arguments.
         model: the LLM's DDP-wrapped chunks.
         optimizer: the LLM's optimizer.
         groups: the LLM's process groups.
     """
-    device = cpu.device()
-    llm_config = get_model_config(model[0])
-    meta_data = None
-    if config.uses_meta_set:
-        check_supported(optimizer, config.jacobian)
-        undoable = step_refusal(optimizer) if config.verify_meta_gradient else None
-        if undoable is not None:
-            raise DWMError(f"--dwm-verify-meta-gradient takes steps and undoes them: {undoable}")
-        estimator, reason = choose_estimator(config, model, llm_config)
-        print_rank_0(f"DWM: estimator {estimator}: {reason}")
-        lookahead = choose_lookahead(config, estimator)
-        config = dataclasses.replace(config, estimator=estimator, lookahead=lookahead)
-        if config.policy == "influence" and estimator != "ghost":
-            raise DWMError(f"--dwm-policy influence needs the ghost estimator ({reason})")
-        with _random_states_kept(config.seed):
-            meta_data = _build_meta_data(config, args)
-    shape = RunShape(
-        micro_batch_size=args.micro_batch_size,
-        seq_length=args.seq_length,
-        decoder_seq_length=args.decoder_seq_length,
-        per_token=args.calculate_per_token_loss,
-        device=device,
-    )
-    topology = Megatron(groups)
-    context = PolicyContext(
-        config=config,
-        topology=topology,
-        device=device,
-        micro_batch_size=args.micro_batch_size,
-        hidden_size=args.hidden_size,
-        sequence_parallel=args.sequence_parallel,
-        scorer=partial(_scorer, config, args, llm_config, groups, device),
-    )
-    with _random_states_kept(config.seed):
-        policy = policy_class(config.form if config.policy == "learned" else config.policy)(context)
-    taps = policy.needs.states and context.sees_losses
-    # Only the last pipeline stage has an output layer, or lacks one.
-    tap = on_each_rank(lambda: StateTap(model[-1]) if taps else None)
-    warm_start = None
-    if policy.scorer is not None and config.init.startswith("llm:"):
-        chunks = [unwrap_model(chunk) for chunk in model]
-        _take_over_positions(policy.scorer.module, chunks[0])
 
-        def warm_start() -> None:
-            copy_from_llm(policy.scorer.module, chunks, groups)
-            policy.scorer.weights_changed()
+    def __init__(self, args: Any, model: list[Any], optimizer: Any, groups: Any) -> None:
+        self.args, self.model, self.optimizer, self.groups = args, model, optimizer, groups
+        self.transformer_config = get_model_config(model[0])
+        self.steps = args.train_iters
+        self.shape = RunShape(
+            micro_batch_size=args.micro_batch_size,
+            seq_length=args.seq_length,
+            decoder_seq_length=args.decoder_seq_length,
+            per_token=args.calculate_per_token_loss,
+            device=cpu.device(),
+        )
 
-    return DWMTrainStep(
-        config=config,
-        schedule=Schedule(config, args.train_iters),
-        passes=Passes(WeightedForwardStep(_not_set), groups, shape, meta_data),
-        policy=policy,
-        tap=tap,
-        warm_start=warm_start,
-    )
+    def check(self, config: DWMConfig) -> None:
+        """As `TrainerHost.check`; the flags have been looked at before."""
+        if config.uses_meta_set and config.verify_meta_gradient:
+            undoable = step_refusal(self.optimizer)
+            if undoable is not None:
+                raise DWMError(
+                    f"--dwm-verify-meta-gradient takes steps and undoes them: {undoable}"
+                )
 
+    def meta_data(self, config: DWMConfig) -> MetaData:
+        """As `TrainerHost.meta_data`: indexed data sets, read as the trainer reads its own."""
+        return _build_meta_data(config, self.args)
 
-def _scorer(
-    config: DWMConfig, args: Any, llm_config: Any, groups: Any, device: torch.device
-) -> tuple[Scorer, dict[str, Any]]:
-    """Returns the separate weighting model, and what must agree with a saved one."""
-    with _random_states_kept(config.seed + 100 * groups.pp.rank()):
-        scorer = _build_scorer(config, args, llm_config, groups, device)
+    def scorer(self, config: DWMConfig) -> tuple[Scorer, dict[str, Any]]:
+        """As `TrainerHost.scorer`."""
+        scorer = _build_scorer(
+            config, self.args, self.transformer_config, self.groups, self.shape.device
+        )
         if config.init.startswith("hf:"):
-            print_rank_0(load_hf_folder(scorer.module, config.init[3:], groups))
+            self.say(load_hf_folder(scorer.module, config.init[3:], self.groups))
             scorer.weights_changed()
-    return scorer, _description(config, scorer)
+        return scorer, _description(config, scorer)
+
+    def warm_start(self, scorer: Scorer, config: DWMConfig) -> Callable[[], None] | None:
+        """As `TrainerHost.warm_start`; the positions are taken over at once."""
+        if not config.init.startswith("llm:"):
+            return None
+        chunks = [unwrap_model(chunk) for chunk in self.model]
+        _take_over_positions(scorer.module, chunks[0])
+
+        def copy() -> None:
+            copy_from_llm(scorer.module, chunks, self.groups)
+            scorer.weights_changed()
+
+        return copy
+
+    def say(self, text: str) -> None:
+        """As `TrainerHost.say`."""
+        print_rank_0(text)
 
 
 def _take_over_positions(dwm: DataWeightingModel, llm: Any) -> None:
@@ -210,10 +180,6 @@ def _description(config: DWMConfig, scorer: Scorer) -> dict[str, Any]:
         # Not the padded size, which depends on the tensor-parallel size.
         "vocab_size": min(megatron_vocabulary_size(tokenizer), embedding.vocab_size),
     }
-
-
-def _not_set(*args: Any, **kwargs: Any) -> Any:
-    raise AssertionError("the trainer's forward step is set before the first step")
 
 
 def _build_scorer(
@@ -329,23 +295,3 @@ def _build_dataset(
     kind = MockGPTDataset if prefix is None else GPTDataset
     sizes = [_MOCK_META_SAMPLES if prefix is None else None, None, None]
     return BlendedMegatronDatasetBuilder(kind, sizes, on_this_rank, config).build()[0]
-
-
-@contextmanager
-def _random_states_kept(seed: int) -> Iterator[None]:
-    """Seeds every generator for what is built inside, and puts all back.
-
-    So the LLM's training does not depend on there being a weighting model.
-    """
-    states = random_states()
-    python_state, numpy_state = random.getstate(), numpy.random.get_state()
-    model_parallel_cuda_manual_seed(seed)
-    torch.manual_seed(seed)
-    numpy.random.seed(seed)
-    try:
-        yield
-    finally:
-        cpu, cuda, tracker = states
-        _set_all_rng_states(cpu, cuda, dict(tracker))
-        random.setstate(python_state)
-        numpy.random.set_state(numpy_state)

@@ -7,9 +7,10 @@ from typing import Any
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 from megatron.training import get_args
 
-from megatron_dwm.core.trainee import Trainee
+from megatron_dwm.core.trainee import StepOutcome, Trainee
 from megatron_dwm.core.trainer_state import refusal as step_refusal
 from megatron_dwm.errors import DWMError
+from megatron_dwm.hosts.megatron_lm.build import outcome
 from megatron_dwm.hosts.megatron_lm.session import Session
 from megatron_dwm.hosts.megatron_lm.verification import probed_step
 from megatron_dwm.step import probe
@@ -86,8 +87,8 @@ class ProbeSession(Session):
         trainee = Trainee(model, optimizer, config, forward_backward_func, data_iterator)
         done = get_args().curr_iteration if iteration is None else iteration
 
-        def stock_step(iterator: Any) -> tuple:
-            return stock(wrapped, iterator, *rest, iteration=iteration, **kwargs)
+        def stock_step(iterator: Any) -> StepOutcome:
+            return outcome(stock(wrapped, iterator, *rest, iteration=iteration, **kwargs))
 
         _, probed = probed_step(self.step, stock_step, trainee, opt_param_scheduler, done)
         found = probe.verify(probed, self.samples) if probed.ready() else None

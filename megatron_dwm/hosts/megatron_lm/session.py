@@ -16,10 +16,11 @@ from megatron_dwm.checkpoint import snapshots
 from megatron_dwm.checkpoint import state as checkpoint
 from megatron_dwm.config import DWMConfig, flag
 from megatron_dwm.core.agreement import on_each_rank, on_first_rank
-from megatron_dwm.core.trainee import Trainee
+from megatron_dwm.core.trainee import StepOutcome, Trainee
 from megatron_dwm.errors import DWMError
 from megatron_dwm.hosts import cpu
-from megatron_dwm.hosts.megatron_lm.build import build_train_step, resolve_shapes
+from megatron_dwm.hosts.base import assemble
+from megatron_dwm.hosts.megatron_lm.build import MegatronLM, outcome, resolve_shapes
 from megatron_dwm.hosts.megatron_lm.checks import check_arguments, check_data, training_prefixes
 from megatron_dwm.hosts.megatron_lm.cut_short import forget_unfinished, mend_tracker
 from megatron_dwm.hosts.megatron_lm.load_check import check_checkpoint
@@ -70,7 +71,7 @@ class Session:
             print_rank_0("DWM: --skip-train is set, nothing is weighted")
             return model, optimizer, scheduler
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        self.step = build_train_step(config, run, model, optimizer, groups)
+        self.step = assemble(config, MegatronLM(run, model, optimizer, groups))
         pending = self._load(config, run)
         self.verifier = Verifier(self.step, run, print_rank_last, pending)
         domains = [os.path.basename(p) for p in training_prefixes(run)]
@@ -113,8 +114,8 @@ class Session:
         wrapped.forward_step = forward_step_func
         trainee = Trainee(model, optimizer, config, forward_backward_func, data_iterator)
 
-        def stock_step(iterator: Any) -> tuple:
-            return stock(wrapped, iterator, *rest, iteration=iteration, **kwargs)
+        def stock_step(iterator: Any) -> StepOutcome:
+            return outcome(stock(wrapped, iterator, *rest, iteration=iteration, **kwargs))
 
         done = get_args().curr_iteration if iteration is None else iteration
         self._load_stage(done)

@@ -1,0 +1,169 @@
+"""What a trainer lends to the weighting: the seam between a training step and who calls it.
+
+A host says what it trains and builds what takes its settings to build; `assemble` makes the
+modified step of it. From then on the host hands every step to `DWMTrainStep`, with a function that
+takes its own step, and keeps the step's state with its checkpoints (`checkpoint.state`).
+
+Two hosts are here: Megatron-LM's trainer (`megatron_lm`), which is rebound, and a loop of one's own
+over Megatron-Core (`own_loop`), which calls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import numpy
+import torch
+from megatron.core.tensor_parallel.random import (
+    _set_all_rng_states,
+    model_parallel_cuda_manual_seed,
+)
+
+from megatron_dwm.config import DWMConfig
+from megatron_dwm.core.agreement import on_each_rank
+from megatron_dwm.core.random_states import random_states
+from megatron_dwm.core.state_tap import StateTap
+from megatron_dwm.core.topology import Megatron
+from megatron_dwm.core.trainee import RunShape
+from megatron_dwm.data.meta_dataset import MetaData
+from megatron_dwm.errors import DWMError
+from megatron_dwm.meta_gradient.estimators import choose_estimator, choose_lookahead
+from megatron_dwm.meta_gradient.optimizers.optimizer_rules import check_supported
+from megatron_dwm.policies.base import PolicyContext, policy_class
+from megatron_dwm.step.loss import WeightedForwardStep
+from megatron_dwm.step.passes import Passes
+from megatron_dwm.step.plan import Schedule
+from megatron_dwm.step.train_step import DWMTrainStep
+from megatron_dwm.weighting_model.scorer import Scorer
+
+
+@runtime_checkable
+class TrainerHost(Protocol):
+    """A trainer whose steps are weighted.
+
+    Attributes:
+        model: the language model's DDP-wrapped chunks on this rank.
+        optimizer: Megatron-Core's optimizer of it.
+        transformer_config: its `TransformerConfig`.
+        groups: its `ProcessGroupCollection`.
+        shape: sizes of a step.
+        steps: of the whole run, by which the schedule divides it into stages.
+    """
+
+    model: list[Any]
+    optimizer: Any
+    transformer_config: Any
+    groups: Any
+    shape: RunShape
+    steps: int
+
+    def meta_data(self, config: DWMConfig) -> MetaData:
+        """Returns the meta set; called on every rank, where a policy uses one."""
+        ...
+
+    def scorer(self, config: DWMConfig) -> tuple[Scorer, dict[str, Any]]:
+        """Returns a separate weighting model, and what of it must agree with a saved one.
+
+        Called where the policy has one (`--dwm-form model`), with all random states seeded.
+
+        Raises:
+            DWMError: this host has none.
+        """
+        ...
+
+    def warm_start(self, scorer: Scorer, config: DWMConfig) -> Callable[[], None] | None:
+        """Returns what copies the language model's layers into the separate one, None: nothing."""
+        ...
+
+    def check(self, config: DWMConfig) -> None:
+        """Refuses settings that this host cannot follow.
+
+        Raises:
+            DWMError: it names the setting and the way out.
+        """
+        ...
+
+    def say(self, text: str) -> None:
+        """Prints a line once for all ranks."""
+        ...
+
+
+def assemble(config: DWMConfig, host: TrainerHost) -> DWMTrainStep:
+    """Builds everything that the modified step needs, leaving all random states as they were.
+
+    Args:
+        config: resolved settings.
+        host: the trainer.
+
+    Raises:
+        DWMError: settings, model or optimizer that cannot be weighted.
+    """
+    meta_data = None
+    host.check(config)
+    if config.uses_meta_set:
+        check_supported(host.optimizer, config.jacobian)
+        estimator, reason = choose_estimator(config, host.model, host.transformer_config)
+        host.say(f"DWM: estimator {estimator}: {reason}")
+        lookahead = choose_lookahead(config, estimator)
+        config = dataclasses.replace(config, estimator=estimator, lookahead=lookahead)
+        if config.policy == "influence" and estimator != "ghost":
+            raise DWMError(f"--dwm-policy influence needs the ghost estimator ({reason})")
+        with random_states_kept(config.seed):
+            meta_data = host.meta_data(config)
+    context = PolicyContext(
+        config=config,
+        topology=Megatron(host.groups),
+        device=host.shape.device,
+        micro_batch_size=host.shape.micro_batch_size,
+        hidden_size=host.transformer_config.hidden_size,
+        sequence_parallel=host.transformer_config.sequence_parallel,
+        scorer=partial(_scorer, host, config),
+    )
+    with random_states_kept(config.seed):
+        policy = policy_class(config.form if config.policy == "learned" else config.policy)(context)
+    taps = policy.needs.states and context.sees_losses
+    # Only the last pipeline stage has an output layer, or lacks one.
+    tap = on_each_rank(lambda: StateTap(host.model[-1]) if taps else None)
+    warm_start = None if policy.scorer is None else host.warm_start(policy.scorer, config)
+    return DWMTrainStep(
+        config=config,
+        schedule=Schedule(config, host.steps),
+        passes=Passes(WeightedForwardStep(_not_set), host.groups, host.shape, meta_data),
+        policy=policy,
+        tap=tap,
+        warm_start=warm_start,
+    )
+
+
+def _scorer(host: TrainerHost, config: DWMConfig) -> tuple[Scorer, dict[str, Any]]:
+    with random_states_kept(config.seed + 100 * host.groups.pp.rank()):
+        return host.scorer(config)
+
+
+def _not_set(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("the trainer's forward step is set before the first step")
+
+
+@contextmanager
+def random_states_kept(seed: int) -> Iterator[None]:
+    """Seeds every generator for what is built inside, and puts all back.
+
+    So the LLM's training does not depend on there being a weighting model.
+    """
+    states = random_states()
+    python_state, numpy_state = random.getstate(), numpy.random.get_state()
+    model_parallel_cuda_manual_seed(seed)
+    torch.manual_seed(seed)
+    numpy.random.seed(seed)
+    try:
+        yield
+    finally:
+        cpu, cuda, tracker = states
+        _set_all_rng_states(cpu, cuda, dict(tracker))
+        random.setstate(python_state)
+        numpy.random.set_state(numpy_state)

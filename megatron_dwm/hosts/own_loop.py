@@ -1,0 +1,292 @@
+"""A training loop of one's own over Megatron-Core, without Megatron-LM's trainer, as a host.
+
+The loop keeps its step, as a function of a forward step and a data iterator, and hands it over:
+
+    loop = OwnLoop(DWMConfig(enabled=True), [ddp], optimizer, forward_step, meta_datasets=[meta],
+                   micro_batch_size=4, seq_length=512, steps=10000)
+    for _ in range(10000):
+        outcome, record = loop.step(train_step, data_iterator)
+
+where `train_step(forward_step, data_iterator)` zeroes the gradients, runs the schedule over the
+step's micro-batches, steps the optimizer and returns a `StepOutcome`. `examples/own_loop.py` is a
+whole one. Megatron-Core's parallel state and the number of micro-batches
+(`init_num_microbatches_calculator`) are set up by the loop, before this.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.num_microbatches_calculator import (
+    get_current_global_batch_size,
+    get_num_microbatches,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_model_config
+
+from megatron_dwm.checkpoint import snapshots
+from megatron_dwm.checkpoint import state as checkpoint
+from megatron_dwm.config import DWMConfig, flag
+from megatron_dwm.config.validation import raise_all
+from megatron_dwm.core.agreement import on_each_rank
+from megatron_dwm.core.trainee import RunShape, StepOutcome, Trainee
+from megatron_dwm.data.meta_dataset import MetaData
+from megatron_dwm.errors import DWMError
+from megatron_dwm.hosts import cpu
+from megatron_dwm.hosts.base import assemble
+from megatron_dwm.logs.sinks import open_sinks
+from megatron_dwm.logs.weight_log import WeightLog
+from megatron_dwm.step.record import StepRecord
+from megatron_dwm.step.train_step import DWMTrainStep
+from megatron_dwm.weighting_model.scorer import Scorer
+
+__all__ = ["OwnLoop", "OwnStep", "StepOutcome"]
+
+# `train_step(forward_step, data_iterator)`.
+type OwnStep = Callable[[Any, Any], StepOutcome]
+
+
+class OwnLoop:
+    """Weighs the steps of a loop of one's own; a `TrainerHost`.
+
+    Args:
+        config: settings; the fields are the flags `--dwm-*`. Of the policies those that need no
+            separate model.
+        model: the language model's chunks on this rank, wrapped in Megatron-Core's DDP.
+        optimizer: Megatron-Core's optimizer of it.
+        forward_step: `(data_iterator, model) -> (per-token losses [b, s], loss_func)`.
+        micro_batch_size: b.
+        seq_length: s.
+        steps: of the whole run.
+        meta_datasets: map-style data sets of the meta set, whose samples are what the loop's own
+            are; empty on ranks that read no data, and without a policy that uses it.
+        meta_weights: sampling weight of each; None for one.
+        groups: process groups; default: Megatron-Core's global ones.
+        pipeline_schedule: as `get_forward_backward_func()` returns it, which is the default.
+        log_folder: gets `dwm_log.jsonl`; None: no log but the records that `step` returns.
+        log_interval: steps between lines on the console; 0: none.
+        domains: names of the data sets, by the loader's `dataset_id`, for the log.
+
+    Raises:
+        DWMError: settings, model or optimizer that cannot be weighted.
+    """
+
+    def __init__(
+        self,
+        config: DWMConfig,
+        model: list[Any],
+        optimizer: Any,
+        forward_step: Callable[..., Any],
+        *,
+        micro_batch_size: int,
+        seq_length: int,
+        steps: int,
+        meta_datasets: list[Any] | None = None,
+        meta_weights: list[float] | None = None,
+        groups: Any = None,
+        pipeline_schedule: Callable[..., Any] | None = None,
+        log_folder: str | None = None,
+        log_interval: int = 0,
+        domains: list[str] | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.steps = model, optimizer, steps
+        self.transformer_config = get_model_config(model[0])
+        self.groups = groups or ProcessGroupCollection.use_mpu_process_groups()
+        self.shape = RunShape(
+            micro_batch_size=micro_batch_size,
+            seq_length=seq_length,
+            decoder_seq_length=None,
+            per_token=self.transformer_config.calculate_per_token_loss,
+            device=cpu.device(),
+        )
+        self.iteration = 0
+        self._meta, self._meta_weights = list(meta_datasets or []), meta_weights
+        self._schedule = pipeline_schedule or _default_schedule()
+        on_each_rank(partial(raise_all, config.problems()))
+        config = self._resolved(config.with_defaults())
+        self.weighting: DWMTrainStep = assemble(config, self)
+        self.weighting.forward_step.forward_step = forward_step
+        self._stage_loaded: int | None = None
+        if config.load and config.schedule != "frozen":
+            self.say(snapshots.load_snapshot(self.weighting, config.load))
+        # Opened with the first step, when it is known which lines of an older log it goes on from.
+        self._open = partial(self._opened, log_folder, log_interval, domains or [])
+        self._log: WeightLog | None = None
+
+    # ---------------------------------------------------------------- of every step
+
+    def step(self, train_step: OwnStep, data_iterator: Any) -> tuple[StepOutcome, StepRecord]:
+        """Takes the next training step, weighted.
+
+        Args:
+            train_step: the loop's own step; called once, with a forward step to use in the place
+                of the loop's and an iterator over the step's micro-batches.
+            data_iterator: gives micro-batches (dicts with `tokens`); None on ranks without data,
+                a list with virtual pipeline stages.
+
+        Returns:
+            What `train_step` returned, and what the weights were.
+
+        Raises:
+            DWMError: too many steps were NaN or infinite.
+        """
+        trainee = Trainee(
+            self.model, self.optimizer, self.transformer_config, self._schedule, data_iterator
+        )
+        self._load_stage()
+        if self._log is None:
+            self._log = self._open()
+
+        def own_step(iterator: Any) -> StepOutcome:
+            found = train_step(self.weighting.forward_step, iterator)
+            return dataclasses.replace(found, own=found)
+
+        outcome, record = self.weighting(own_step, trainee, self.iteration)
+        self.iteration += 1
+        self._log.write(record)
+        problem = self.weighting.bad_steps.problem(record.iteration)
+        if problem is not None:
+            self._log.flush()
+            raise DWMError(problem)
+        return outcome, record
+
+    def close(self) -> None:
+        """Writes what waits for the log, and closes it."""
+        if self._log is not None:
+            self._log.close()
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """Returns the weighting's state for `dist_checkpointing.save`, under a key of its own.
+
+        On every rank; `{**your_state, **loop.sharded_state_dict()}` is one checkpoint.
+        """
+        if self._log is not None:
+            self._log.flush()
+        return {checkpoint.KEY: checkpoint.state_for_saving(self.weighting, None)}
+
+    def load(self, folder: str, iteration: int) -> None:
+        """Takes the weighting up from a checkpoint that was saved with its state in it.
+
+        Args:
+            folder: the checkpoint.
+            iteration: steps that were done when it was saved.
+
+        Raises:
+            DWMError: it is no checkpoint, or of a weighting that does not fit these settings.
+        """
+        if not dist_checkpointing.check_is_distributed_checkpoint(folder):
+            raise DWMError(f"{folder} is no checkpoint of megatron.core.dist_checkpointing")
+        self.say(checkpoint.load(self.weighting, folder))
+        self.iteration = iteration
+
+    # ---------------------------------------------------------------- as a TrainerHost
+
+    def check(self, config: DWMConfig) -> None:
+        """As `TrainerHost.check`."""
+        raise_all(
+            [f"{setting} in a training loop of one's own: {way}" for setting, way in _unfit(config)]
+        )
+
+    def meta_data(self, config: DWMConfig) -> MetaData:
+        """As `TrainerHost.meta_data`."""
+        reads = torch.tensor([float(bool(self._meta))], device=self.shape.device)
+        torch.distributed.all_reduce(reads)
+        if not reads.item():
+            raise DWMError(
+                f"policy {config.policy} learns from a meta set: give meta_datasets, or a policy "
+                "that needs none, such as linupper"
+            )
+        assert config.meta_batch_size is not None
+        return MetaData(
+            datasets=self._meta,
+            weights=self._meta_weights,
+            batch_size=config.meta_batch_size,
+            micro_batch_size=self.shape.micro_batch_size,
+            dp_rank=self.groups.dp.rank(),
+            dp_size=self.groups.dp.size(),
+            seed=config.seed,
+        )
+
+    def scorer(self, config: DWMConfig) -> tuple[Scorer, dict[str, Any]]:
+        """As `TrainerHost.scorer`: there is none, and `check` has said so."""
+        raise DWMError("a training loop of one's own has no separate weighting model")
+
+    def warm_start(self, scorer: Scorer, config: DWMConfig) -> Callable[[], None] | None:
+        """As `TrainerHost.warm_start`."""
+        return None
+
+    def say(self, text: str) -> None:
+        """As `TrainerHost.say`."""
+        if torch.distributed.get_rank() == 0:
+            print(text, flush=True)
+
+    # ---------------------------------------------------------------- within
+
+    def _resolved(self, config: DWMConfig) -> DWMConfig:
+        """Returns the settings with the meta batch's size: a quarter of the batch, if not given."""
+        unit = self.shape.micro_batch_size * self.groups.dp.size()
+        size = config.meta_batch_size
+        if size is None:
+            batch = get_current_global_batch_size() or unit * get_num_microbatches()
+            size = max(1, round(batch / 4 / unit)) * unit
+        if size % unit:
+            raise DWMError(
+                f"{flag('meta_batch_size')} is {size}; it must be a multiple of the micro-batch "
+                f"size times the data-parallel size, {unit}"
+            )
+        return dataclasses.replace(config, meta_batch_size=size)
+
+    def _opened(self, folder: str | None, interval: int, domains: list[str]) -> WeightLog:
+        last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+        sinks = None
+        if last and (folder is not None or interval):
+            # A line that never comes is a line after more steps than there are.
+            sinks = open_sinks(
+                folder, self.iteration, None, None, interval or self.steps + 1, partial(print)
+            )
+        return WeightLog(
+            sinks, domains, interval or self.steps + 1, self.weighting.config.log_samples
+        )
+
+    def _load_stage(self) -> None:
+        """With the frozen schedule, takes the snapshot that matches each stage, or the last."""
+        config = self.weighting.config
+        if config.schedule != "frozen" or not config.load:
+            return
+        stage = self.weighting.schedule.plan(self.iteration).stage
+        if stage != self._stage_loaded:
+            self._stage_loaded = stage
+            self.say(snapshots.load_snapshot(self.weighting, config.load, stage))
+
+
+def _default_schedule() -> Callable[..., Any]:
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    return get_forward_backward_func()
+
+
+def _unfit(config: DWMConfig) -> Iterator[tuple[str, str]]:
+    """Yields settings that a loop of one's own cannot follow, and what to do."""
+    if not config.enabled:
+        yield "DWMConfig.enabled is False", "set it, or leave the OwnLoop out"
+    if config.sampling == "weights":
+        yield (
+            f"{flag('sampling')} is {config.sampling}",
+            "the loop makes its own data iterators; draw by weight there",
+        )
+    if config.verify_meta_gradient is not None:
+        yield f"{flag('verify_meta_gradient')} is given", "only Megatron-LM's trainer is probed"
+    if config.meta_data_path:
+        yield f"{flag('meta_data_path')} is given", "hand the data sets over as meta_datasets"
+    if config.has_model:
+        yield (
+            f"{flag('form')} is model",
+            "a separate model is built from Megatron-LM's arguments; use the form head",
+        )

@@ -15,11 +15,15 @@ from typing import Any
 import pytest
 
 from megatron_dwm import DWMConfig, DWMError
-from megatron_dwm.hosts.base import TrainerHost
-from megatron_dwm.hosts.megatron_lm.build import MegatronLM
-from megatron_dwm.hosts.own_loop import OwnLoop
-from megatron_dwm.logs.log_file import CLOCK_FIGURES, FILE_NAME, read_log
-from tests.functional.harness import ROOT, torchrun
+from megatron_dwm.hosts import cpu
+
+cpu.install()
+
+from megatron_dwm.hosts.base import TrainerHost  # noqa: E402
+from megatron_dwm.hosts.megatron_lm.build import MegatronLM  # noqa: E402
+from megatron_dwm.hosts.own_loop import OwnLoop  # noqa: E402
+from megatron_dwm.logs.log_file import CLOCK_FIGURES, FILE_NAME, read_log  # noqa: E402
+from tests.functional.harness import ROOT, torchrun  # noqa: E402
 
 SCRIPT = str(ROOT / "examples" / "own_loop.py")
 STEPS, STOP = 80, 50

@@ -15,6 +15,7 @@ time: a finished run is kept in --out, and a second call takes the others. Regim
 The loss is that on held-out prose, on the same samples at every evaluation. `--only a/head/1` (or
 `shuffled/head`, or `a`) takes some of the runs; `--variant 'head-16=head --dwm-meta-interval 16'`
 adds an arm with other flags; `--tune` compares learning rates; `--table` tabulates what is there.
+`--timing` measures what each arm costs by runs of their own: do nothing else meanwhile.
 `--known benchmarks/quality.json` goes on from the results that are kept with the project.
 """
 
@@ -38,6 +39,7 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
     add("--size", choices=plan.SIZES, default="toy", help="17m is for a GPU")
     add("--small", action="store_true", help="fewer arms, shorter runs: 20 minutes on two cores")
     add("--tune", action="store_true", help="uniform and head at three learning rates")
+    add("--timing", action="store_true", help="what each arm costs; on a machine that idles else")
     add("--only", nargs="+", default=[], metavar="REGIME[/ARM[/SEED]]", help="some of the runs")
     add("--variant", nargs="+", default=[], metavar="NAME=ARM FLAGS", help="more arms")
     add("--variant-seeds", type=int, default=1, help="seeds of each variant, default 1")
@@ -60,6 +62,8 @@ def planned(args: argparse.Namespace, size: plan.Size) -> list[plan.Run]:
     """Returns the runs that are asked for."""
     if args.variant:
         runs = plan.variants(size, args.variant, args.variant_seeds, args.variant_regimes)
+    elif args.timing:
+        runs = plan.timing_plan(size)
     elif args.tune:
         runs = plan.tuning_plan(size)
     else:
@@ -111,7 +115,8 @@ def main(argv: list[str] | None = None) -> int:
         corpus = data.prepare(place.data, args.corpus, size)["corpus"]
         if args.data:
             return 0
-        failed = runner.take(place, size, runs, corpus, args.jobs)
+        runs_at = runner.Place(place.timing, place.work, place.data) if args.timing else place
+        failed = runner.take(runs_at, size, runs, corpus, args.jobs)
         tabulate(place, name, args.write)
     except (data.DataError, runner.RunError, ValueError, OSError) as error:
         print(f"quality: error: {error}", file=sys.stderr)
@@ -127,7 +132,8 @@ def tabulate(place: runner.Place, name: str, write: bool) -> None:
     found = runner.read_all(place.runs)
     if not found:
         raise ValueError(f"no results in {place.runs}; run without --table first, or give --out")
-    results = figures.Results(found)
+    timing = runner.read_all(place.timing)
+    results = figures.Results(found, timing)
     text = tables.report(results)
     print(text)
     targets = [place.runs.parent / "quality.md"]
@@ -141,7 +147,7 @@ def tabulate(place: runner.Place, name: str, write: bool) -> None:
             f"# benchmarks/quality.py, size {name}\n\n![curves]({picture.name})\n\n{text}"
         )
         if target.parent == Path(__file__).parent:
-            runner.keep(found, target.with_suffix(".json"))
+            runner.keep(found, timing, target.with_suffix(".json"))
         try:
             plots.draw(results, picture)
         except ImportError as error:

@@ -21,11 +21,16 @@ class Results:
 
     Args:
         results: the dicts.
+        timing: those of `plan.timing_plan`, taken alone on a machine; an arm's cost follows from
+            them where it has one, else from each run's own steps.
     """
 
-    def __init__(self, results: list[Result]) -> None:
+    def __init__(self, results: list[Result], timing: list[Result] | None = None) -> None:
         self.by_arm: dict[tuple[str, str], Seeds] = {}
+        paces = {result["arm"]: pace_of(result) for result in timing or []}
         for result in results:
+            if result["arm"] in paces:
+                result = {**result, "pace": paces[result["arm"]]}
             key = (result["regime"], result["arm"])
             self.by_arm.setdefault(key, {})[result["seed"]] = result
 
@@ -83,12 +88,17 @@ def finals(seeds: Seeds) -> dict[int, float]:
 
 def cost(result: Result) -> float:
     """Returns the time of the run's steps, in stock steps of the same number."""
-    kinds = result["kinds"]
-    if "warm-up" not in kinds:
+    if "warm-up" not in result["kinds"]:
         return 1.0
-    unit = _typical(kinds["warm-up"])
-    spent = sum(kind["steps"] * _typical(kind) for kind in kinds.values())
-    return spent / unit / result["steps"]
+    pace = {**pace_of(result), **result.get("pace", {})}
+    spent = sum(kind["steps"] * pace[name] for name, kind in result["kinds"].items())
+    return spent / result["steps"]
+
+
+def pace_of(result: Result) -> dict[str, float]:
+    """Returns the time of each kind of step, in warm-up steps, which do what stock steps do."""
+    unit = _typical(result["kinds"]["warm-up"])
+    return {name: _typical(kind) / unit for name, kind in result["kinds"].items()}
 
 
 def _typical(kind: dict[str, float]) -> float:

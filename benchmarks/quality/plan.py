@@ -54,6 +54,7 @@ SIZES = {
     "17m": Size("17m", 8, 384, 1024, 6, 256, 64, 64, 900, 1e-3, 4096, 64, 768, 768),
 }
 SMALL_STEPS = 600
+TIMING_STEPS = 400
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,13 @@ def tuning_plan(size: Size) -> list[Run]:
         for factor in (1 / 3, 1, 3)
         for arm in ("uniform", "head")
     ]
+
+
+def timing_plan(size: Size) -> list[Run]:
+    """Returns a short run of each weighted arm, to be taken alone on a machine, for its cost."""
+    steps = min(size.steps, TIMING_STEPS)
+    arms = {arm: flags for arm, flags in ARMS.items() if flags}
+    return [Run("shuffled", arm, 1, flags, steps, size.lr) for arm, flags in arms.items()]
 
 
 _VARIANT = re.compile(r"([A-Za-z0-9_.-]+)=([a-z-]+)((?: .*)?)")

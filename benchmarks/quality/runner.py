@@ -48,6 +48,11 @@ class Place:
     work: Path
     data: Path
 
+    @property
+    def timing(self) -> Path:
+        """Where the results of timing runs are."""
+        return self.runs.with_name("timing")
+
     def result(self, run: Run) -> Path:
         """Returns the file that a finished run leaves."""
         return self.runs / f"{run.key}.json"
@@ -117,10 +122,10 @@ def read_all(runs: Path) -> list[dict[str, Any]]:
     return [read(path) for path in sorted(runs.glob("*/*/*.json"))]
 
 
-def keep(results: list[dict[str, Any]], path: Path) -> None:
-    """Writes results to one file, a line each."""
-    lines = ",\n".join(json.dumps(result) for result in results)
-    path.write_text(f"[\n{lines}\n]\n")
+def keep(results: list[dict[str, Any]], timing: list[dict[str, Any]], path: Path) -> None:
+    """Writes results, and those of timing runs, to one file, a line each."""
+    runs, times = (",\n".join(map(json.dumps, found)) for found in (results, timing))
+    path.write_text(f'{{"runs": [\n{runs}\n],\n"timing": [\n{times}\n]}}\n')
 
 
 def take_over(place: Place, path: Path) -> None:
@@ -131,10 +136,12 @@ def take_over(place: Place, path: Path) -> None:
     """
     try:
         found = json.loads(path.read_text())
-        names = [place.runs / f"{r['regime']}/{r['arm']}/{r['seed']}.json" for r in found]
+        pairs = [(place.runs, result) for result in found["runs"]]
+        pairs += [(place.timing, result) for result in found["timing"]]
+        named = [(folder / "{regime}/{arm}/{seed}.json".format(**r), r) for folder, r in pairs]
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path}: {error!r}; give a file that --write has written") from None
-    for name, result in zip(names, found, strict=True):
+    for name, result in named:
         if not name.exists():
             name.parent.mkdir(parents=True, exist_ok=True)
             name.write_text(json.dumps(result, indent=1))

@@ -13,8 +13,9 @@ QUARTERS = ("useful", "effective", "correlation", "gate")
 
 LEGEND = """
 Losses are in nats a token on held-out prose, +- the standard deviation over seeds. Differences are
-paired by seed, +- their standard error. *Cost*: time of the run's steps in stock steps (from the
-run's own warm-up steps; on a CPU processor time). *Equal time*: the curve read when the run has
+paired by seed, +- their standard error. *Cost*: time of the run's steps in stock steps (by the
+warm-up steps of a run of the arm alone on the machine, `--timing`, or where there is none of the
+run itself; on a CPU processor time). *Equal time*: the curve read when the run has
 spent uniform's time, at a learning rate that has not come to its end; *longer uniform*: the final
 loss against that of a uniform run as long as this one took, both with their schedules completed.
 *Multiplier*: tokens that uniform needs for the same loss over tokens spent, cost counted in; beyond

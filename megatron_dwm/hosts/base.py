@@ -11,22 +11,13 @@ over Megatron-Core (`own_loop`), which calls.
 from __future__ import annotations
 
 import dataclasses
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
-import numpy
-import torch
-from megatron.core.tensor_parallel.random import (
-    _set_all_rng_states,
-    model_parallel_cuda_manual_seed,
-)
-
 from megatron_dwm.config import DWMConfig
 from megatron_dwm.core.agreement import on_each_rank
-from megatron_dwm.core.random_states import random_states
+from megatron_dwm.core.random_states import seeded
 from megatron_dwm.core.state_tap import StateTap
 from megatron_dwm.core.topology import Megatron
 from megatron_dwm.core.trainee import RunShape
@@ -113,7 +104,7 @@ def assemble(config: DWMConfig, host: TrainerHost) -> DWMTrainStep:
         config = dataclasses.replace(config, estimator=estimator, lookahead=lookahead)
         if config.policy == "influence" and estimator != "ghost":
             raise DWMError(f"--dwm-policy influence needs the ghost estimator ({reason})")
-        with random_states_kept(config.seed):
+        with seeded(config.seed):
             meta_data = host.meta_data(config)
     context = PolicyContext(
         config=config,
@@ -124,7 +115,7 @@ def assemble(config: DWMConfig, host: TrainerHost) -> DWMTrainStep:
         sequence_parallel=host.transformer_config.sequence_parallel,
         scorer=partial(_scorer, host, config),
     )
-    with random_states_kept(config.seed):
+    with seeded(config.seed):
         policy = policy_class(config.form if config.policy == "learned" else config.policy)(context)
     taps = policy.needs.states and context.sees_losses
     # Only the last pipeline stage has an output layer, or lacks one.
@@ -141,29 +132,9 @@ def assemble(config: DWMConfig, host: TrainerHost) -> DWMTrainStep:
 
 
 def _scorer(host: TrainerHost, config: DWMConfig) -> tuple[Scorer, dict[str, Any]]:
-    with random_states_kept(config.seed + 100 * host.groups.pp.rank()):
+    with seeded(config.seed + 100 * host.groups.pp.rank()):
         return host.scorer(config)
 
 
 def _not_set(*args: Any, **kwargs: Any) -> Any:
     raise AssertionError("the trainer's forward step is set before the first step")
-
-
-@contextmanager
-def random_states_kept(seed: int) -> Iterator[None]:
-    """Seeds every generator for what is built inside, and puts all back.
-
-    So the LLM's training does not depend on there being a weighting model.
-    """
-    states = random_states()
-    python_state, numpy_state = random.getstate(), numpy.random.get_state()
-    model_parallel_cuda_manual_seed(seed)
-    torch.manual_seed(seed)
-    numpy.random.seed(seed)
-    try:
-        yield
-    finally:
-        cpu, cuda, tracker = states
-        _set_all_rng_states(cpu, cuda, dict(tracker))
-        random.setstate(python_state)
-        numpy.random.set_state(numpy_state)

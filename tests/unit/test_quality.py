@@ -196,6 +196,22 @@ def test_cost_is_counted_in_the_run_s_own_warm_up_steps():
     assert figures.cost(result("uniform", 1, 2.4)) == 1
 
 
+def test_cost_follows_from_a_run_alone_on_the_machine_where_there_is_one():
+    alone = {
+        "warm-up": {"steps": 80, "median": 0.1, "low": 0.1},
+        **{kind: {"steps": 9, "median": 0.1, "low": 0.15} for kind in METAS if kind != "warm-up"},
+    }
+    busy = result("head", 1, 2.3, kinds=METAS)
+    known = figures.Results([busy, result("oracle", 1, 2.2)], [{"arm": "head", "kinds": alone}])
+    assert figures.cost(known.seeds("shuffled", "head")[1]) == pytest.approx(
+        (240 + 960 * 1.5) / 1200
+    )
+    assert figures.cost(busy) == pytest.approx(1.2)
+    runs = plan.timing_plan(plan.SIZES["toy"])
+    assert {run.arm for run in runs} == set(plan.ARMS) - {"uniform"}
+    assert {run.steps for run in runs} == {plan.TIMING_STEPS}
+
+
 def test_equal_time_is_read_where_the_time_of_uniform_is_spent():
     # 240 steps at 1, then 1.25 each: uniform's 1200 are spent after 240 + 960 / 1.25 = 1008. The
     # curve is 0.001 x 192 above its end there.
@@ -370,7 +386,7 @@ def test_kept_results_count_as_taken_and_change_none_that_is_there(
     commands(monkeypatch)
     runner.take(place, size, runs, "corpus", jobs=1)
     kept = tmp_path / "kept.json"
-    runner.keep(runner.read_all(place.runs), kept)
+    runner.keep(runner.read_all(place.runs), [], kept)
 
     own = {**runner.read(place.result(runs[1])), "final": 9.0}
     place.result(runs[0]).unlink()

@@ -11,6 +11,7 @@ import argparse
 import ast
 import inspect
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,9 +117,13 @@ def test_those_of_megatron_are_used_in_core_and_hosts_only() -> None:
 @pytest.mark.parametrize("name", MEGATRON)
 def test_megatron_has_it_with_these_parameters(name: str) -> None:
     owner, parameters = MEGATRON[name]
-    found = getattr(owner, name)
+    assert hasattr(owner, name)
     if parameters is not None:
-        assert list(inspect.signature(found).parameters) == parameters
+        # Of the source, as the host for machines without a GPU replaces some of them.
+        tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
+        (found,) = [n for n in ast.walk(tree) if getattr(n, "name", None) == name]
+        assert isinstance(found, ast.FunctionDef)
+        assert [argument.arg for argument in found.args.args] == parameters
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -35,6 +35,12 @@ def repo_root() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks each test by its folder, and skips those that need a GPU where none was asked for."""
+    for item in items:
+        folder = item.path.relative_to(REPO_ROOT / "tests").parts[0]
+        item.add_marker(folder)
+        if item.nodeid.startswith(SPAWN_RANKS):
+            item.add_marker("ranks")
     if os.environ.get("MEGATRON_DWM_TEST_GPU") == "1":
         return
     skip = pytest.mark.skip(reason="needs a GPU: run `make test-gpu` on a machine that has one")

@@ -2,7 +2,7 @@
 
 On small modules of plain torch: layers that the hooks do not see once in each pass, models that run
 more often than there are micro-batches, and what `choose_estimator` does with a layer that is not
-known. tests/unit/test_ghost_layers.py has which parameters are covered at all.
+known. tests/unit/meta_gradient/test_ghost_layers.py has which parameters are covered at all.
 What these tests do not exercise: a weight that is used by its own layer, once, and elsewhere too;
 no hook sees that, and `--dwm-verify-meta-gradient` is there to find out.
 """

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[2] / "megatron_dwm"
+PACKAGE = Path(__file__).parents[3] / "megatron_dwm"
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "_version.py")
 
 

@@ -13,7 +13,7 @@ cpu.install()
 
 from megatron_dwm.hosts.megatron_lm.checks import refusals  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 README = (ROOT / "README.md").read_text()
 
 

@@ -75,7 +75,7 @@ def dataset(prefix, key="text"):
 
 
 def test_help_of_the_corpus_builder_needs_neither_torch_nor_megatron():
-    tools = str(Path(__file__).parents[2] / "tools")
+    tools = str(Path(__file__).parents[3] / "tools")
     code = (
         f"import sys; sys.path.insert(0, {tools!r}); sys.argv = ['build', '--help']\n"
         "import build_demo_corpus\n"

@@ -27,7 +27,7 @@ from megatron_dwm.cli.main import main, overview
 from megatron_dwm.cli.table import COMMANDS
 from megatron_dwm.errors import DWMError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 HEAVY = {"torch", "megatron", "numpy", "sentencepiece", "transformers", "matplotlib", "tqdm"}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from quality import data, figures, noise, plan, plots, runner, tables  # noqa: E402

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
 
 from demo_corpus import packages, readers  # noqa: E402
 from demo_corpus.packages import PackageError  # noqa: E402

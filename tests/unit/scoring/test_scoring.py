@@ -31,7 +31,7 @@ from megatron_dwm.scoring.weighing import summary, weights_of
 from megatron_dwm.scoring.work_folder import WorkFolder, work_key
 from megatron_dwm.weighting_model.pooling import pool_tokens
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from megatron_dwm.meta_gradient.ghost.rule import Call  # noqa: E402
 from megatron_dwm.meta_gradient.optimizers import optimizer_rules  # noqa: E402
 from megatron_dwm.policies.base import SampleView, policy_class  # noqa: E402
 
-TEXT = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+TEXT = (Path(__file__).parents[3] / "CONTRIBUTING.md").read_text()
 S, B, H = 5, 3, 4
 
 

@@ -32,7 +32,7 @@ from megatron_dwm.conversion.families import (
 )
 from tests import tiny_hf_models
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What a step costs over the stock trainer's: time, memory, bytes sent, beside its FLOP floor.
 
-    python benchmarks/cost.py [--model 10m|134m|374m] [--ranks 1] [--rounds 5] [-- trainer flags]
+    python benchmarks/cost.py [--model 10m|134m|374m] [--rounds 5] [--defaults] [-- trainer flags]
 
 One training run takes steps of every kind in turn, each between two stock steps: stock, uniform
 weights, the head's plain step and meta step (the defaults), a frozen separate model, and with that
@@ -154,7 +154,9 @@ def worker() -> None:
     from megatron_dwm.hosts.megatron_lm.session import Session
 
     rounds = int(os.environ["COST_ROUNDS"])
-    names = ["uniform", *HEAD, "frozen DWM", *kinds()]
+    names = ["uniform", *HEAD]
+    if os.environ["COST_DEFAULTS"] != "1":
+        names += ["frozen DWM", *kinds()]
     # Every timed step has a stock step before and after; the memory of each is taken first.
     plan = ["stock"] * WARM + [f"memory {n}" for n in ["stock", *names]]
     for k in range(rounds):
@@ -338,6 +340,9 @@ def main() -> int:
     )
     parser.add_argument("--ranks", type=int, default=1, help="ranks, data parallel by default")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each kind")
+    parser.add_argument(
+        "--defaults", action="store_true", help="what a run at the defaults takes, and no more"
+    )
     parser.add_argument("--limit", type=float, default=1.15, help="highest time over floor")
     parser.add_argument("flags", nargs="*", help="more flags for the trainer, after --")
     args = parser.parse_args()
@@ -347,6 +352,7 @@ def main() -> int:
         out = os.path.join(folder, "cost.json")
         env = {"OMP_NUM_THREADS": "1", **os.environ}
         env.update(COST_OUT=out, COST_ROUNDS=str(args.rounds), COST_MODEL=args.model)
+        env["COST_DEFAULTS"] = str(int(args.defaults))
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         if not os.path.exists(out):
             print(done.stderr[-3000:], file=sys.stderr)
@@ -389,8 +395,12 @@ def report(measured: dict[str, Any], model: Model, limit: float) -> int:
     failed += ["a whole run with the head"] if whole > WHOLE_RUN else []
     failed += ["the head's state"] if size > HEAD_MIB else []
     share = model.share()
-    print(f"\nThe DWM's forward is {share:.3f} of the LLM's; scoring and its update are 4 of them.")
-    detail = traffic["ghost, next, meta 1/4"]
+    if "frozen DWM" in medians:
+        print(
+            f"\nThe DWM's forward is {share:.3f} of the LLM's; scoring and its update are 4 of "
+            "them."
+        )
+    detail = traffic.get("ghost, next, meta 1/4", {})
     for name, sent in sorted(detail.items(), key=lambda item: -item[1]):
         print(f"ghost, next, meta 1/4 sends {sent:12d} bytes a rank in {name}")
     for name in failed:

@@ -39,7 +39,7 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
     add("--size", choices=plan.SIZES, default="toy", help="17m is for a GPU")
     add("--small", action="store_true", help="fewer arms, shorter runs: 20 minutes on two cores")
     add("--tune", action="store_true", help="uniform and head at three learning rates")
-    add("--timing", action="store_true", help="what each arm costs; on a machine that idles else")
+    add("--timing", action="store_true", help="what each arm costs; alone on the machine")
     add("--only", nargs="+", default=[], metavar="REGIME[/ARM[/SEED]]", help="some of the runs")
     add("--variant", nargs="+", default=[], metavar="NAME=ARM FLAGS", help="more arms")
     add("--variant-seeds", type=int, default=1, help="seeds of each variant, default 1")
@@ -72,7 +72,9 @@ def planned(args: argparse.Namespace, size: plan.Size) -> list[plan.Run]:
 
 
 def check(args: argparse.Namespace, size: plan.Size) -> None:
-    """Raises `ValueError` for numbers that cannot work."""
+    """Raises `ValueError` for what cannot work."""
+    if args.timing and (args.jobs > 1 or args.variant or args.tune or args.list or args.table):
+        raise ValueError("--timing goes with none of --jobs, --variant, --tune, --list and --table")
     for name in ("jobs", "variant_seeds", "steps", "lr", "micro_batch"):
         value = getattr(args, name)
         if value is not None and not value > 0:
@@ -101,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         check(args, size)
         runs = planned(args, size)
         if args.known:
-            runner.take_over(place, args.known)
+            runner.take_over(place, args.known, size)
         if not runs:
             raise ValueError(f"--only {' '.join(args.only)} names none of the runs; see --list")
         if args.table:
@@ -117,7 +119,8 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         runs_at = runner.Place(place.timing, place.work, place.data) if args.timing else place
         failed = runner.take(runs_at, size, runs, corpus, args.jobs)
-        tabulate(place, name, args.write)
+        if not args.timing:
+            tabulate(place, name, args.write)
     except (data.DataError, runner.RunError, ValueError, OSError) as error:
         print(f"quality: error: {error}", file=sys.stderr)
         return 2

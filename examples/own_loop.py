@@ -8,7 +8,7 @@ Nothing here is Megatron-LM's trainer: the model, its optimizer, the data and th
 script's, and `OwnLoop` weighs the samples of each step. Every file of --train is a domain, and all
 have the same share of the samples. At the end it prints the loss on --meta's last tenth, which is
 kept out of the meta set, and each domain's mean weight over the last tenth of the steps. A second
-call with the same --save goes on where the first one stopped.
+call with the same --save resumes the first one.
 """
 
 from __future__ import annotations
@@ -171,7 +171,9 @@ def settings(policy: str, steps: int) -> DWMConfig:
     """Returns the weighting's settings: so short a run begins to weigh early."""
     config = DWMConfig(enabled=True, policy=policy, warmup_steps=steps // 10)
     if policy == "learned":
-        config.meta_batch_size = 16
+        # A whole micro-batch on each rank.
+        ranks = mpu.get_data_parallel_world_size()
+        config.meta_batch_size = max(16, MICRO_BATCH * ranks)
     return config
 
 
@@ -194,7 +196,7 @@ def main() -> dict[str, Any]:
     """Trains, and returns what it prints at the end."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--train", nargs="+", type=Path, required=True, help="text files, a domain each")
+    add("--train", nargs="+", type=Path, required=True, help="text files, one per domain")
     add("--meta", type=Path, required=True, help="text that the model is to be good at")
     add("--policy", default="learned", help="as --dwm-policy; none: the loop without weights")
     add("--steps", type=int, default=300)
@@ -225,24 +227,26 @@ def main() -> dict[str, Any]:
             steps=args.steps,
             meta_datasets=[Bytes(target[:cut])],
             pipeline_schedule=schedule,
-            log_folder=None if args.save is None else str(args.save),
+            folder=None if args.save is None else str(args.save),
             domains=[path.stem for path in args.train],
         )
     done = 0 if args.save is None else load(args.save, model, optimizer, loop)
     iterator = micro_batches(datasets, args.seed, done)
     losses, weights = [], []
-    for step in range(done, args.steps if args.stop is None else args.stop):
-        if loop is None:
-            losses.append(own_step(forward_step, iterator).losses["loss"].item())
-            continue
-        found, record = loop.step(own_step, iterator)
-        losses.append(found.losses["loss"].item())
-        if step >= args.steps * 9 // 10 and record.weights is not None:
-            weights.append((record.domains.cpu(), record.weights.cpu()))
-    if args.save is not None:
-        save(args.save, model, optimizer, loop, done + len(losses))
-    if loop is not None:
-        loop.close()
+    try:
+        for step in range(done, args.steps if args.stop is None else args.stop):
+            if loop is None:
+                losses.append(own_step(forward_step, iterator).losses["loss"].item())
+                continue
+            found, record = loop.step(own_step, iterator)
+            losses.append(found.losses["loss"].item())
+            if step >= args.steps * 9 // 10 and record.weights is not None:
+                weights.append((record.domains.cpu(), record.weights.cpu()))
+        if args.save is not None:
+            save(args.save, model, optimizer, loop, done + len(losses))
+    finally:
+        if loop is not None:
+            loop.close()
     out: dict[str, Any] = {"losses": losses, "held_out": held_out_loss(model, target[cut:])}
     if weights:
         domains, values = (torch.cat(parts) for parts in zip(*weights, strict=True))
@@ -261,7 +265,7 @@ def sharded(model: Any, optimizer: Any, loading: bool) -> dict[str, Any]:
 
 
 def save(folder: Path, model: Any, optimizer: Any, loop: OwnLoop | None, done: int) -> None:
-    """Saves the run, its weighting in the same checkpoint; one folder a step."""
+    """Saves the run, its weighting in the same checkpoint, in a folder per call."""
     state = {**sharded(model, optimizer, loading=False), "done": done}
     if loop is not None:
         state.update(loop.sharded_state_dict())
@@ -276,9 +280,7 @@ def load(folder: Path, model: Any, optimizer: Any, loop: OwnLoop | None) -> int:
     if not found:
         return 0
     path = str(found[-1])
-    state = dist_checkpointing.load(
-        sharded(model, optimizer, loading=True), path, strict="ignore_all"
-    )
+    state = dist_checkpointing.load(sharded(model, optimizer, loading=True), path)
     model.module.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     done = int(dist_checkpointing.load_common_state_dict(path)["done"])

@@ -10,7 +10,12 @@ from typing import Any
 import pytest
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
-SPAWN_RANKS = ("tests/distributed/", "tests/functional/")
+SPAWN_RANKS = (
+    "tests/distributed/",
+    "tests/functional/",
+    "tests/cases/test_checkpoint_formats.py",
+    "tests/cases/test_ranks_that_act_alone.py",
+)
 
 # tools/ and examples/ are not installed with the package, yet tests import from them.
 if str(REPO_ROOT) not in sys.path:

@@ -123,16 +123,16 @@ def read_all(runs: Path) -> list[dict[str, Any]]:
 
 
 def keep(results: list[dict[str, Any]], timing: list[dict[str, Any]], path: Path) -> None:
-    """Writes results, and those of timing runs, to one file, a line each."""
+    """Writes results, and those of timing runs, to one file, one per line."""
     runs, times = (",\n".join(map(json.dumps, found)) for found in (results, timing))
     path.write_text(f'{{"runs": [\n{runs}\n],\n"timing": [\n{times}\n]}}\n')
 
 
-def take_over(place: Place, path: Path) -> None:
+def take_over(place: Place, path: Path, size: Size) -> None:
     """Files the results of `keep` where they are missing, as if the runs had been taken here.
 
     Raises:
-        RunError: the file is not one of `keep`.
+        RunError: the file is not one of `keep`, or of another size.
     """
     try:
         found = json.loads(path.read_text())
@@ -141,7 +141,10 @@ def take_over(place: Place, path: Path) -> None:
         named = [(folder / "{regime}/{arm}/{seed}.json".format(**r), r) for folder, r in pairs]
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path}: {error!r}; give a file that --write has written") from None
+    shape = f"--num-layers {size.layers} --hidden-size {size.hidden} "
     for name, result in named:
+        if not result.get("settings", {}).get("flags", "").startswith(shape):
+            raise RunError(f"{path} is of another size than {size.name}; see --size")
         if not name.exists():
             name.parent.mkdir(parents=True, exist_ok=True)
             name.write_text(json.dumps(result, indent=1))

@@ -25,6 +25,8 @@ class MetaData:
         dp_rank: this rank in data parallelism.
         dp_size: data-parallel size.
         seed: seed of the order.
+        reads_ahead: whether a thread reads the next batch while the trainer trains; not where the
+            data sets share something with the trainer's own that one thread alone may use.
     """
 
     def __init__(
@@ -36,8 +38,9 @@ class MetaData:
         dp_rank: int,
         dp_size: int,
         seed: int,
+        reads_ahead: bool = True,
     ) -> None:
-        self.datasets, self.weights = datasets, weights
+        self.datasets, self.weights, self.reads_ahead = datasets, weights, reads_ahead
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
         self.dp_rank, self.dp_size, self.seed = dp_rank, dp_size, seed
         self.num_microbatches = batch_size // (micro_batch_size * dp_size)
@@ -66,7 +69,7 @@ class MetaData:
 
     def _read_ahead(self) -> None:
         """Begins to read the batch at the position; harmless if another one is asked for."""
-        if not self.datasets:
+        if not (self.datasets and self.reads_ahead):
             return
         if self._reader is None:
             self._reader = ThreadPoolExecutor(1, thread_name_prefix="meta-batch")

@@ -1,8 +1,8 @@
 """What a trainer lends to the weighting: the seam between a training step and who calls it.
 
-A host says what it trains and builds what takes its settings to build; `assemble` makes the
-modified step of it. From then on the host hands every step to `DWMTrainStep`, with a function that
-takes its own step, and keeps the step's state with its checkpoints (`checkpoint.state`).
+A host says what it trains, and builds what depends on its own settings; `assemble` makes the
+modified step of both. From then on the host hands every step to `DWMTrainStep`, with a function
+that takes its own step, and keeps the step's state with its checkpoints (`checkpoint.state`).
 
 Two hosts are here: Megatron-LM's trainer (`megatron_lm`), which is rebound, and a loop of one's own
 over Megatron-Core (`own_loop`), which calls.

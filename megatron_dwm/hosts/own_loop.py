@@ -10,12 +10,15 @@ The loop keeps its step, as a function of a forward step and a data iterator, an
 where `train_step(forward_step, data_iterator)` zeroes the gradients, runs the schedule over the
 step's micro-batches, steps the optimizer and returns a `StepOutcome`. `examples/own_loop.py` is a
 whole one. Megatron-Core's parallel state and the number of micro-batches
-(`init_num_microbatches_calculator`) are set up by the loop, before this.
+(`init_num_microbatches_calculator`) are set up by the loop, before this, and the model's
+`TransformerConfig` has `finalize_model_grads_func`, by which the schedule reduces gradients: the
+passes over the meta set have no other way to do it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -39,6 +42,7 @@ from megatron_dwm.data.meta_dataset import MetaData
 from megatron_dwm.errors import DWMError
 from megatron_dwm.hosts import cpu
 from megatron_dwm.hosts.base import assemble
+from megatron_dwm.hosts.unsupported import unsupported
 from megatron_dwm.logs.sinks import open_sinks
 from megatron_dwm.logs.weight_log import WeightLog
 from megatron_dwm.step.record import StepRecord
@@ -68,7 +72,7 @@ class OwnLoop:
         meta_weights: sampling weight of each; None for one.
         groups: process groups; default: Megatron-Core's global ones.
         pipeline_schedule: as `get_forward_backward_func()` returns it, which is the default.
-        log_folder: gets `dwm_log.jsonl`; None: no log but the records that `step` returns.
+        folder: gets `dwm_log.jsonl`, and a snapshot of the weighting after each stage; or None.
         log_interval: steps between lines on the console; 0: none.
         domains: names of the data sets, by the loader's `dataset_id`, for the log.
 
@@ -90,7 +94,7 @@ class OwnLoop:
         meta_weights: list[float] | None = None,
         groups: Any = None,
         pipeline_schedule: Callable[..., Any] | None = None,
-        log_folder: str | None = None,
+        folder: str | None = None,
         log_interval: int = 0,
         domains: list[str] | None = None,
     ) -> None:
@@ -108,14 +112,15 @@ class OwnLoop:
         self._meta, self._meta_weights = list(meta_datasets or []), meta_weights
         self._schedule = pipeline_schedule or _default_schedule()
         on_each_rank(partial(raise_all, config.problems()))
-        config = self._resolved(config.with_defaults())
+        config = on_each_rank(partial(self._resolved, config.with_defaults()))
         self.weighting: DWMTrainStep = assemble(config, self)
         self.weighting.forward_step.forward_step = forward_step
         self._stage_loaded: int | None = None
-        if config.load and config.schedule != "frozen":
+        self._folder = folder
+        if config.load and config.learned and config.schedule != "frozen":
             self.say(snapshots.load_snapshot(self.weighting, config.load))
         # Opened with the first step, when it is known which lines of an older log it goes on from.
-        self._open = partial(self._opened, log_folder, log_interval, domains or [])
+        self._open = partial(self._opened, folder, log_interval, domains or [])
         self._log: WeightLog | None = None
 
     # ---------------------------------------------------------------- of every step
@@ -126,14 +131,15 @@ class OwnLoop:
         Args:
             train_step: the loop's own step; called once, with a forward step to use in the place
                 of the loop's and an iterator over the step's micro-batches.
-            data_iterator: gives micro-batches (dicts with `tokens`); None on ranks without data,
-                a list with virtual pipeline stages.
+            data_iterator: gives micro-batches; None on ranks without data, a list with virtual
+                pipeline stages.
 
         Returns:
             What `train_step` returned, and what the weights were.
 
         Raises:
-            DWMError: too many steps were NaN or infinite.
+            DWMError: `train_step` did not use the forward step that it was given, or returned no
+                `StepOutcome`, or too many steps were NaN or infinite.
         """
         trainee = Trainee(
             self.model, self.optimizer, self.transformer_config, self._schedule, data_iterator
@@ -144,16 +150,43 @@ class OwnLoop:
 
         def own_step(iterator: Any) -> StepOutcome:
             found = train_step(self.weighting.forward_step, iterator)
+            self._check_outcome(found)
             return dataclasses.replace(found, own=found)
 
         outcome, record = self.weighting(own_step, trainee, self.iteration)
+        used = len(self.weighting.influence.applied.by_micro_batch)
+        if self.weighting.sees_losses and used != get_num_microbatches():
+            raise DWMError(
+                f"train_step has run {used} of {get_num_microbatches()} micro-batches through the "
+                "forward step that it was given; use that one in the place of your own",
+                this_rank_only=True,
+            )
         self.iteration += 1
         self._log.write(record)
         problem = self.weighting.bad_steps.problem(record.iteration)
         if problem is not None:
             self._log.flush()
             raise DWMError(problem)
+        config = self.weighting.config
+        if self._folder and record.plan.ends_stage and config.learned and config.trains:
+            name = snapshots.snapshot_name(record.plan.stage)
+            snapshots.save_snapshot(self.weighting, os.path.join(self._folder, name))
         return outcome, record
+
+    def _check_outcome(self, outcome: Any) -> None:
+        if not isinstance(outcome, StepOutcome):
+            raise DWMError(
+                f"train_step returned {type(outcome).__name__}; it must return a StepOutcome: the "
+                "losses by name, whether the optimizer skipped, and the gradient's norm",
+                this_rank_only=True,
+            )
+        clip = getattr(getattr(self.optimizer, "config", None), "clip_grad", 0.0)
+        if clip and outcome.grad_norm is None and not outcome.skipped:
+            raise DWMError(
+                f"train_step's StepOutcome has no grad_norm, but the optimizer clips at {clip}; "
+                "give the second value that optimizer.step() returns",
+                this_rank_only=True,
+            )
 
     def close(self) -> None:
         """Writes what waits for the log, and closes it."""
@@ -185,24 +218,31 @@ class OwnLoop:
             raise DWMError(f"{folder} is no checkpoint of megatron.core.dist_checkpointing")
         self.say(checkpoint.load(self.weighting, folder))
         self.iteration = iteration
+        if self.weighting.config.schedule == "frozen" and iteration:
+            # The stage's snapshot is in the checkpoint, with what has run along since.
+            self._stage_loaded = self.weighting.schedule.plan(iteration - 1).stage
 
     # ---------------------------------------------------------------- as a TrainerHost
 
     def check(self, config: DWMConfig) -> None:
         """As `TrainerHost.check`."""
-        raise_all(
-            [f"{setting} in a training loop of one's own: {way}" for setting, way in _unfit(config)]
-        )
+        problems = [
+            f"{setting} in a training loop of one's own: {way}" for setting, way in _unfit(config)
+        ]
+        raise_all(problems)
+        if config.scores:
+            problems += unsupported(config, _Settings(self))
+        if config.uses_meta_set and self.transformer_config.finalize_model_grads_func is None:
+            problems.append(
+                "the TransformerConfig has no finalize_model_grads_func, without which the passes "
+                "over the meta set reduce no gradients; set it to "
+                "megatron.core.distributed.finalize_model_grads"
+            )
+        raise_all(problems)
 
     def meta_data(self, config: DWMConfig) -> MetaData:
         """As `TrainerHost.meta_data`."""
-        reads = torch.tensor([float(bool(self._meta))], device=self.shape.device)
-        torch.distributed.all_reduce(reads)
-        if not reads.item():
-            raise DWMError(
-                f"policy {config.policy} learns from a meta set: give meta_datasets, or a policy "
-                "that needs none, such as linupper"
-            )
+        on_each_rank(partial(self._check_meta, config))
         assert config.meta_batch_size is not None
         return MetaData(
             datasets=self._meta,
@@ -212,7 +252,26 @@ class OwnLoop:
             dp_rank=self.groups.dp.rank(),
             dp_size=self.groups.dp.size(),
             seed=config.seed,
+            reads_ahead=False,
         )
+
+    def _check_meta(self, config: DWMConfig) -> None:
+        # Tensor-parallel ranks but the first, and inner pipeline stages, may read no data.
+        outer = self.groups.pp.rank() in (0, self.groups.pp.size() - 1)
+        if not self._meta and outer and self.groups.tp.rank() == 0:
+            raise DWMError(
+                f"policy {config.policy} learns from a meta set: give meta_datasets on every rank "
+                "that reads data, or take a policy that needs none, such as linupper"
+            )
+        empty = [k for k, dataset in enumerate(self._meta) if not len(dataset)]
+        if empty:
+            raise DWMError(f"meta_datasets[{empty[0]}] has no samples; leave it out")
+        weights = self._meta_weights
+        if weights is not None and (len(weights) != len(self._meta) or not min(weights) > 0):
+            raise DWMError(
+                f"meta_weights is {weights} for {len(self._meta)} meta_datasets; give a weight "
+                "above 0 for each, or none"
+            )
 
     def scorer(self, config: DWMConfig) -> tuple[Scorer, dict[str, Any]]:
         """As `TrainerHost.scorer`: there is none, and `check` has said so."""
@@ -231,15 +290,31 @@ class OwnLoop:
 
     def _resolved(self, config: DWMConfig) -> DWMConfig:
         """Returns the settings with the meta batch's size: a quarter of the batch, if not given."""
-        unit = self.shape.micro_batch_size * self.groups.dp.size()
+        ranks_batch = self.shape.micro_batch_size * self.groups.dp.size()
+        try:
+            batch, count = get_current_global_batch_size(), get_num_microbatches()
+        except AttributeError:
+            raise DWMError(
+                "the number of micro-batches is not known; call megatron.core."
+                "num_microbatches_calculator.init_num_microbatches_calculator first"
+            ) from None
+        if batch != ranks_batch * count:
+            raise DWMError(
+                f"micro_batch_size is {self.shape.micro_batch_size}, on {self.groups.dp.size()} "
+                f"data-parallel ranks with {count} micro-batches, but the global batch is {batch}; "
+                "give the one of init_num_microbatches_calculator"
+            )
+        unit, llm = ranks_batch, self.transformer_config
+        if llm.virtual_pipeline_model_parallel_size is not None:
+            stages = self.groups.pp.size()
+            unit *= max(stages, llm.microbatch_group_size_per_vp_stage or stages)
         size = config.meta_batch_size
         if size is None:
-            batch = get_current_global_batch_size() or unit * get_num_microbatches()
             size = max(1, round(batch / 4 / unit)) * unit
         if size % unit:
             raise DWMError(
-                f"{flag('meta_batch_size')} is {size}; it must be a multiple of the micro-batch "
-                f"size times the data-parallel size, {unit}"
+                f"meta_batch_size is {size}; it must be a multiple of {unit}, the micro-batch size "
+                "times the data-parallel size (and the pipeline's stages, if they are virtual)"
             )
         return dataclasses.replace(config, meta_batch_size=size)
 
@@ -249,7 +324,7 @@ class OwnLoop:
         if last and (folder is not None or interval):
             # A line that never comes is a line after more steps than there are.
             sinks = open_sinks(
-                folder, self.iteration, None, None, interval or self.steps + 1, partial(print)
+                folder, self.iteration, None, None, interval or self.steps + 1, print
             )
         return WeightLog(
             sinks, domains, interval or self.steps + 1, self.weighting.config.log_samples
@@ -258,7 +333,7 @@ class OwnLoop:
     def _load_stage(self) -> None:
         """With the frozen schedule, takes the snapshot that matches each stage, or the last."""
         config = self.weighting.config
-        if config.schedule != "frozen" or not config.load:
+        if config.schedule != "frozen" or not config.load or not config.learned:
             return
         stage = self.weighting.schedule.plan(self.iteration).stage
         if stage != self._stage_loaded:
@@ -270,6 +345,26 @@ def _default_schedule() -> Callable[..., Any]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     return get_forward_backward_func()
+
+
+class _Settings:
+    """The run's settings under Megatron-LM's names, from whichever object has one."""
+
+    def __init__(self, loop: OwnLoop) -> None:
+        ddp_config = getattr(loop.model[0], "ddp_config", None)
+        if ddp_config is None:
+            raise DWMError(
+                f"model[0] is a {type(loop.model[0]).__name__}; wrap the model's chunks in "
+                "megatron.core.distributed.DistributedDataParallel"
+            )
+        optimizer_config = getattr(loop.optimizer, "config", None)
+        self._sources = (loop.transformer_config, ddp_config, optimizer_config)
+
+    def __getattr__(self, name: str) -> Any:
+        for source in self._sources:
+            if hasattr(source, name):
+                return getattr(source, name)
+        raise AttributeError(name)
 
 
 def _unfit(config: DWMConfig) -> Iterator[tuple[str, str]]:

@@ -24,7 +24,6 @@ from megatron_dwm.hosts import cpu
 
 cpu.install()
 
-from megatron.core import parallel_state  # noqa: E402
 from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -34,7 +33,6 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  #
 from megatron.core.pipeline_parallel.schedules import (  # noqa: E402
     forward_backward_no_pipelining,
 )
-from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.tensor_parallel import random as megatron_random  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
@@ -78,19 +76,6 @@ CASES = {
     "dropout": {**GPT, **DROPOUT},
     "dropout-full-recompute": {**GPT, **DROPOUT, **FULL},
 }
-
-
-@pytest.fixture(scope="module")
-def groups():
-    """Megatron's process groups on one rank."""
-    backend = "gloo" if cpu.is_cpu() else "nccl"
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group(backend=backend, store=store, rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    megatron_random.model_parallel_cuda_manual_seed(123)
-    yield ProcessGroupCollection.use_mpu_process_groups()
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)

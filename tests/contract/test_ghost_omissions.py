@@ -15,8 +15,6 @@ from megatron_dwm.hosts import cpu
 
 cpu.install()
 
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
@@ -26,18 +24,6 @@ from megatron_dwm.meta_gradient.estimators import choose_estimator  # noqa: E402
 from megatron_dwm.meta_gradient.ghost import recording as ghost  # noqa: E402
 
 B = 3
-
-
-@pytest.fixture(scope="module")
-def groups():
-    """Megatron's process groups on one rank."""
-    backend = "gloo" if cpu.is_cpu() else "nccl"
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group(backend=backend, store=store, rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    yield ProcessGroupCollection.use_mpu_process_groups()
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
 
 
 class Odd(torch.nn.Module):

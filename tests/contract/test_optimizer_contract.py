@@ -18,13 +18,11 @@ from megatron_dwm.hosts import cpu
 cpu.install()
 
 from megatron.core import optimizer as megatron_optimizer  # noqa: E402
-from megatron.core import parallel_state  # noqa: E402
 from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallel,
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # noqa: E402
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
-from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 
 from megatron_dwm.core import optimizers as optimizer_view  # noqa: E402
 from megatron_dwm.core.trainee import Trainee  # noqa: E402
@@ -50,18 +48,6 @@ from tests.contract.real_step import (  # noqa: E402
 
 def parameters_of(function):
     return list(inspect.signature(function).parameters)
-
-
-@pytest.fixture(scope="module")
-def one_rank():
-    """Megatron's process groups on one rank."""
-    backend = "gloo" if cpu.is_cpu() else "nccl"
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group(backend=backend, store=store, rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    yield ProcessGroupCollection.use_mpu_process_groups()
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
 
 
 KINDS = pytest.mark.parametrize(

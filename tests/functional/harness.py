@@ -122,7 +122,10 @@ class RankServer:
             try:
                 asked.write(json.dumps(request) + "\n")
                 asked.flush()
-                code = json.loads(answers.readline())["code"]
+                answer = answers.readline()
+                if not answer:
+                    raise RuntimeError("the rank server has ended; see its standard error")
+                code = json.loads(answer)["code"]
             except BaseException:
                 # Whatever it is still at is not the next request's.
                 self.process.kill()

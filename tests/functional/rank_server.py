@@ -4,7 +4,10 @@ Importing the trainer takes longer than most of what a test runs. So one process
 whole test session and forks the ranks of every script that the tests would start with torchrun. It
 starts no thread and no process group, and touches no GPU.
 
-Reads requests from standard input, one JSON object a line:
+Not exercised by scripts that run so: ranks whose sets differ in order, since all have one seed of
+Python's string hashes. Each rank that `harness.torchrun` starts by torchrun has its own.
+
+Reads requests from standard input, one JSON object per line:
 
     ranks, script, args   what runs, as `__main__`, in each rank
     env                   its environment, beside what torchrun sets

@@ -14,97 +14,17 @@ from megatron_dwm.config.validation import head_dim_problems, raise_all
 from megatron_dwm.data.index import DatasetError, read_index
 from megatron_dwm.data.weight_file import read_weights, weights_path
 from megatron_dwm.errors import DWMError
+from megatron_dwm.hosts.unsupported import REFUSED, refusals, unsupported
 
-# Flags under which weighted steps are not right, or were never shown to be: why, and the way out.
-REFUSED = {
-    "sft": ("packed (thd) sequences have no per-sample loss", "train without it"),
-    "dataloader_inter_document_masking": (
-        "packed (thd) sequences have no per-sample loss",
-        "use --reset-attention-mask, or train without it",
-    ),
-    "fp16": ("dynamic loss scaling is not carried through the meta-gradient", "use --bf16"),
-    "use_megatron_fsdp": (
-        "its parameters cannot be perturbed in place",
-        "use --use-distributed-optimizer",
-    ),
-    "use_torch_fsdp2": (
-        "its parameters cannot be perturbed in place",
-        "use --use-distributed-optimizer",
-    ),
-    "perform_rl_step": (
-        "reinforcement learning has no per-sample language-model loss",
-        "use --dwm for pre-training",
-    ),
-    "hybrid_context_parallel": ("samples are split over ranks", "train without it"),
-    "mtp_num_layers": (
-        "the multi-token-prediction loss does not pass through the loss function",
-        "train without the extra layers",
-    ),
-    "fp8_param_gather": (
-        "quantised parameters cannot be perturbed in place",
-        "leave it out; --bf16 parameters are gathered as they are",
-    ),
-    "reuse_grad_buf_for_mxfp8_param_ag": ("parameters share the gradient buffer", "leave it out"),
-    "overlap_moe_expert_parallel_comm": (
-        "its schedule was not shown to work with extra passes",
-        "leave it out",
-    ),
-    "optimizer_cuda_graph": ("the optimizer's state is read between steps", "leave it out"),
-    "overlap_param_gather_with_optimizer_step": (
-        "parameters must be whole between the passes",
-        "use --overlap-param-gather alone",
-    ),
-    "moe_expert_rank_capacity_factor": (
-        "it wraps the schedule that the extra passes use",
-        "use --moe-expert-capacity-factor",
-    ),
-    "te_rng_tracker": ("its random states cannot be put back between the passes", "leave it out"),
-}
-# The same, where influence on a meta set is wanted.
-WITHOUT_META = "leave it out, or weigh by a policy without a meta set (linupper, truncation)"
-REFUSED_WITH_META_SET = {
-    "fp8": ("a perturbation is far below its precision", WITHOUT_META),
-    "fp4": ("a perturbation is far below its precision", WITHOUT_META),
-    "moe_router_enable_expert_bias": (
-        "the extra passes would update the router's bias",
-        WITHOUT_META,
-    ),
-}
-# Parallel sizes that must be 1.
-_ONE = (
-    "context_parallel_size",
-    "gtp_weight_remat_size",
-    "expert_gtp_weight_remat_size",
-    "num_distributed_optimizer_instances",
-)
-
-
-def refusals() -> list[tuple[str, str, str]]:
-    """Returns every flag that is refused by name, why, and the way out, as the README lists them.
-
-    Returns:
-        Flag, reason, and what to do; of those that matter with a meta set only, the flag says so.
-    """
-    rows = [(_flag(name), *words) for name, words in REFUSED.items()]
-    rows += [
-        (f"{_flag(name)} (with a meta set)", *words)
-        for name, words in REFUSED_WITH_META_SET.items()
-    ]
-    rows += [(f"{_flag(name)} above 1", "not supported yet", "use 1") for name in _ONE]
-    rows.append((_flag("non_persistent_ckpt_type"), *_NON_PERSISTENT))
-    rows.append((_flag("cuda_graph_impl"), *_CUDA_GRAPH))
-    return rows
-
-
-_NON_PERSISTENT = (
-    "the language model and the weighting would resume from different checkpoints",
-    "use a shorter --save-interval, with --save-retain-interval to keep fewer",
-)
-_CUDA_GRAPH = ("weights change between steps, and extra passes run outside graphs", "use none")
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+__all__ = [
+    "REFUSED",
+    "blend_of",
+    "check_arguments",
+    "check_data",
+    "default_meta_batch_size",
+    "refusals",
+    "training_prefixes",
+]
 
 
 def check_arguments(config: DWMConfig, args: Any) -> None:
@@ -121,7 +41,7 @@ def check_arguments(config: DWMConfig, args: Any) -> None:
     if args.sft and not config.scores:
         problems.append(f"--sft is not supported with --dwm: {REFUSED['sft'][0]}")
     if config.scores:
-        problems += _unsupported_flags(config, args)
+        problems += unsupported(config, args)
     if config.has_model:
         if config.init == "random":
             problems += head_dim_problems(config, args.tensor_model_parallel_size)
@@ -135,33 +55,6 @@ def check_arguments(config: DWMConfig, args: Any) -> None:
     if config.sampling == "weights":
         problems += _sampling_problems(args)
     raise_all(problems)
-
-
-def _unsupported_flags(config: DWMConfig, args: Any) -> list[str]:
-    found = [
-        f"{_flag(name)} is not supported with --dwm: {why}; {way_out}"
-        for name, (why, way_out) in REFUSED.items()
-        if getattr(args, name, None)
-    ]
-    if config.uses_meta_set:
-        found += [
-            f"{_flag(name)} is not supported with a meta set: {why}; {way_out}"
-            for name, (why, way_out) in REFUSED_WITH_META_SET.items()
-            if getattr(args, name, None)
-        ]
-    found += [
-        f"{_flag(name)} {getattr(args, name)} is not supported with --dwm yet; use 1"
-        for name in _ONE
-        if (getattr(args, name, 1) or 1) > 1
-    ]
-    for name, none, (why, way_out) in (
-        ("non_persistent_ckpt_type", (None,), _NON_PERSISTENT),
-        ("cuda_graph_impl", (None, "none"), _CUDA_GRAPH),
-    ):
-        value = getattr(args, name, None)
-        if value not in none:
-            found.append(f"{_flag(name)} {value} is not supported with --dwm: {why}; {way_out}")
-    return found
 
 
 def _sampling_problems(args: Any) -> list[str]:
@@ -208,8 +101,8 @@ def _share_problems(args: Any) -> list[str]:
             share = _number(word)
             if share is not None and not (share > 0 and math.isfinite(share)):
                 found.append(
-                    f"{_flag(name)}: the share of {prefix} is {word}; it must be above 0 and "
-                    "finite: give one, or leave the data set out"
+                    f"--{name.replace('_', '-')}: the share of {prefix} is {word}; it must be "
+                    "above 0 and finite: give one, or leave the data set out"
                 )
     split, evaluates = getattr(args, "split", None), args.eval_iters and args.eval_iters > 0
     shares = [_number(word) for word in split.split(",")] if split else []

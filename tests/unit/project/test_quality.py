@@ -391,7 +391,7 @@ def test_kept_results_count_as_taken_and_change_none_that_is_there(
     own = {**runner.read(place.result(runs[1])), "final": 9.0}
     place.result(runs[0]).unlink()
     place.result(runs[1]).write_text(json.dumps(own))
-    runner.take_over(place, kept)
+    runner.take_over(place, kept, size)
     assert runner.read(place.result(runs[0]))["final"] == 2.5
     assert runner.read(place.result(runs[1]))["final"] == 9.0
     started = commands(monkeypatch)
@@ -399,6 +399,8 @@ def test_kept_results_count_as_taken_and_change_none_that_is_there(
     assert started == []
     with pytest.raises(runner.RunError, match="other settings"):
         runner.take(place, size, runs, "another corpus", jobs=1)
+    with pytest.raises(runner.RunError, match="another size than 17m"):
+        runner.take_over(place, kept, plan.SIZES["17m"])
 
 
 def test_a_result_of_other_settings_is_neither_used_nor_lost(
@@ -495,6 +497,7 @@ def command_line(*words: str) -> tuple[int, str]:
         (["--micro-batch", "5"], "--micro-batch is 5"),
         (["--lr", "nan"], "--lr is nan"),
         (["--table"], "no results in"),
+        (["--timing", "--jobs", "2"], "--timing goes with none"),
         (["--known", __file__], "test_quality.py: JSONDecodeError"),
         (["--corpus", "/nonexistent"], "--corpus /nonexistent lacks"),
     ],

@@ -20,7 +20,7 @@ pytest.importorskip("transformers")
 cpu.install()
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "unit"))
+sys.path.insert(0, str(ROOT / "tests" / "unit" / "conversion"))
 
 import test_dwm_export as dwm  # noqa: E402
 from test_convert_export import export, model_tensors, write_run  # noqa: E402

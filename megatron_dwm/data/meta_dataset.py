@@ -14,6 +14,28 @@ import numpy
 from torch.utils.data import default_collate
 
 
+def meta_batch_unit(
+    micro_batch_size: int,
+    data_parallel_size: int,
+    virtual_stages: int = 1,
+    together: int | None = None,
+) -> int:
+    """Returns what the size of a meta batch must be a multiple of, for Megatron's schedules.
+
+    Args:
+        micro_batch_size: b.
+        data_parallel_size: replicas.
+        virtual_stages: pipeline stages, if they are virtual, else 1.
+        together: micro-batches that a virtual stage takes one after the other.
+    """
+    return micro_batch_size * data_parallel_size * max(virtual_stages, together or virtual_stages)
+
+
+def default_meta_batch_size(batch: int, unit: int) -> int:
+    """Returns the legal size nearest to a quarter of the global batch."""
+    return max(1, round(batch / 4 / unit)) * unit
+
+
 class MetaData:
     """Draws meta batches for this data-parallel rank.
 

@@ -18,7 +18,6 @@ passes over the meta set have no other way to do it.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -34,11 +33,12 @@ from megatron.core.utils import get_model_config
 
 from megatron_dwm.checkpoint import snapshots
 from megatron_dwm.checkpoint import state as checkpoint
+from megatron_dwm.checkpoint.stages import StageSnapshots
 from megatron_dwm.config import DWMConfig, flag
 from megatron_dwm.config.validation import raise_all
 from megatron_dwm.core.agreement import on_each_rank
 from megatron_dwm.core.trainee import RunShape, StepOutcome, Trainee
-from megatron_dwm.data.meta_dataset import MetaData
+from megatron_dwm.data.meta_dataset import MetaData, default_meta_batch_size, meta_batch_unit
 from megatron_dwm.errors import DWMError
 from megatron_dwm.hosts import cpu
 from megatron_dwm.hosts.base import assemble
@@ -115,7 +115,7 @@ class OwnLoop:
         config = on_each_rank(partial(self._resolved, config.with_defaults()))
         self.weighting: DWMTrainStep = assemble(config, self)
         self.weighting.forward_step.forward_step = forward_step
-        self._stage_loaded: int | None = None
+        self._stages = StageSnapshots(self.weighting, self.say)
         self._folder = folder
         if config.load and config.learned and config.schedule != "frozen":
             self.say(snapshots.load_snapshot(self.weighting, config.load))
@@ -144,7 +144,7 @@ class OwnLoop:
         trainee = Trainee(
             self.model, self.optimizer, self.transformer_config, self._schedule, data_iterator
         )
-        self._load_stage()
+        self._stages.take(self.iteration)
         if self._log is None:
             self._log = self._open()
 
@@ -167,10 +167,7 @@ class OwnLoop:
         if problem is not None:
             self._log.flush()
             raise DWMError(problem)
-        config = self.weighting.config
-        if self._folder and record.plan.ends_stage and config.learned and config.trains:
-            name = snapshots.snapshot_name(record.plan.stage)
-            snapshots.save_snapshot(self.weighting, os.path.join(self._folder, name))
+        self._stages.keep(record.plan, self._folder)
         return outcome, record
 
     def _check_outcome(self, outcome: Any) -> None:
@@ -218,9 +215,7 @@ class OwnLoop:
             raise DWMError(f"{folder} is no checkpoint of megatron.core.dist_checkpointing")
         self.say(checkpoint.load(self.weighting, folder))
         self.iteration = iteration
-        if self.weighting.config.schedule == "frozen" and iteration:
-            # The stage's snapshot is in the checkpoint, with what has run along since.
-            self._stage_loaded = self.weighting.schedule.plan(iteration - 1).stage
+        self._stages.resumed(iteration)
 
     # ---------------------------------------------------------------- as a TrainerHost
 
@@ -304,13 +299,14 @@ class OwnLoop:
                 f"data-parallel ranks with {count} micro-batches, but the global batch is {batch}; "
                 "give the one of init_num_microbatches_calculator"
             )
-        unit, llm = ranks_batch, self.transformer_config
+        llm, sizes = self.transformer_config, (self.shape.micro_batch_size, self.groups.dp.size())
+        unit = meta_batch_unit(*sizes)
         if llm.virtual_pipeline_model_parallel_size is not None:
-            stages = self.groups.pp.size()
-            unit *= max(stages, llm.microbatch_group_size_per_vp_stage or stages)
+            together = llm.microbatch_group_size_per_vp_stage
+            unit = meta_batch_unit(*sizes, self.groups.pp.size(), together)
         size = config.meta_batch_size
         if size is None:
-            size = max(1, round(batch / 4 / unit)) * unit
+            size = default_meta_batch_size(batch, unit)
         if size % unit:
             raise DWMError(
                 f"meta_batch_size is {size}; it must be a multiple of {unit}, the micro-batch size "
@@ -329,16 +325,6 @@ class OwnLoop:
         return WeightLog(
             sinks, domains, interval or self.steps + 1, self.weighting.config.log_samples
         )
-
-    def _load_stage(self) -> None:
-        """With the frozen schedule, takes the snapshot that matches each stage, or the last."""
-        config = self.weighting.config
-        if config.schedule != "frozen" or not config.load or not config.learned:
-            return
-        stage = self.weighting.schedule.plan(self.iteration).stage
-        if stage != self._stage_loaded:
-            self._stage_loaded = stage
-            self.say(snapshots.load_snapshot(self.weighting, config.load, stage))
 
 
 def _default_schedule() -> Callable[..., Any]:

@@ -81,7 +81,7 @@ def test_default_meta_batch_follows_the_largest_batch_of_a_schedule() -> None:
     schedule = "0:64 250B:128 500B:256"
     stock = StepBatchsizeNumMicroBatchesCalculator(2, 2, False, 1, schedule, 32)
     args = run_arguments(step_batch_size_schedule=schedule)
-    assert checks.default_meta_batch_size(args) == stock.global_batch_size // 4
+    assert checks.default_meta_batch(args) == stock.global_batch_size // 4
 
 
 @pytest.mark.parametrize("share", ["0", "-1", "nan", "inf"])

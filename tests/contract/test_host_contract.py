@@ -25,6 +25,7 @@ from megatron.core.num_microbatches_calculator import (  # noqa: E402
     unset_num_microbatches_calculator,
 )
 
+from megatron_dwm.checkpoint import stages  # noqa: E402
 from megatron_dwm.hosts import own_loop  # noqa: E402
 from megatron_dwm.hosts.base import TrainerHost  # noqa: E402
 from megatron_dwm.hosts.megatron_lm.build import MegatronLM  # noqa: E402
@@ -154,7 +155,7 @@ def test_a_frozen_loop_takes_each_stage_s_snapshot_once_and_none_over_a_checkpoi
     parts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[Any] = []
-    monkeypatch.setattr(own_loop.snapshots, "load_snapshot", lambda *a: taken.append(a[2]) or "")
+    monkeypatch.setattr(stages.snapshots, "load_snapshot", lambda *a: taken.append(a[2]) or "")
     monkeypatch.setattr(own_loop.checkpoint, "load", lambda *a: "")
     monkeypatch.setattr(
         own_loop.dist_checkpointing, "check_is_distributed_checkpoint", lambda folder: True
@@ -165,12 +166,10 @@ def test_a_frozen_loop_takes_each_stage_s_snapshot_once_and_none_over_a_checkpoi
     )
     loop.weighting.config = config
     for step in range(4):  # 10 steps in 5 stages
-        loop.iteration = step
-        loop._load_stage()
+        loop._stages.take(step)
     assert taken == [0, 1]
     loop.load("a checkpoint", 5)
-    loop._load_stage()
+    loop._stages.take(loop.iteration)
     assert (loop.iteration, taken) == (5, [0, 1])
-    loop.iteration = 6
-    loop._load_stage()
+    loop._stages.take(6)
     assert taken == [0, 1, 3]

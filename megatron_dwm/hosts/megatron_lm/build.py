@@ -26,7 +26,7 @@ from megatron_dwm.core.vocabulary import megatron_vocabulary_size
 from megatron_dwm.data.meta_dataset import MetaData
 from megatron_dwm.errors import DWMError
 from megatron_dwm.hosts import cpu
-from megatron_dwm.hosts.megatron_lm.checks import blend_of, default_meta_batch_size
+from megatron_dwm.hosts.megatron_lm.checks import blend_of, default_meta_batch
 from megatron_dwm.weighting_model.scorer import Scorer, micro_batches_at_once
 from megatron_dwm.weighting_model.transformer import (
     DataWeightingModel,
@@ -80,7 +80,7 @@ def resolve_shapes(config: DWMConfig, args: Any) -> DWMConfig:
             # Its score head is taken, which belongs to its pooling.
             changes["pooling"] = source.pooling
     if config.meta_batch_size is None:
-        changes["meta_batch_size"] = default_meta_batch_size(args)
+        changes["meta_batch_size"] = default_meta_batch(args)
     config = dataclasses.replace(config, **changes)
     if config.has_model and config.init.startswith("hf:"):
         raise_all(head_dim_problems(config, args.tensor_model_parallel_size))

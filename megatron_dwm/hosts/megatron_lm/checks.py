@@ -12,6 +12,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from megatron_dwm.config.schema import DWMConfig
 from megatron_dwm.config.validation import head_dim_problems, raise_all
 from megatron_dwm.data.index import DatasetError, read_index
+from megatron_dwm.data.meta_dataset import default_meta_batch_size, meta_batch_unit
 from megatron_dwm.data.weight_file import read_weights, weights_path
 from megatron_dwm.errors import DWMError
 from megatron_dwm.hosts.unsupported import REFUSED, refusals, unsupported
@@ -21,7 +22,7 @@ __all__ = [
     "blend_of",
     "check_arguments",
     "check_data",
-    "default_meta_batch_size",
+    "default_meta_batch",
     "refusals",
     "training_prefixes",
 ]
@@ -180,20 +181,20 @@ def _meta_problems(config: DWMConfig, args: Any) -> list[str]:
 
 def _meta_batch_unit(args: Any) -> int:
     """Returns what the meta batch must be a multiple of, for the trainer's schedule."""
-    unit = args.micro_batch_size * args.data_parallel_size
-    if args.virtual_pipeline_model_parallel_size is not None:
-        stages = args.pipeline_model_parallel_size
-        unit *= max(stages, args.microbatch_group_size_per_vp_stage or stages)
-    return unit
+    sizes = args.micro_batch_size, args.data_parallel_size
+    if args.virtual_pipeline_model_parallel_size is None:
+        return meta_batch_unit(*sizes)
+    stages = args.pipeline_model_parallel_size
+    return meta_batch_unit(*sizes, stages, args.microbatch_group_size_per_vp_stage)
 
 
-def default_meta_batch_size(args: Any) -> int:
-    """Returns the legal size nearest to a quarter of the global batch."""
-    unit, batch = _meta_batch_unit(args), args.global_batch_size
+def default_meta_batch(args: Any) -> int:
+    """Returns the size of the meta batch where no flag gives it."""
+    batch = args.global_batch_size
     if getattr(args, "step_batch_size_schedule", None):
         # The trainer's own size is then that of one micro-batch; "0:768 250B:1536" ends with 1536.
         batch = int(args.step_batch_size_schedule.split()[-1].split(":")[1])
-    return max(1, round(batch / 4 / unit)) * unit
+    return default_meta_batch_size(batch, _meta_batch_unit(args))
 
 
 def blend_of(paths: list[str] | None, flag: str) -> tuple[list[str], list[float] | None]:

@@ -14,6 +14,7 @@ from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writ
 
 from megatron_dwm.checkpoint import snapshots
 from megatron_dwm.checkpoint import state as checkpoint
+from megatron_dwm.checkpoint.stages import StageSnapshots
 from megatron_dwm.config import DWMConfig, flag
 from megatron_dwm.core.agreement import on_each_rank, on_first_rank
 from megatron_dwm.core.trainee import StepOutcome, Trainee
@@ -27,7 +28,6 @@ from megatron_dwm.hosts.megatron_lm.load_check import check_checkpoint
 from megatron_dwm.hosts.megatron_lm.verification import Verifier, log_fields
 from megatron_dwm.logs.sinks import open_sinks
 from megatron_dwm.logs.weight_log import WeightLog
-from megatron_dwm.step.record import StepRecord
 from megatron_dwm.step.train_step import DWMTrainStep
 
 if TYPE_CHECKING:
@@ -44,14 +44,14 @@ class Session:
         self.log: WeightLog | None = None
         self.verifier: Verifier | None = None
         self.sampling: Sampling | None = None
-        self.stage_loaded: int | None = None
+        self.stages: StageSnapshots | None = None
         self.stage_sampled: int | None = None
 
     def setup_model_and_optimizer(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
         """Checks the arguments, lets the trainer build and load, then builds and loads the DWM."""
         # One attach() may see several runs; each starts without a DWM.
         self.end_log()
-        self.step, self.verifier, self.stage_loaded = None, None, None
+        self.step, self.verifier, self.stages = None, None, None
         self.sampling, self.stage_sampled = None, None
         run = get_args()
         config = DWMConfig.from_args(run)
@@ -72,6 +72,7 @@ class Session:
             return model, optimizer, scheduler
         groups = ProcessGroupCollection.use_mpu_process_groups()
         self.step = assemble(config, MegatronLM(run, model, optimizer, groups))
+        self.stages = StageSnapshots(self.step, print_rank_0)
         pending = self._load(config, run)
         self.verifier = Verifier(self.step, run, print_rank_last, pending)
         domains = [os.path.basename(p) for p in training_prefixes(run)]
@@ -109,7 +110,7 @@ class Session:
         rest = (model, optimizer, opt_param_scheduler, config, forward_backward_func)
         if self.step is None:
             return stock(forward_step_func, data_iterator, *rest, iteration=iteration, **kwargs)
-        assert self.log is not None and self.verifier is not None
+        assert self.log is not None and self.verifier is not None and self.stages is not None
         wrapped = self.step.forward_step
         wrapped.forward_step = forward_step_func
         trainee = Trainee(model, optimizer, config, forward_backward_func, data_iterator)
@@ -118,7 +119,7 @@ class Session:
             return outcome(stock(wrapped, iterator, *rest, iteration=iteration, **kwargs))
 
         done = get_args().curr_iteration if iteration is None else iteration
-        self._load_stage(done)
+        self.stages.take(done)
         self._look_for_weights(done, data_iterator)
         trainee, found = self.verifier(stock_step, trainee, opt_param_scheduler, done)
         result, record = self.step(stock_step, trainee, done)
@@ -128,7 +129,7 @@ class Session:
             self.log.flush()
         if problem is not None:
             raise DWMError(problem)
-        self._snapshot(record)
+        self.stages.keep(record.plan, get_args().save)
         return result
 
     def build_data_iterators(self, stock: Any, provider: Any) -> Any:
@@ -174,15 +175,13 @@ class Session:
 
     def _load(self, config: DWMConfig, run: Any) -> bool:
         """Loads the DWM; returns whether a verification was still due when it was saved."""
-        assert self.step is not None
+        assert self.step is not None and self.stages is not None
         pending = False
         if run.load and run.iteration > 0 and not run.finetune:
             folder = checkpointing.get_load_checkpoint_path_by_args(run)
             print_rank_0(checkpoint.load(self.step, folder, with_optimizer=not run.no_load_optim))
             pending = (checkpoint.saved_run(folder) or {}).get("verification_pending", False)
-            if config.schedule == "frozen":
-                # The stage's snapshot is in the checkpoint, with what has run along since.
-                self.stage_loaded = self.step.schedule.plan(run.iteration - 1).stage
+            self.stages.resumed(run.iteration)
             if self.step.meta_steps_taken or not config.load:
                 return pending
         elif run.load and run.finetune and config.learned:
@@ -224,31 +223,6 @@ class Session:
         # What this process began with, it has read when it built the data.
         if known is not None and stage != known:
             self.sampling.at_stage(data_iterator)
-
-    def _load_stage(self, iteration: int) -> None:
-        """With the frozen schedule, takes the snapshot that matches each stage, or the last."""
-        assert self.step is not None
-        config = self.step.config
-        if config.schedule != "frozen" or not config.load or not config.learned:
-            return
-        stage = self.step.schedule.plan(iteration).stage
-        if stage != self.stage_loaded:
-            self.stage_loaded = stage
-            print_rank_0(snapshots.load_snapshot(self.step, config.load, stage))
-
-    def _snapshot(self, record: StepRecord) -> None:
-        """Keeps the DWM of each stage, for transfer to another LLM or data set."""
-        run = get_args()
-        assert self.step is not None
-        if (
-            run.save
-            and record.plan.ends_stage
-            and self.step.config.learned
-            and self.step.config.trains
-        ):
-            folder = os.path.join(run.save, snapshots.snapshot_name(record.plan.stage))
-            snapshots.save_snapshot(self.step, folder)
-            print_rank_0(f"DWM: snapshot of stage {record.plan.stage + 1} in {folder}")
 
     def _summary(self, config: DWMConfig) -> str:
         assert self.step is not None

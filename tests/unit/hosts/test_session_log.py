@@ -85,7 +85,7 @@ class TestLastSteps:
         step.forward_step = SimpleNamespace(forward_step=None)
         step.bad_steps = SimpleNamespace(problem=lambda iteration: None)
         found.verifier = lambda stock_step, trainee, scheduler, done: (trainee, None)
-        monkeypatch.setattr(found, "_load_stage", lambda done: None)
+        found.stages = SimpleNamespace(take=lambda done: None, keep=lambda plan, folder: None)
         for iteration in range(8, 11):
             found.train_step(None, None, None, [], None, None, None, None, iteration=iteration)
         assert found.log.calls == ["write", "write", "flush", "write"]

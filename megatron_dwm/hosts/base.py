@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from megatron_dwm.config import DWMConfig
 from megatron_dwm.core.agreement import on_each_rank
@@ -33,7 +33,6 @@ from megatron_dwm.step.train_step import DWMTrainStep
 from megatron_dwm.weighting_model.scorer import Scorer
 
 
-@runtime_checkable
 class TrainerHost(Protocol):
     """A trainer whose steps are weighted.
 

@@ -1,49 +1,12 @@
 """`megatron-dwm tokenizer`: Llama's layout, determinism, sampling and errors."""
 
 import gzip
-import json
-import random
 import re
-from pathlib import Path
 
 import pytest
 
 from megatron_dwm.cli import tokenizer as train_tokenizer
 from megatron_dwm.corpus.train_tokenizer import TextSample, sentences
-
-WORDS = "the cat sat on a mat while 42 dogs ran home; Zürich ate naïve soup, twice".split()
-
-
-@pytest.fixture(scope="module")
-def texts():
-    rng = random.Random(0)
-    separators = [" "] * 12 + ["  ", "\n", "\n\n", "\n    ", "\t", " \n"]
-    return [
-        "".join(rng.choice(WORDS) + rng.choice(separators) for _ in range(rng.randint(1, 400)))
-        for _ in range(300)
-    ]
-
-
-@pytest.fixture(scope="module")
-def corpus(texts, tmp_path_factory):
-    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
-    path.write_text("".join(json.dumps({"text": t, "id": i}) + "\n" for i, t in enumerate(texts)))
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(corpus, tmp_path_factory):
-    prefix = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
-    argv = ["--input", str(corpus), "--out", str(prefix), "--vocab-size", "320"]
-    assert train_tokenizer.main(argv) == 0
-    return Path(f"{prefix}.model")
-
-
-@pytest.fixture(scope="module")
-def pieces(model):
-    import sentencepiece
-
-    return sentencepiece.SentencePieceProcessor(model_file=str(model))
 
 
 def test_model_has_llama_layout(pieces, texts):

@@ -174,9 +174,10 @@ if [[ "$DWM" == 1 && "$DWM_POLICY" != uniform ]]; then
     done
     NEEDS_META=0
     case "$DWM_POLICY" in
-        linupper | truncation) META_DATA_PATH= ;; # by the loss alone
+        linupper | quadratic | extremes | truncation) META_DATA_PATH= ;; # by the loss alone
+        static | curriculum | rho) META_DATA_PATH= ;;                    # by what is known of documents
         influence) NEEDS_META=1 ;;
-        learned | shuffled | head | model)
+        learned | shuffled | head | model | domains)
             if [[ "${DWM_SCHEDULE:-}" == frozen ]]; then META_DATA_PATH=; else NEEDS_META=1; fi
             ;;
     esac

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".weights"
 SHOWN_DOMAINS = 40
+PRIOR_TOKENS = 200.0
 # The keys of `weight_combine.COMBINE`, known without NumPy.
 COMBINATIONS = ("mean", "product", "max", "min")
 
@@ -66,6 +67,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-normalise",
         action="store_true",
         help="take the weights as they are, not each file scaled to mean 1 first",
+    )
+    _add_force(command)
+
+    about = "make weight files of what a run with --dwm-document-weights has made of its documents"
+    example = "megatron-dwm weights from-run runs/small data/web data/books --blend blend.txt"
+    command = commands.add_parser("from-run", help=about, **_explained(about, example))
+    command.add_argument("run", metavar="RUN", help="folder of --save of that run")
+    command.add_argument(
+        "prefixes",
+        nargs="*",
+        metavar="PREFIX",
+        help="data sets to make weight files of, in the order of that run's (default: these)",
+    )
+    command.add_argument("--iteration", type=int, metavar="N", help="default: the last")
+    command.add_argument(
+        "--prior-tokens",
+        type=float,
+        default=PRIOR_TOKENS,
+        metavar="P",
+        help="tokens of the data set's mean weight that are added to those of each document "
+        f"(default: {PRIOR_TOKENS:g}); the more, the less one visit says",
+    )
+    command.add_argument(
+        "--shares",
+        nargs="+",
+        type=float,
+        metavar="SHARE",
+        help="of each data set in that run's blend (default: as its tokens were read)",
+    )
+    command.add_argument(
+        "--blend", metavar="FILE", help="write the new shares for --data-args-path"
     )
     _add_force(command)
 
@@ -280,9 +312,55 @@ def _print_summary(summary: dict) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     args = parse_args(argv)
-    works = {"make": make, "show": show, "inspect": show, "merge": _merge, "concat": _concat}
+    works = {
+        "make": make,
+        "show": show,
+        "inspect": show,
+        "merge": _merge,
+        "concat": _concat,
+        "from-run": _from_run,
+    }
     work = works[args.command]
     return completed(f"weights {args.command}", lambda: work(args), "; no file is incomplete")
+
+
+def _from_run(args: argparse.Namespace) -> None:
+    from megatron_dwm.data import weights_seen
+    from megatron_dwm.data.weight_file import weights_path
+    from megatron_dwm.data.weights_from_run import write_from_run
+
+    known = weights_seen.iterations(args.run)
+    if not known or (args.iteration is not None and args.iteration not in known):
+        wanted = "" if args.iteration is None else f" of iteration {args.iteration}"
+        raise InputError(
+            f"{args.run}: no document weights{wanted}; found "
+            f"{', '.join(map(str, known)) or 'none'}. Train with --dwm-document-weights and --save"
+        )
+    if not args.prior_tokens > 0:
+        raise InputError(f"--prior-tokens {args.prior_tokens:g}: must be above 0")
+    seen = weights_seen.read(args.run, known[-1] if args.iteration is None else args.iteration)
+    prefixes = args.prefixes or seen.prefixes
+    for name, given in (("PREFIX", prefixes), ("--shares", args.shares)):
+        if given is not None and len(given) != len(seen.prefixes):
+            raise InputError(
+                f"{name}: {len(given)} given, but the run has read {len(seen.prefixes)} data "
+                f"sets: {', '.join(seen.prefixes)}"
+            )
+    outputs = [weights_path(prefix) for prefix in prefixes]
+    for path in [*outputs, *([args.blend] if args.blend else [])]:
+        _refuse_existing(path, args.force)
+    shares = args.shares or seen.shares()
+    if not all(0 <= share < math.inf for share in shares):
+        raise InputError(f"--shares {' '.join(map(str, shares))}: must be finite and at least 0")
+    found = write_from_run(seen, prefixes, outputs, shares, args.prior_tokens)
+    for prefix, one in zip(prefixes, found, strict=True):
+        _print_written(one.file)
+        print(f"  read {one.seen:.1%} of {prefix}; mean weight {one.mean:.3f}")
+    blend = " ".join(f"{f.share:.6g} {prefix}" for f, prefix in zip(found, prefixes, strict=True))
+    if args.blend:
+        Path(args.blend).write_text(blend + "\n")
+    if len(found) > 1:
+        print(f"Shares between the data sets: --data-path {blend}")
 
 
 def _merge(args: argparse.Namespace) -> None:

@@ -40,7 +40,28 @@ READ_BY: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "take --dwm-policy learned",
         ("form", "rule", "gate", "forgetting", "ridge"),
     ),
+    "loss_shape": (
+        "the shape of a sample's loss",
+        "take --dwm-policy linupper, quadratic or extremes",
+        ("loss_temperature",),
+    ),
 }
+# Settings of one policy.
+OF_POLICY = {
+    "static": ("static_weights",),
+    "curriculum": (
+        "curriculum_by",
+        "curriculum_order",
+        "curriculum_pacing",
+        "curriculum_start",
+        "curriculum_share",
+    ),
+    "rho": ("reference_losses",),
+}
+# Settings that name a number of each document whose place among all of them is read.
+RANKED = ("curriculum_by",)
+PACINGS = ("linear", "root", "step")
+ORDERS = ("ascending", "descending")
 SCHEDULES = ("staged", "joint", "frozen")
 ESTIMATORS = ("auto", "ghost", "finite_difference")
 LOOKAHEADS = ("auto", "next", "current")

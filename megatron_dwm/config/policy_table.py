@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ class Needs:
         influence_ahead: the same before every weighted step.
         model: a separate weighting model, which `PolicyContext.scorer` builds.
         map: the map from scores to weights that the settings ask for, see `policies.maps`.
+        documents: settings that name a number of each document, which `weights` reads.
+        loss_shape: weights are a shape of the scaled loss at a temperature, after a burn-in.
 
     Settings about what the policy does not ask for are refused, see `choices.READ_BY`.
     """
@@ -34,18 +37,37 @@ class Needs:
     influence_ahead: bool = False
     model: bool = False
     map: bool = False
+    loss_shape: bool = False
+    documents: tuple[str, ...] = ()
+
+    def __or__(self, other: Needs) -> Needs:
+        """Returns what two policies ask for together."""
+        names = [spec.name for spec in dataclasses.fields(self) if spec.name != "documents"]
+        either = {name: getattr(self, name) or getattr(other, name) for name in names}
+        documents = tuple(dict.fromkeys([*self.documents, *other.documents]))
+        return Needs(**either, documents=documents)
 
 
 # Name in --dwm-policy -> where it is, and what it needs (as its class says too, so that settings
 # are checked without importing it). `learned` stands for the form that --dwm-form names.
 _HOME = "megatron_dwm.policies"
+_LOSS_SHAPE = Needs(losses=True, loss_shape=True)
 BUILT_IN = {
     "uniform": (f"{_HOME}.controls:Uniform", Needs()),
     "shuffled": (f"{_HOME}.controls:Shuffled", Needs()),  # what the learned policy needs
     "head": (f"{_HOME}.head:Head", Needs(losses=True, states=True, influence=True, map=True)),
     "model": (f"{_HOME}.model:Model", Needs(tokens=True, influence=True, model=True, map=True)),
-    "linupper": (f"{_HOME}.loss_based:LinUpper", Needs(losses=True)),
+    "linupper": (f"{_HOME}.loss_based:LinUpper", _LOSS_SHAPE),
+    "quadratic": (f"{_HOME}.loss_based:Quadratic", _LOSS_SHAPE),
+    "extremes": (f"{_HOME}.loss_based:Extremes", _LOSS_SHAPE),
     "truncation": (f"{_HOME}.loss_based:Truncation", Needs(losses=True)),
+    "static": (f"{_HOME}.document_based:Static", Needs(documents=("static_weights",))),
+    "curriculum": (f"{_HOME}.document_based:Curriculum", Needs(documents=("curriculum_by",))),
+    "rho": (
+        f"{_HOME}.document_based:ExcessLoss",
+        Needs(losses=True, map=True, documents=("reference_losses",)),
+    ),
+    "domains": (f"{_HOME}.domains:Domains", Needs(domains=True, influence=True, map=True)),
     "influence": (f"{_HOME}.influence:Influence", Needs(influence_ahead=True, map=True)),
 }
 
@@ -53,9 +75,18 @@ BUILT_IN = {
 def policy_needs(name: str) -> Needs:
     """Returns what the policy of a name asks for, without importing one of our own.
 
+    Args:
+        name: of one, or of several with `+` between them.
+
     Raises:
         DWMError: as `named`, or what it names is no policy.
     """
+    first, *others = name.split("+")
+    if others:
+        together = policy_needs(first)
+        for other in others:
+            together = together | policy_needs(other)
+        return together
     if name in BUILT_IN:
         return BUILT_IN[name][1]
     needs = getattr(named(name), "needs", None)
@@ -75,7 +106,7 @@ def named(name: str) -> Any:
     if not module or not attribute:
         raise DWMError(
             f"--dwm-policy is '{name}'; allowed are learned, {', '.join(BUILT_IN)}, and one "
-            "of your own as package.module:Class"
+            "of your own as package.module:Class; several work together with + between them"
         )
     try:
         return getattr(importlib.import_module(module), attribute)

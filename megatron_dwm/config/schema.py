@@ -40,9 +40,12 @@ class DWMConfig:
     enabled: bool = _option(False, "weigh every sample with a data weighting model (DWM)")
     policy: str = _option(
         "learned",
-        "learned: what --dwm-form names; uniform: w = 1; linupper, truncation: by the sample's "
-        "loss; influence: by the sample's own influence at every step; shuffled: the learned "
-        "weights of other samples, a control; or a policy of your own, package.module:Class",
+        "learned: what --dwm-form names; uniform: w = 1; linupper, quadratic, extremes, "
+        "truncation: by the sample's loss; rho: by that over a reference model's; static: by a "
+        "number of its documents; curriculum: easy documents first; domains: by the influence of "
+        "their domain; influence: by the sample's own influence at every step; shuffled: the "
+        "learned weights of other samples, a control; or a policy of your own, "
+        "package.module:Class; several with + between them: the product of their weights",
     )
     form: str = _option(
         "head",
@@ -58,6 +61,40 @@ class DWMConfig:
         None,
         "scores to weights: sigmoid, bounded, with running centre and normaliser; softmax over "
         "the global batch (form model only); default: sigmoid, with --dwm-rule chain softmax",
+    )
+    loss_temperature: float = _option(
+        1.0,
+        "policies linupper, quadratic and extremes: r in exp(shape(loss) / r); the smaller, the "
+        "further weights are from 1",
+    )
+    static_weights: str = _option(
+        "weights",
+        "policy static: which weight file beside each training data set has a document's weight: "
+        "NAME for PREFIX.NAME.weights, weights for PREFIX.weights (megatron-dwm weights make)",
+    )
+    curriculum_by: str = _option(
+        "length",
+        "policy curriculum: how difficult a document is: length, in tokens, or NAME for the "
+        "numbers in PREFIX.NAME.weights beside each training data set",
+    )
+    curriculum_order: str = _option(
+        "ascending", "policy curriculum: ascending, small numbers first; descending, large ones"
+    )
+    curriculum_pacing: str = _option(
+        "linear",
+        "policy curriculum: how the share of the samples that count grows with the training: "
+        "linear, root (of its square), step (five equal ones)",
+    )
+    curriculum_start: float = _option(
+        0.2, "policy curriculum: the share of the samples that count at first, in (0, 1]"
+    )
+    curriculum_share: float = _option(
+        0.5, "policy curriculum: the share of the training after which all count, in (0, 1]"
+    )
+    reference_losses: str = _option(
+        "reference_loss",
+        "policy rho: NAME of the files PREFIX.NAME.weights with the mean token loss of each "
+        "document under a reference model",
     )
     slope: float = _option(3.0, "slope of the sigmoid, per standard deviation of the scores")
     gate: str | None = _option(
@@ -93,7 +130,11 @@ class DWMConfig:
     stage_meta_steps: int | None = _option(
         None, "length of each stage's meta window in steps; default: half of the stage"
     )
-    warmup_steps: int = _option(0, "steps of uniform weights at the start of the training")
+    warmup_steps: int | None = _option(
+        None,
+        "steps of uniform weights at the start of the training; default: 0, for policies linupper, "
+        "quadratic and extremes a twentieth of the training, as in their paper",
+    )
     meta_interval: int | None = _option(
         None,
         "a meta step every this many steps (joint, meta windows); default: 16, with --dwm-rule "
@@ -211,6 +252,12 @@ class DWMConfig:
         None, "highest expected number of times that a document is read an epoch; default: no limit"
     )
     seed: int = _option(1234, "seed of the DWM's initialisation and of the shuffled policy")
+    document_weights: bool = _option(
+        False,
+        "keep the mean weight of every document that was read, in the folder of --save, without a "
+        "pass of its own; megatron-dwm weights from-run makes weight files of them, by which "
+        "another run draws",
+    )
     log_samples: bool = _option(False, "write every sample's weight to the step log as well")
 
     @property
@@ -232,7 +279,17 @@ class DWMConfig:
     @property
     def learned(self) -> bool:
         """Whether the policy is the learned one, or a control made of it."""
-        return self.policy in ("learned", "shuffled", *FORMS)
+        return not {"learned", "shuffled", *FORMS}.isdisjoint(self.parts)
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of the policies that work together, mostly one."""
+        return self.policy.split("+")
+
+    @property
+    def policies(self) -> str:
+        """As `policy`, with what is learned by its own name."""
+        return "+".join(self.form if part == "learned" else part for part in self.parts)
 
     @property
     def has_model(self) -> bool:
@@ -242,17 +299,18 @@ class DWMConfig:
     @property
     def needs(self) -> Needs:
         """What the policy asks for; nothing where there is none of that name."""
-        name = self.form if self.policy in ("learned", "shuffled") else self.policy
+        names = [self.form if n in ("learned", "shuffled") else n for n in self.parts]
         try:
-            return policy_needs(name)
+            return policy_needs("+".join(names))
         except DWMError:
             return Needs()
 
     def with_defaults(self) -> DWMConfig:
         """Returns the settings with those filled in that follow from form and rule."""
         form = self.form
-        if self.policy in FORMS and form == DWMConfig.form:
-            form = self.policy
+        named = [part for part in self.parts if part in FORMS]
+        if named and form == DWMConfig.form:
+            form = named[0]
         chain = self.rule == "chain" and form == "model"
         defaults: dict[str, Any] = {
             "rule": "regression",

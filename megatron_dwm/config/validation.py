@@ -15,6 +15,9 @@ from megatron_dwm.config.choices import (
     JACOBIANS,
     LOOKAHEADS,
     MAPS,
+    OF_POLICY,
+    ORDERS,
+    PACINGS,
     POOLINGS,
     READ_BY,
     RULES,
@@ -38,7 +41,7 @@ def problems(config: DWMConfig) -> list[str]:
     if config.form not in FORMS:
         return [_not_allowed("form", config.form, FORMS)]
     try:
-        policy_needs(config.form if config.policy == "learned" else config.policy)
+        policy_needs(config.policies)
     except DWMError as error:
         # The rest is looked at all the same.
         return [str(error), *_problems(dataclasses.replace(config, policy="learned"))]
@@ -66,6 +69,8 @@ def _problems(config: DWMConfig) -> list[str]:
         ("pooling", POOLINGS),
         ("sampling", SAMPLINGS),
         ("sampling_draws", DRAWS),
+        ("curriculum_pacing", PACINGS),
+        ("curriculum_order", ORDERS),
     ):
         value = getattr(config, name)
         if value not in allowed:
@@ -73,7 +78,8 @@ def _problems(config: DWMConfig) -> list[str]:
     if not _INIT.fullmatch(config.init):
         found.append(f"{flag('init')} is '{config.init}'; allowed are random, llm:K and hf:DIR")
     positive = ("stages", "meta_interval", "num_layers", "hidden_size", "num_attention_heads")
-    for name in (*positive, "temperature", "slope", "head_lr", "max_bad_steps"):
+    above = ("temperature", "slope", "head_lr", "max_bad_steps", "loss_temperature")
+    for name in (*positive, *above):
         value = getattr(config, name)
         if value is not None and value <= 0:
             found.append(f"{flag(name)} is {value}; it must be above 0")
@@ -118,6 +124,9 @@ def _problems(config: DWMConfig) -> list[str]:
         )
     if not 0 < config.forgetting <= 1:
         found.append(f"{flag('forgetting')} is {config.forgetting}; use (0, 1]")
+    for name in ("curriculum_start", "curriculum_share"):
+        if not 0 < getattr(config, name) <= 1:
+            found.append(f"{flag(name)} is {getattr(config, name)}; use (0, 1]")
     found += _sampling_problems(config)
     found += _guard_problems(config)
     if config.schedule == "frozen" and config.learned and not config.load:
@@ -147,8 +156,29 @@ def _form_problems(config: DWMConfig) -> list[str]:
                 f"{flag(name)} is about --dwm-map {wanted}, but the map is {config.map}; leave "
                 f"it out, or add --dwm-map {wanted}"
             )
-    if config.policy in FORMS and config.form != config.policy:
-        found.append(f"--dwm-policy {config.policy} contradicts --dwm-form {config.form}")
+    for part in config.parts:
+        if part in FORMS and config.form != part:
+            found.append(f"--dwm-policy {part} contradicts --dwm-form {config.form}")
+    return found + _combination_problems(config)
+
+
+def _combination_problems(config: DWMConfig) -> list[str]:
+    """Returns one line for each reason why policies cannot work together."""
+    parts, found = config.parts, []
+    if len(parts) == 1:
+        return []
+    for part in dict.fromkeys(parts):
+        if parts.count(part) > 1:
+            found.append(f"--dwm-policy {config.policy} names {part} twice; leave one out")
+        if part in ("uniform", "shuffled"):
+            found.append(f"--dwm-policy {config.policy}: {part} is a control and works alone")
+    if sum(part in ("learned", *FORMS) for part in parts) > 1:
+        found.append(f"--dwm-policy {config.policy} names two learned policies; leave one out")
+    if config.rule == "chain" and config.learned:
+        found.append(
+            f"--dwm-policy {config.policy}: --dwm-rule chain differentiates through the learned "
+            "policy's weights alone; take --dwm-rule regression, or that policy alone"
+        )
     return found
 
 
@@ -167,6 +197,14 @@ def _unread_problems(config: DWMConfig) -> list[str]:
             which, way_out = f"--dwm-form is {config.form}", "add --dwm-form model"
         flags = ", ".join(f"{flag(name)} {getattr(config, name)}" for name in given)
         found.append(f"{flags}: about {about}, but {which}; {way_out}, or leave it out")
+    for policy, names in OF_POLICY.items():
+        given = [name for name in names if getattr(config, name) != usual[name]]
+        if given and policy not in config.parts:
+            flags = ", ".join(f"{flag(name)} {getattr(config, name)}" for name in given)
+            found.append(
+                f"{flags}: about --dwm-policy {policy}, but it is {config.policy}; add it, as in "
+                f"{config.policy}+{policy}, or leave it out"
+            )
     return found
 
 
@@ -178,6 +216,12 @@ def _sampling_problems(config: DWMConfig) -> list[str]:
             found.append(
                 f"{flag(name)} is about drawn documents; add --dwm-sampling weights, or leave "
                 "it out"
+            )
+    for name in config.needs.documents:
+        if config.sampling == "weights" and getattr(config, name) == "weights":
+            found.append(
+                f"{flag(name)} is weights, by which --dwm-sampling weights draws already; name "
+                "another file, or take one of them"
             )
     return found
 

@@ -68,6 +68,11 @@ def _copies(chunk: list[Any]) -> Iterator[Any]:
         yield dict(batch) if isinstance(batch, dict) else batch
 
 
+def document_field(setting: str) -> str:
+    """Returns the field of a batch with a number of the samples' documents, by the setting."""
+    return f"dwm_{setting}"
+
+
 def tokens_of(batches: list[Any] | None) -> list[torch.Tensor] | None:
     """Returns the `[b, s]` token ids of each micro-batch, None where this rank has no data."""
     if batches is None:

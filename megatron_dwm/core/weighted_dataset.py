@@ -24,9 +24,9 @@ import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.utils import Split
 
+from megatron_dwm.core.provenance import Provenance
 from megatron_dwm.data.document_weights import weights_by_sequence
 from megatron_dwm.data.epoch_plan import PLAN_VERSION, Corpus, Segment, first_segment, next_segment
-from megatron_dwm.data.index import documents_of
 from megatron_dwm.data.segment_cache import load_segment, save_segment
 
 
@@ -102,15 +102,11 @@ def weighted(cls: type) -> type:
     return type("WeightedGPTDataset", (WeightedSampling, cls), {"__doc__": __doc__})
 
 
-class WeightedSampling:
+class WeightedSampling(Provenance):
     """The part of `WeightedGPTDataset` that differs from `GPTDataset`."""
 
     # Of GPTDataset and its base classes.
-    config: Any
-    dataset: Any
-    dataset_path: str
     indices: numpy.ndarray
-    index_split: Split
     num_samples: int | None
     unique_description: str
     _pad_token_id: int
@@ -211,22 +207,16 @@ class WeightedSampling:
         if not self.draws_by_weight:
             return super().__getitem__(idx)  # type: ignore[misc]
         self._is_padding = idx is None
-        sample = super().__getitem__(idx)  # type: ignore[misc]
-        sequences, counts = self._provenance
-        length = self.config.sequence_length
-        documents = documents_of(self.dataset.document_indices, sequences)
-        per_token = numpy.repeat(documents, counts)[:length]
-        ids = numpy.full(length, -1, dtype=numpy.int64)
-        ids[: len(per_token)] = per_token
-        sample["document_ids"] = torch.from_numpy(ids)
-        domains = numpy.repeat(self.in_force.numbers_of(documents), counts)[:length]
+        sample = super().__getitem__(idx)
+        ids = sample["document_ids"].numpy()
+        domains = self.in_force.numbers_of(ids[ids >= 0])
         numbers, size = numpy.unique(domains, return_counts=True)
         sample["domain_id"] = torch.tensor(int(numbers[size.argmax()]))
         return sample
 
     def _query_document_sample_shuffle_indices(self, idx: int) -> Any:
         if not self.draws_by_weight:
-            return super()._query_document_sample_shuffle_indices(idx)  # type: ignore[misc]
+            return super()._query_document_sample_shuffle_indices(idx)
         # A sample that pads a batch is masked altogether: any will do.
         position = self.segment.start if self._is_padding else int(idx)
         parts = self.segment.parts(self.segment.row(position))

@@ -83,6 +83,26 @@ def keep_top_fraction(weights: np.ndarray, fraction: float) -> np.ndarray:
     return result
 
 
+def mean_ranks(numbers: Sequence[np.ndarray], tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Returns where each document lies among those of all data sets, by its number.
+
+    Args:
+        numbers: of each data set `[D]` finite numbers.
+        tokens: of each data set `[D]` lengths of the documents.
+
+    Returns:
+        Of each data set `[D]` float32 in [0, 1]: the share of all tokens that are of documents
+        with a smaller number, and half of the share of those with the same.
+    """
+    values = np.concatenate([np.asarray(part, np.float64) for part in numbers])
+    sizes = np.concatenate([np.asarray(part, np.float64) for part in tokens])
+    distinct, place = np.unique(values, return_inverse=True)
+    share = np.bincount(place, weights=sizes, minlength=len(distinct))
+    share /= max(share.sum(), 1.0)
+    ranks = (np.cumsum(share) - share / 2)[place].astype(np.float32)
+    return np.split(ranks, np.cumsum([len(part) for part in numbers])[:-1])
+
+
 def weights_by_sequence(
     weights: np.ndarray, document_indices: np.ndarray, first: int, last: int
 ) -> np.ndarray:

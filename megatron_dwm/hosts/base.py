@@ -25,7 +25,8 @@ from megatron_dwm.data.meta_dataset import MetaData
 from megatron_dwm.errors import DWMError
 from megatron_dwm.meta_gradient.estimators import choose_estimator, choose_lookahead
 from megatron_dwm.meta_gradient.optimizers.optimizer_rules import check_supported
-from megatron_dwm.policies.base import PolicyContext, policy_class
+from megatron_dwm.policies.base import PolicyContext
+from megatron_dwm.policies.combined import build_policy
 from megatron_dwm.step.loss import WeightedForwardStep
 from megatron_dwm.step.passes import Passes
 from megatron_dwm.step.plan import Schedule
@@ -101,8 +102,8 @@ def assemble(config: DWMConfig, host: TrainerHost) -> DWMTrainStep:
         host.say(f"DWM: estimator {estimator}: {reason}")
         lookahead = choose_lookahead(config, estimator)
         config = dataclasses.replace(config, estimator=estimator, lookahead=lookahead)
-        if config.policy == "influence" and estimator != "ghost":
-            raise DWMError(f"--dwm-policy influence needs the ghost estimator ({reason})")
+        if config.needs.influence_ahead and estimator != "ghost":
+            raise DWMError(f"--dwm-policy {config.policy} needs the ghost estimator ({reason})")
         with seeded(config.seed):
             meta_data = host.meta_data(config)
     context = PolicyContext(
@@ -113,9 +114,10 @@ def assemble(config: DWMConfig, host: TrainerHost) -> DWMTrainStep:
         hidden_size=host.transformer_config.hidden_size,
         sequence_parallel=host.transformer_config.sequence_parallel,
         scorer=partial(_scorer, host, config),
+        steps=host.steps,
     )
     with seeded(config.seed):
-        policy = policy_class(config.form if config.policy == "learned" else config.policy)(context)
+        policy = build_policy(config.policies, context)
     taps = policy.needs.states and context.sees_losses
     # Only the last pipeline stage has an output layer, or lacks one.
     tap = on_each_rank(lambda: StateTap(host.model[-1]) if taps else None)

@@ -58,6 +58,7 @@ class PolicyContext:
         hidden_size: h.
         sequence_parallel: whether hidden states are spread over tensor-parallel ranks.
         scorer: builds the separate weighting model; called by the policy that has one.
+        steps: of the whole training.
     """
 
     config: DWMConfig
@@ -67,6 +68,7 @@ class PolicyContext:
     hidden_size: int
     sequence_parallel: bool
     scorer: Any = None
+    steps: int = 1
 
     @property
     def sees_losses(self) -> bool:
@@ -83,6 +85,8 @@ class StepView:
         num_microbatches: m.
         batches: the step's micro-batches.
         domains: `[n]` data set of each local sample, -1 unknown; None on ranks without losses.
+        documents: by setting (`Needs.documents`) `[n]`, see `SampleView`; empty on ranks without
+            losses.
         learns: whether the step lies where the policy may learn (a meta window).
         causes: what was NaN or infinite in the step, once that is known.
     """
@@ -91,6 +95,7 @@ class StepView:
     num_microbatches: int
     batches: StepBatches
     domains: torch.Tensor | None = None
+    documents: dict[str, torch.Tensor] = field(default_factory=dict)
     learns: bool = True
     causes: list[str] = field(default_factory=list)
 
@@ -107,6 +112,8 @@ class SampleView:
         states: `[s, b, h]` final hidden states, detached (`[s / tp, b, h]` under sequence
             parallelism); None unless asked for.
         domains: `[b]`, as in `StepView`.
+        documents: by setting (`Needs.documents`) `[b]`, the mean over the sample's tokens of their
+            documents' numbers; empty unless asked for.
     """
 
     index: int
@@ -114,6 +121,7 @@ class SampleView:
     mask: torch.Tensor | None = None
     states: torch.Tensor | None = None
     domains: torch.Tensor | None = None
+    documents: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass

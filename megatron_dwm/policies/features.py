@@ -107,6 +107,21 @@ def sample_features(
     )
 
 
+def mean_losses(
+    losses: torch.Tensor, mask: torch.Tensor | None, topology: Topology
+) -> torch.Tensor:
+    """Returns the mean token loss of each sample, `[b]` float64, the same on all its ranks.
+
+    Args:
+        losses: `[b, s]` per-token losses.
+        mask: `[b, s]` how much each position counts.
+        topology: which rank has which positions.
+    """
+    assert mask is not None  # `Needs.losses` has asked for it
+    parts = moments_over_positions(losses.t().unsqueeze(-1), mask.t())
+    return merged(parts, topology.gather_parts_of_context).mean.squeeze(1).double()
+
+
 class Projection:
     """A fixed random projection of many standardised features to few.
 

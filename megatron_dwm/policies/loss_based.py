@@ -3,11 +3,16 @@
 Each is a function of the mean token loss and of running statistics of that over past steps (fixed
 at the start of a step), so that no batch has to be waited for:
 
-    linupper    exp(min(u + 1, 1) / r), u the loss scaled to [-1, 1] between the running means of
-                the batches' smallest and largest: easy samples count less, all hard ones alike.
-                "Dynamic Loss-Based Sample Reweighting", ICLR 2025, arXiv 2502.06733, with r = 1
+    linupper    exp(min(u + 1, 1) / r): easy samples count less, all hard ones alike
+    quadratic   exp((1 - u^2) / r): samples of middling loss count most
+    extremes    exp(|u| / r): the easiest and the hardest count most
     truncation  exp(-max(z, 0)), z the standardised loss: samples with a loss above the mean count
                 less, a soft form of loss truncation (Kang and Hashimoto, ACL 2020)
+
+The first three are the strategies of "Dynamic Loss-Based Sample Reweighting for Improved Large
+Language Model Pretraining" (ICLR 2025, arXiv 2502.06733) with its burn-in, in which losses do not
+yet tell samples apart. There u is the loss scaled to [-1, 1] between the batch's smallest and
+largest, here between the running means of these; r is `--dwm-loss-temperature`.
 
 Shapes: b samples in a micro-batch, n on this rank.
 """
@@ -21,10 +26,8 @@ import torch
 
 from megatron_dwm.config.policy_table import Needs
 from megatron_dwm.policies.base import PolicyContext, SampleView, StepView, WeightPolicy
-from megatron_dwm.policies.features import merged, moments_over_positions
+from megatron_dwm.policies.features import mean_losses
 from megatron_dwm.policies.maps import DECAY
-
-LINUPPER_TEMPERATURE = 1.0
 
 
 class LossPolicy(WeightPolicy):
@@ -56,10 +59,7 @@ class LossPolicy(WeightPolicy):
 
     def weights(self, view: SampleView) -> torch.Tensor:
         """As `WeightPolicy.weights`; 1 until two steps have been seen."""
-        assert view.mask is not None
-        parts = moments_over_positions(view.losses.t().unsqueeze(-1), view.mask.t())
-        whole = merged(parts, self.context.topology.gather_parts_of_context)
-        losses = whole.mean.squeeze(1).double()
+        losses = mean_losses(view.losses, view.mask, self.context.topology)
         self._losses[view.index] = losses
         weights = self.raw(losses) / self.running[4]
         # The first step finds the losses' range, the second one what the weights of it come to.
@@ -123,14 +123,44 @@ class LossPolicy(WeightPolicy):
         self.running = torch.where(torch.isfinite(updated).all(), updated, self.running)
 
 
-class LinUpper(LossPolicy):
-    """Weights that rise linearly (in the exponent) up to the middle of the losses."""
+class LossShape(LossPolicy):
+    """The exponential of a shape of the scaled loss."""
+
+    needs = Needs(losses=True, loss_shape=True)
+
+    @abc.abstractmethod
+    def shape(self, u: torch.Tensor) -> torch.Tensor:
+        """Returns `[b]`, within [0, 1], of losses `[b]` scaled to [-1, 1]."""
 
     def raw(self, losses: torch.Tensor) -> torch.Tensor:
         """As `LossPolicy.raw`."""
         smallest, largest = self.running[2], self.running[3]
         u = 2 * (losses - smallest) / (largest - smallest).clamp(min=1e-12) - 1
-        return torch.exp((u.clamp(-1, 1) + 1).clamp(max=1) / LINUPPER_TEMPERATURE)
+        return torch.exp(self.shape(u.clamp(-1, 1)) / self.context.config.loss_temperature)
+
+
+class LinUpper(LossShape):
+    """Rises linearly up to the middle of the losses."""
+
+    def shape(self, u: torch.Tensor) -> torch.Tensor:
+        """As `LossShape.shape`."""
+        return (u + 1).clamp(max=1)
+
+
+class Quadratic(LossShape):
+    """Highest in the middle of the losses."""
+
+    def shape(self, u: torch.Tensor) -> torch.Tensor:
+        """As `LossShape.shape`."""
+        return 1 - u.square()
+
+
+class Extremes(LossShape):
+    """Highest at the smallest and the largest losses."""
+
+    def shape(self, u: torch.Tensor) -> torch.Tensor:
+        """As `LossShape.shape`."""
+        return u.abs()
 
 
 class Truncation(LossPolicy):

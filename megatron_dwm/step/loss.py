@@ -99,11 +99,13 @@ class PolicyWeights:
         policy: what makes them.
         tap: reads the hidden states, where the policy needs them.
         domains: `[n]` data set of each local sample, where the policy needs it.
+        documents: by setting `[n]` numbers of the local samples' documents.
     """
 
     policy: WeightPolicy
     tap: StateTap | None = None
     domains: torch.Tensor | None = None
+    documents: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -225,9 +227,10 @@ class WeightedForwardStep:
         needs, losses = source.policy.needs, output.detach()
         _check_shape(output, output.size(0))
         view = SampleView(k, losses)
+        mine = slice(k * output.size(0), (k + 1) * output.size(0))
         if source.domains is not None:
-            size = output.size(0)
-            view.domains = source.domains[k * size : (k + 1) * size]
+            view.domains = source.domains[mine]
+        view.documents = {name: numbers[mine] for name, numbers in source.documents.items()}
         if not (needs.losses or needs.states):
             return source.policy.weights(view), loss_func(losses, **kwargs)
         # The loss is linear in the losses: its derivative says how much each position counts.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_dwm.config import DWMConfig
 
 DENSER = 4  # times as often as usual are meta steps taken at the start
+# Of the training, in which losses do not yet tell samples apart: the burn-in of the policies that
+# weigh by a shape of the loss, as in their paper (1,000 of 20,000 steps).
+BURN_IN = 0.05
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,9 @@ class Schedule:
         self.config = config
         self.train_iters = max(1, train_iters)
         self.stages = min(config.stages, self.train_iters)
+        burn_in = math.ceil(BURN_IN * self.train_iters) if config.needs.loss_shape else 0
+        given = config.warmup_steps
+        self.warmup_steps = burn_in if given is None else given
         self.bounds = [self.train_iters * k // self.stages for k in range(self.stages + 1)]
 
     def plan(self, iteration: int) -> StepPlan:
@@ -56,7 +63,7 @@ class Schedule:
         ends_stage = iteration + 1 == self.bounds[stage + 1]
         if not config.scores:
             return StepPlan(stage, "uniform", False, False, False)
-        if iteration < config.warmup_steps:
+        if iteration < self.warmup_steps:
             return StepPlan(stage, "warmup", False, False, ends_stage)
         window = self._window(stage, iteration)
         due = self._due_before(iteration + 1) > self._due_before(iteration)
@@ -68,7 +75,7 @@ class Schedule:
         return {
             "schedule": config.schedule,
             "bounds": list(self.bounds),
-            "warmup_steps": config.warmup_steps,
+            "warmup_steps": self.warmup_steps,
             "stage_meta_steps": config.stage_meta_steps,
             "meta_interval": config.meta_interval,
             "meta_dense_steps": config.meta_dense_steps,
@@ -84,7 +91,7 @@ class Schedule:
     def _meta_window(self, stage: int) -> tuple[int, int]:
         """Returns the first step of a stage's meta window, and the one after its last."""
         begin, end = self.bounds[stage], self.bounds[stage + 1]
-        begin = min(max(begin, self.config.warmup_steps), end)
+        begin = min(max(begin, self.warmup_steps), end)
         if self.config.schedule == "joint":
             return begin, end
         length = self.config.stage_meta_steps
@@ -106,6 +113,6 @@ class Schedule:
         first `meta_dense_steps` of them.
         """
         interval, dense = self.config.meta_interval or 1, self.config.meta_dense_steps or 0
-        passed = max(0, iteration - self.config.warmup_steps)
+        passed = max(0, iteration - self.warmup_steps)
         often = max(1, interval // DENSER)
         return -(-min(passed, dense) // often) + -(-max(0, passed - dense) // interval)

@@ -21,17 +21,19 @@ from typing import Any
 import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
-from megatron_dwm.config import DWMConfig
+from megatron_dwm.config import DWMConfig, flag
 from megatron_dwm.core import collectives
 from megatron_dwm.core.agreement import agreed
-from megatron_dwm.core.batches import StepBatches
+from megatron_dwm.core.batches import StepBatches, document_field
 from megatron_dwm.core.contexts import gathered_parameters, quiet
 from megatron_dwm.core.random_states import random_states, restore_random_states
 from megatron_dwm.core.state_tap import StateTap
 from megatron_dwm.core.trainee import Trainee
+from megatron_dwm.errors import DWMError
 from megatron_dwm.policies.base import SampleView, StepView, WeightPolicy
 from megatron_dwm.step.bad_steps import BadSteps
 from megatron_dwm.step.budget import NoMeter, Overhead, OverheadBudget, StepMeter, now
+from megatron_dwm.step.collector import Collector
 from megatron_dwm.step.influence_passes import Influence, InfluencePasses, StockStep, Weighing
 from megatron_dwm.step.loss import PolicyWeights
 from megatron_dwm.step.passes import Passes
@@ -41,6 +43,8 @@ from megatron_dwm.step.time_share import TimeShare
 
 # Steps between two looks at the scores of a policy that takes no meta steps.
 _LOOK_INTERVAL = 50
+# From which opening of the gate on weights count as what the policy makes of the documents.
+_OPEN = 0.5
 
 
 class DWMTrainStep:
@@ -73,6 +77,8 @@ class DWMTrainStep:
         self.budget = OverheadBudget.from_config(config)
         self.bad_steps = BadSteps(config.max_bad_steps)
         self.time_share = TimeShare()
+        # Set where the weights of documents are kept, on ranks that see losses and read data.
+        self.collector: Collector | None = None
         self.meta_steps_taken = 0
         self.warm_started = warm_start is None
 
@@ -102,7 +108,7 @@ class DWMTrainStep:
         self.start_warm(plan, trainee)
         batches = meter.own(StepBatches)(trainee.data_iterator, get_num_microbatches())
         stock_step = meter.own(stock_step)
-        step = StepView(iteration, get_num_microbatches(), batches, self._domains(batches))
+        step = self._view(iteration, batches)
         step.learns = plan.window == "meta"
 
         # A: policies that want the whole batch first; of the others, what they weigh by
@@ -138,6 +144,7 @@ class DWMTrainStep:
         learned = meta is not None and (meta.updated or bool(causes))
         tried = learned or ahead or bool(late)
         self.bad_steps.note(causes, plan.weighted and looked, tried)
+        self._collect(batches, plan)
         overhead = meter.finish(meta is not None)
         record = self._record(step, plan, meta, loss, overhead, causes)
         record.time_share = self.time_share.end(meta is not None)
@@ -154,7 +161,7 @@ class DWMTrainStep:
         if not plan.weighted:
             count = step.num_microbatches * self.shape.micro_batch_size * self.groups.dp.size()
             return torch.ones(count, device=self.shape.device)
-        return PolicyWeights(self.policy, self.tap, step.domains)
+        return PolicyWeights(self.policy, self.tap, step.domains, step.documents)
 
     def _foresee(self, step: StepView, trainee: Trainee) -> list[str]:
         """Gives the policy the influence of the coming step's samples, if all of it is finite.
@@ -194,7 +201,7 @@ class DWMTrainStep:
             The weights, None on ranks that see no losses.
         """
         count = get_num_microbatches()
-        step = StepView(iteration, count, batches, self._domains(batches))
+        step = self._view(iteration, batches)
         rng = random_states()
         weighing = self._begin(step, self.schedule.plan(iteration))
         if self.policy.needs.losses or self.policy.needs.states:
@@ -204,8 +211,11 @@ class DWMTrainStep:
             local = applied.weights
         elif self.sees_losses:
             nothing = torch.zeros(self.shape.micro_batch_size, 0, device=self.shape.device)
-            parts = [None] * count if step.domains is None else step.domains.chunk(count)
-            views = [SampleView(k, nothing, domains=part) for k, part in enumerate(parts)]
+            views = [SampleView(k, nothing) for k in range(count)]
+            for k, view in enumerate(views):
+                if step.domains is not None:
+                    view.domains = step.domains.chunk(count)[k]
+                view.documents = {n: v.chunk(count)[k] for n, v in step.documents.items()}
             local = torch.cat([self.policy.weights(view) for view in views])
         else:
             local = None
@@ -253,6 +263,14 @@ class DWMTrainStep:
 
     # ------------------------------------------------------------------ the log
 
+    def _collect(self, batches: StepBatches, plan: StepPlan) -> None:
+        """Keeps the step's weights by document, once the policy has something to say."""
+        weights, chunk = self.influence.applied.weights, batches.last()
+        if self.collector is None or weights is None or chunk is None or not plan.weighted:
+            return
+        if getattr(self.policy, "opening", 1.0) >= _OPEN:
+            self.collector.note(chunk, weights)
+
     def _record(
         self,
         step: StepView,
@@ -279,6 +297,49 @@ class DWMTrainStep:
             return None
         return collectives.gather_samples(local, self.groups.dp)
 
+    def _view(self, iteration: int, batches: StepBatches) -> StepView:
+        step = StepView(iteration, get_num_microbatches(), batches, self._domains(batches))
+        if self.sees_losses:
+            step.documents = {name: self._numbers(batches, name) for name in self._documents}
+        return step
+
+    @property
+    def _documents(self) -> tuple[str, ...]:
+        return self.policy.needs.documents
+
+    def _numbers(self, batches: StepBatches, name: str) -> torch.Tensor:
+        """Returns a number of each local sample's documents, `[n]` float64.
+
+        Args:
+            batches: the step's; `document_field(name)` holds them.
+            name: of the setting.
+
+        Raises:
+            DWMError: the loader gives none.
+        """
+        local = torch.zeros(get_num_microbatches() * self.shape.micro_batch_size).double()
+        chunk = batches.last()
+        if chunk is not None:
+            key = document_field(name)
+            if not all(isinstance(batch, dict) and key in batch for batch in chunk):
+                raise DWMError(
+                    f"{flag(name)}: the data loader's batches have no field '{key}' "
+                    "([micro_batch_size] numbers); give it, or take a policy that needs none",
+                    this_rank_only=True,
+                )
+            local = torch.cat([batch[key].view(-1).double().cpu() for batch in chunk])
+        # Their bits, as integers are what is sent.
+        return self._on_peers(local.view(torch.int64)).view(torch.float64)
+
+    def _on_peers(self, local: torch.Tensor) -> torch.Tensor:
+        """Returns what the first tensor-parallel rank has read of the local samples."""
+        local = local.to(self.shape.device, non_blocking=True)
+        if self.groups.tp.size() > 1:
+            local = collectives.broadcast_from_first_tensor_rank(
+                local, tuple(local.shape), self.groups.tp, self.shape.device
+            )
+        return local
+
     def _domains(self, batches: StepBatches) -> torch.Tensor | None:
         """Returns the domain of each local sample, `[n]`; -1 where the loader names none.
 
@@ -296,12 +357,7 @@ class DWMTrainStep:
             if name in chunk[0]:
                 local = torch.cat([batch[name].view(-1).long().cpu() for batch in chunk])
         # Only the log needs them at once, and it waits for nothing.
-        local = local.to(self.shape.device, non_blocking=True)
-        if self.groups.tp.size() > 1:
-            local = collectives.broadcast_from_first_tensor_rank(
-                local, tuple(local.shape), self.groups.tp, self.shape.device
-            )
-        return local
+        return self._on_peers(local)
 
 
 def _first_loss(losses: dict[str, torch.Tensor]) -> torch.Tensor | float | None:

@@ -18,6 +18,7 @@ from megatron.core.datasets.utils import Split  # noqa: E402
 from megatron.core.rerun_state_machine import RerunDataIterator  # noqa: E402
 from megatron.training import training  # noqa: E402
 
+from megatron_dwm.core.provenance import DOCUMENT_NUMBERS, with_provenance  # noqa: E402
 from megatron_dwm.core.weighted_dataset import (  # noqa: E402
     DocumentWeights,
     SamplingSettings,
@@ -190,3 +191,26 @@ def test_without_the_extra_token(prefix, tmp_path):
     for k in range(0, len(train), 11):
         assert train[k]["tokens"].shape == (16,)
         assert int(train[k]["document_ids"].min()) >= 0
+
+
+@pytest.mark.parametrize("base", [GPTDataset, WeightedGPTDataset])
+def test_samples_say_what_is_known_of_their_documents(prefix, tmp_path, base):
+    """Nothing else changes, the order of the samples least of all."""
+    weights = np.ones(40, np.float32)
+    numbers = np.arange(40, dtype=np.float32) ** 2
+    train, valid, _ = build(prefix, tmp_path, weights, with_provenance(base))
+    for part in (train, valid):
+        setattr(part.config, DOCUMENT_NUMBERS, {"static_weights": {prefix: numbers}.__getitem__})
+    stock, _, _ = build(prefix, tmp_path, weights, base)
+    for k in range(0, len(train), 3):
+        sample, other = train[k], stock[k]
+        assert all(torch.equal(sample[name], value) for name, value in other.items())
+        ids = sample["document_ids"]
+        for document in ids.unique().tolist():
+            part, whole = sample["tokens"][ids == document].numpy(), train.dataset[document]
+            windows = np.lib.stride_tricks.sliding_window_view(whole, len(part))
+            assert (windows == part).all(axis=1).any()
+        expected = numbers[ids.numpy()].mean(dtype=np.float64)
+        assert sample["dwm_static_weights"].dtype == torch.float64
+        assert sample["dwm_static_weights"].item() == pytest.approx(expected, rel=1e-12)
+    assert set(valid[0]) == set(build(prefix, tmp_path, weights, base)[1][0])

@@ -32,6 +32,7 @@ from megatron_dwm.policies.base import (  # noqa: E402
     WeightPolicy,
     policy_class,
 )
+from megatron_dwm.policies.combined import build_policy  # noqa: E402
 from megatron_dwm.weighting_model.scorer import Update  # noqa: E402
 
 N, S, H = 32, 12, 8
@@ -76,6 +77,14 @@ CASES = {
     },
     "head-ungated": {"policy": "head", "gate": "off"},
     "own": {"policy": f"{__name__}:Own"},
+    "extremes-sharp": {"policy": "extremes", "loss_temperature": 0.4},
+    "curriculum-root": {
+        "policy": "curriculum", "curriculum_pacing": "root", "curriculum_order": "descending",
+    },
+    "head+curriculum": {"policy": "head+curriculum", "curriculum_pacing": "step"},
+    "model+static": {"policy": "model+static"},
+    "domains+linupper": {"policy": "domains+linupper"},
+    "influence+own": {"policy": f"influence+{__name__}:Own"},
 }  # fmt: skip
 
 
@@ -114,6 +123,11 @@ class Batch:
         self.influence = (shift - 0.5 + 0.2 * torch.randn(N, generator=g)) * 1e-3
         self.tokens = torch.stack([(~USEFUL).long() + 1] * S, 1)
         self.domains = (~USEFUL).long()
+        self.documents = {
+            "static_weights": 1 + 2 * USEFUL.double() * torch.rand(N, generator=g).double(),
+            "curriculum_by": torch.rand(N, generator=g).double(),
+            "reference_losses": 2 + 0.1 * torch.randn(N, generator=g).double(),
+        }
 
 
 class Driver:
@@ -131,15 +145,20 @@ class Driver:
             hidden_size=H,
             sequence_parallel=False,
             scorer=lambda: (scorer, {"num_layers": 1}),
+            steps=80,
         )
-        name = config.form if config.policy == "learned" else config.policy
-        self.policy, self.b = policy_class(name)(context), micro_batch_size
+        self.policy, self.b = build_policy(config.policies, context), micro_batch_size
 
     def views(self, batch):
         for k, i in enumerate(range(0, N, self.b)):
             part = slice(i, i + self.b)
             yield SampleView(
-                k, batch.losses[part], batch.mask[part], batch.states[:, part], batch.domains[part]
+                k,
+                batch.losses[part],
+                batch.mask[part],
+                batch.states[:, part],
+                batch.domains[part],
+                {name: numbers[part] for name, numbers in batch.documents.items()},
             )
 
     def step(self, number, batch=None, order=None, again=False, meta=True):
@@ -170,13 +189,17 @@ def values(request):
 
 
 def test_mean_is_one_in_expectation_and_weights_are_fit_to_train_with(topology, values):
-    weights = Driver(topology, values).run(0, 60)
-    assert weights.dtype == torch.float32 and weights.shape == (60, N)
+    weights = Driver(topology, values).run(0, 140)
+    assert weights.dtype == torch.float32 and weights.shape == (140, N)
     assert torch.isfinite(weights).all() and (weights >= 0).all()
-    assert abs(weights[20:].mean().item() - 1) < 0.02
+    # Once what is learned, and the curriculum, have settled: running means lag behind a change.
+    assert abs(weights[60:].mean().item() - 1) < 0.02
 
 
-@pytest.mark.parametrize("name", ["head", "head-ungated", "model-regression", "influence"])
+LEARNING = ["head", "head-ungated", "model-regression", "influence", "domains", "model+static"]
+
+
+@pytest.mark.parametrize("name", LEARNING)
 def test_learned_weights_prefer_what_helps(topology, name):
     weights = Driver(topology, CASES[name]).run(0, 60)[20:]
     assert weights[:, USEFUL].mean() > 1.3 * weights[:, ~USEFUL].mean()
@@ -185,6 +208,69 @@ def test_learned_weights_prefer_what_helps(topology, name):
 @pytest.mark.parametrize("name", [name for name in BUILT_IN if name != "shuffled"])
 def test_what_settings_are_checked_by_is_what_the_class_needs(name):
     assert policy_needs(name) == policy_class(name).needs
+
+
+def test_what_several_policies_need_is_what_each_does():
+    needs = policy_needs("head+curriculum+rho")
+    assert needs == Needs(
+        losses=True,
+        states=True,
+        influence=True,
+        map=True,
+        documents=("curriculum_by", "reference_losses"),
+    )
+
+
+def test_a_combination_is_the_product_of_its_parts_over_its_running_mean(topology):
+    together = Driver(topology, {"policy": "linupper+static"})
+    alone = [Driver(topology, {"policy": name}) for name in ("linupper", "static")]
+    for number in range(12):
+        product = torch.stack([one.step(number).double() for one in alone]).prod(0)
+        mean = together.policy.running[0].item()
+        together.policy._settle()
+        mean = together.policy.running[0].item()
+        assert torch.allclose(together.step(number).double(), product / mean, atol=1e-6)
+    assert abs(mean - 1) > 0.01  # the means of both are one, and that of the product is not
+
+
+@pytest.mark.parametrize("pacing, middle", [("linear", 0.6), ("root", 0.7211), ("step", 0.6)])
+def test_a_curriculum_begins_with_the_easiest_and_ends_with_all(topology, pacing, middle):
+    driver = Driver(topology, {"policy": "curriculum", "curriculum_pacing": pacing})
+    shares = {}
+    for number in range(60):
+        batch = Batch(number)
+        weights = driver.step(number, batch)
+        shares[number] = driver.policy.figures()["curriculum"]
+        kept = weights > 0
+        places = batch.documents["curriculum_by"]
+        if number and kept.any() and not kept.all():
+            assert places[kept].max() < places[~kept].min()
+        if number > 20:
+            assert abs(kept.float().mean() - shares[number]) < 0.25
+    assert shares[0] == 0.2 and shares[20] == pytest.approx(middle, abs=1e-3)
+    assert shares[40] == 1.0 and torch.equal(weights, torch.ones(N))
+
+
+def test_excess_losses_of_two_samples_say_which_counts_more(topology):
+    driver = Driver(topology, {"policy": "rho"})
+    driver.run(0, 20)
+    batch = Batch(20)
+    batch.losses[:] = 2.5
+    batch.documents["reference_losses"][:] = 2.5
+    batch.documents["reference_losses"][1] = 1.0  # a reference model finds it easy
+    weights = driver.step(20, batch)
+    assert weights[1] > 1.2 * weights[0]
+
+
+def test_domains_without_a_number_share_a_score(topology):
+    driver = Driver(topology, {"policy": "domains", "gate": "off"})
+    driver.run(0, 20)
+    batch = Batch(20)
+    batch.domains[:4] = -1
+    weights = driver.step(20, batch)
+    assert weights[:4].std() == 0 and torch.isfinite(weights).all()
+    batch.domains[:] = 7  # a domain that no meta step has seen
+    assert driver.step(21, batch, meta=False).std() == 0
 
 
 def test_shuffled_weights_know_nothing(topology):

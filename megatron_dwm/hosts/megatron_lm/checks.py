@@ -9,12 +9,14 @@ from typing import Any
 from megatron.core.datasets.utils import get_blend_from_list
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from megatron_dwm.config.choices import flag
 from megatron_dwm.config.schema import DWMConfig
 from megatron_dwm.config.validation import head_dim_problems, raise_all
 from megatron_dwm.data.index import DatasetError, read_index
 from megatron_dwm.data.meta_dataset import default_meta_batch_size, meta_batch_unit
 from megatron_dwm.data.weight_file import read_weights, weights_path
 from megatron_dwm.errors import DWMError
+from megatron_dwm.hosts.megatron_lm.document_numbers import check_documents
 from megatron_dwm.hosts.unsupported import REFUSED, refusals, unsupported
 
 __all__ = [
@@ -43,6 +45,16 @@ def check_arguments(config: DWMConfig, args: Any) -> None:
         problems.append(f"--sft is not supported with --dwm: {REFUSED['sft'][0]}")
     if config.scores:
         problems += unsupported(config, args)
+    asking = [*config.needs.documents, *(["document_weights"] if config.document_weights else [])]
+    if asking and args.mock_data:
+        names = " and ".join(flag(name) for name in asking)
+        problems.append(f"--mock-data has no documents, which {names} is about; give data")
+    if config.document_weights and not args.save:
+        problems.append("--dwm-document-weights keeps them in the folder of --save; give one")
+    if config.document_weights and args.ckpt_format != "torch_dist":
+        problems.append(
+            f"--dwm-document-weights is kept with --ckpt-format torch_dist, not {args.ckpt_format}"
+        )
     if config.has_model:
         if config.init == "random":
             problems += head_dim_problems(config, args.tensor_model_parallel_size)
@@ -252,6 +264,7 @@ def check_data(config: DWMConfig, args: Any) -> None:
             raise DWMError(str(error)) from None
     if config.sampling == "weights":
         check_weights(training_prefixes(args), summaries)
+    check_documents(config, training_prefixes(args), summaries)
     for prefix in meta:
         if summaries[prefix].tokens < args.seq_length + 1:
             raise DWMError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -18,16 +19,20 @@ from megatron_dwm.checkpoint.stages import StageSnapshots
 from megatron_dwm.config import DWMConfig, flag
 from megatron_dwm.core.agreement import on_each_rank, on_first_rank
 from megatron_dwm.core.trainee import StepOutcome, Trainee
+from megatron_dwm.data import weights_seen
+from megatron_dwm.data.weights_seen import DocumentWeightsSeen
 from megatron_dwm.errors import DWMError
 from megatron_dwm.hosts import cpu
 from megatron_dwm.hosts.base import assemble
 from megatron_dwm.hosts.megatron_lm.build import MegatronLM, outcome, resolve_shapes
 from megatron_dwm.hosts.megatron_lm.checks import check_arguments, check_data, training_prefixes
 from megatron_dwm.hosts.megatron_lm.cut_short import forget_unfinished, mend_tracker
+from megatron_dwm.hosts.megatron_lm.document_numbers import DocumentNumbers
 from megatron_dwm.hosts.megatron_lm.load_check import check_checkpoint
 from megatron_dwm.hosts.megatron_lm.verification import Verifier, log_fields
 from megatron_dwm.logs.sinks import open_sinks
 from megatron_dwm.logs.weight_log import WeightLog
+from megatron_dwm.step.collector import Collector
 from megatron_dwm.step.train_step import DWMTrainStep
 
 if TYPE_CHECKING:
@@ -46,13 +51,16 @@ class Session:
         self.sampling: Sampling | None = None
         self.stages: StageSnapshots | None = None
         self.stage_sampled: int | None = None
+        self.documents: DocumentNumbers | None = None
+        self.kept: Collector | None = None
 
     def setup_model_and_optimizer(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
         """Checks the arguments, lets the trainer build and load, then builds and loads the DWM."""
         # One attach() may see several runs; each starts without a DWM.
         self.end_log()
         self.step, self.verifier, self.stages = None, None, None
-        self.sampling, self.stage_sampled = None, None
+        self.sampling, self.stage_sampled, self.documents = None, None, None
+        self.kept = None
         run = get_args()
         config = DWMConfig.from_args(run)
         if not config.enabled:
@@ -77,6 +85,11 @@ class Session:
         self.verifier = Verifier(self.step, run, print_rank_last, pending)
         domains = [os.path.basename(p) for p in training_prefixes(run)]
         self.sampling = self._sampling(config, run)
+        if config.needs.documents or config.document_weights:
+            self.documents = DocumentNumbers(config, training_prefixes(run))
+        if config.document_weights:
+            self.kept = self._document_weights(run, groups)
+            self.step.collector = self.kept
         sinks = None
         if run.rank == run.world_size - 1:
             sinks = open_sinks(
@@ -133,10 +146,13 @@ class Session:
         return result
 
     def build_data_iterators(self, stock: Any, provider: Any) -> Any:
-        """Builds the data iterators, with documents drawn by weight where that is asked for."""
-        if self.sampling is None:
-            return stock(provider)
-        return self.sampling.build_data_iterators(stock, provider)
+        """Builds the data iterators: documents drawn by weight, and what is known of them."""
+        with contextlib.ExitStack() as stack:
+            if self.documents is not None:
+                stack.enter_context(self.documents.in_batches())
+            if self.sampling is None:
+                return stock(provider)
+            return self.sampling.build_data_iterators(stock, provider)
 
     def generate_state_dict(self, stock: Any, *args: Any, **kwargs: Any) -> dict:
         """Adds the DWM's state to what the trainer saves; loading is done by `_load`."""
@@ -149,6 +165,7 @@ class Session:
         if self.step is not None and not loading and run.ckpt_format == "torch_dist":
             metadata = (kwargs.get("model_sd_kwargs") or {}).get("metadata")
             on_first_rank(partial(forget_unfinished, run, kwargs.get("iteration")))
+            self._keep_document_weights(run, kwargs.get("iteration"))
             pending = self.verifier is not None and self.verifier.pending
             state[checkpoint.KEY] = checkpoint.state_for_saving(
                 self.step,
@@ -212,6 +229,38 @@ class Session:
                 "read counts as not seen"
             )
         return sampling
+
+    def _document_weights(self, run: Any, groups: Any) -> Collector | None:
+        """Returns what keeps the weights of documents, with those of the checkpoint; or None.
+
+        Ranks that see losses and read data have one; the first of them goes on with the past.
+        """
+        assert self.step is not None
+        reads = groups.tp.rank() == 0 and groups.cp.rank() == 0
+        mine = self.step.sees_losses and reads
+        kept = Collector(DocumentWeightsSeen(training_prefixes(run))) if mine else None
+
+        def resume() -> None:
+            if kept is not None and groups.dp.rank() == 0 and run.iteration > 0:
+                if run.load and not run.finetune:
+                    kept.seen.load(run.load, run.iteration)
+
+        on_each_rank(resume)
+        return kept
+
+    def _keep_document_weights(self, run: Any, iteration: int | None) -> None:
+        """Writes them, before the checkpoint that they belong to is whole."""
+        if self.step is None or not self.step.config.document_weights or not run.save:
+            return
+        kept, done = self.kept, iteration if iteration is not None else run.curr_iteration
+
+        def write() -> None:
+            if kept is not None:
+                kept.settle()
+                kept.seen.save(run.save, done, run.rank)
+
+        on_first_rank(partial(weights_seen.forget, run.save, done))
+        on_each_rank(write)
 
     def _look_for_weights(self, iteration: int, data_iterator: Any) -> None:
         """Where a stage begins, takes over weight files that have changed."""

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_dwm.config.choices import MODEL_ONLY, READ_BY, attribute_name, flag
+from megatron_dwm.config.choices import MODEL_ONLY, OF_POLICY, READ_BY, attribute_name, flag
 from megatron_dwm.config.flags import add_dwm_args
 from megatron_dwm.config.policy_table import BUILT_IN, policy_needs
 from megatron_dwm.config.schema import DWMConfig
@@ -49,6 +49,9 @@ BAD_VALUES = [
     ("temperature", 0.0),
     ("head_lr", 0.0),
     ("warmup_steps", -1),
+    ("loss_temperature", 0.0),
+    ("curriculum_start", 0.0),
+    ("curriculum_share", 1.5),
     ("backbone_lr", -1e-4),
     ("weight_decay", -0.1),
     ("clip_grad", -1.0),
@@ -82,6 +85,14 @@ OTHER_VALUES = {
     "form": "model",
     "rule": "chain",
     "map": "softmax",
+    "loss_temperature": 0.4,
+    "static_weights": "quality",
+    "curriculum_by": "perplexity",
+    "curriculum_order": "descending",
+    "curriculum_pacing": "root",
+    "curriculum_start": 0.5,
+    "curriculum_share": 0.25,
+    "reference_losses": "small",
     "slope": 2.0,
     "gate": "on",
     "forgetting": 0.5,
@@ -128,6 +139,7 @@ OTHER_VALUES = {
     "sampling_draws": "independent",
     "sampling_max_repeats": 3,
     "seed": 7,
+    "document_weights": True,
     "log_samples": True,
 }
 
@@ -150,6 +162,10 @@ def config_with(**values) -> DWMConfig:
     """Returns settings in which the values are asked for at all."""
     if set(values) & {*MODEL_ONLY, "temperature"}:
         values = {"form": "model", "rule": "chain", **values}
+    if "loss_temperature" in values:
+        values["policy"] = "linupper"
+    if {"curriculum_start", "curriculum_share"} & set(values):
+        values["policy"] = "curriculum"
     return DWMConfig(**values)
 
 
@@ -175,9 +191,12 @@ class TestProblems:
         assert DWMConfig().problems() == []
 
     def test_every_other_value_is_fine(self):
-        values = {k: v for k, v in OTHER_VALUES.items() if k != "slope"}
+        others = {"slope", "loss_temperature", *sum(OF_POLICY.values(), ())}
+        values = {k: v for k, v in OTHER_VALUES.items() if k not in others}
         assert DWMConfig(**values).problems() == []
-        assert DWMConfig(slope=OTHER_VALUES["slope"]).problems() == []
+        policy = "head+linupper+static+curriculum+rho"
+        values = {k: OTHER_VALUES[k] for k in others}
+        assert DWMConfig(policy=policy, **values).problems() == []
 
     @pytest.mark.parametrize(("name", "value"), BAD_VALUES)
     def test_a_bad_value_is_one_line_with_its_flag_and_the_value_found(self, name, value):
@@ -188,7 +207,9 @@ class TestProblems:
     @pytest.mark.parametrize(
         ("name", "allowed"),
         [
-            ("policy", "learned, uniform, shuffled, head, model, linupper, truncation, influence"),
+            ("policy", f"learned, {', '.join(BUILT_IN)}"),
+            ("curriculum_pacing", "linear, root, step"),
+            ("curriculum_order", "ascending, descending"),
             ("form", "head, model"),
             ("rule", "regression, chain"),
             ("map", "sigmoid, softmax"),
@@ -200,7 +221,8 @@ class TestProblems:
         ],
     )
     def test_a_choice_lists_what_is_allowed(self, name, allowed):
-        (problem,) = DWMConfig(**{name: "x"}).problems()
+        values = {"policy": "curriculum"} if name.startswith("curriculum") else {}
+        (problem,) = DWMConfig(**{name: "x"}, **values).problems()
         assert allowed in problem
 
     @pytest.mark.parametrize("name", ["overhead_budget", "verify_meta_gradient"])
@@ -266,6 +288,9 @@ class TestProblems:
             ("head", "joint", True, True),
             ("linupper", "joint", True, False),
             ("influence", "joint", True, False),
+            ("rho+static", "joint", True, False),
+            ("domains", "joint", True, True),
+            ("head+curriculum", "joint", True, True),
             ("shuffled", "joint", True, True),
             ("learned", "frozen", True, False),
             ("uniform", "staged", False, False),
@@ -304,6 +329,40 @@ class TestProblems:
             given = dataclasses.replace(config, **{name: values[name]})
             assert any(about in problem for problem in given.problems()) == (not reads), name
         assert config.problems() == []
+
+    @pytest.mark.parametrize("policy, names", OF_POLICY.items())
+    def test_settings_of_one_policy_are_refused_without_it(self, policy, names):
+        for name in names:
+            value = OTHER_VALUES[name]
+            assert DWMConfig(policy=policy, **{name: value}).problems() == []
+            assert DWMConfig(policy=f"head+{policy}", **{name: value}).problems() == []
+            (problem,) = DWMConfig(policy="linupper", **{name: value}).problems()
+            assert problem.startswith(f"{flag(name)} {value}: about --dwm-policy {policy}")
+            assert f"linupper+{policy}" in problem
+
+    @pytest.mark.parametrize(
+        ("policy", "words"),
+        [
+            ("head+head", "names head twice"),
+            ("head+uniform", "uniform is a control and works alone"),
+            ("shuffled+static", "shuffled is a control and works alone"),
+            ("learned+head", "names two learned policies"),
+            ("head+", "--dwm-policy is ''; allowed are"),
+            ("head+x", "--dwm-policy is 'x'; allowed are"),
+        ],
+    )
+    def test_policies_that_cannot_work_together_are_refused(self, policy, words):
+        assert any(words in problem for problem in DWMConfig(policy=policy).problems())
+
+    def test_chain_is_refused_beside_another_policy(self):
+        (problem,) = DWMConfig(policy="model+static", rule="chain").problems()
+        assert "--dwm-rule regression" in problem
+
+    def test_what_draws_does_not_weigh_as_well(self):
+        (problem,) = DWMConfig(policy="static", sampling="weights").problems()
+        assert "--dwm-static-weights is weights, by which --dwm-sampling weights draws" in problem
+        other = {"sampling": "weights", "static_weights": "quality"}
+        assert DWMConfig(policy="static", **other).problems() == []
 
     def test_a_policy_of_ones_own_says_what_it_reads(self):
         values = {"init": "llm:2", "form": "model", "rule": "chain", "max_weight": 4.0}

@@ -94,6 +94,13 @@ class TestOtherSchedules:
         windows = [(plan.window, plan.staged, plan.weighted) for plan in found]
         assert windows == [("warmup", True, False)] * 3 + [("weighted", False, True)] * 7
 
+    @pytest.mark.parametrize("policy, steps", [("linupper", 6), ("extremes", 6), ("static", 0)])
+    def test_policies_by_a_shape_of_the_loss_have_a_burn_in(self, policy, steps):
+        """A twentieth of 101 steps, rounded up, unless another warm-up is asked for."""
+        for options, expected in (({}, steps), ({"warmup_steps": 3}, 3), ({"warmup_steps": 0}, 0)):
+            windows = [plan.window for plan in plans(101, policy=policy, **options)]
+            assert windows == ["warmup"] * expected + ["weighted"] * (101 - expected)
+
     def test_shuffled_takes_the_meta_steps_of_learned(self):
         """The control differs in the order of the weights alone."""
         assert plans(20, policy="shuffled") == plans(20, policy="learned")

@@ -1,0 +1,63 @@
+"""Which documents a training sample of Megatron's `GPTDataset` is of, and what is known of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy
+import torch
+from megatron.core.datasets.utils import Split
+
+from megatron_dwm.core.batches import document_field
+from megatron_dwm.data.index import documents_of
+
+# Of the config of data sets: by setting, what returns the documents' numbers of a data set's path.
+DOCUMENT_NUMBERS = "dwm_document_numbers"
+
+
+def with_provenance(cls: type) -> type:
+    """Returns a class that is `cls`, a `GPTDataset`, but says what documents a sample is of."""
+    if issubclass(cls, Provenance):
+        return cls
+    return type(f"{cls.__name__}WithProvenance", (Provenance, cls), {"__doc__": cls.__doc__})
+
+
+class Provenance:
+    """Adds to each training sample of a `GPTDataset` what is known of its documents.
+
+    document_ids    [s] int64, the document that each token is from (-1: padding)
+    dwm_<setting>   [] float64, the mean over tokens of the documents' numbers, for each setting
+                    in `config.dwm_document_numbers`, a dictionary of functions of the data set's
+                    path that return `[D]` numbers
+    """
+
+    # Of GPTDataset and its base classes.
+    config: Any
+    dataset: Any
+    dataset_path: str
+    index_split: Split
+
+    _provenance: tuple[numpy.ndarray, list[int]]
+
+    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
+        sample = super().__getitem__(idx)  # type: ignore[misc]
+        if self.index_split != Split.train:
+            return sample
+        sequences, counts = self._provenance
+        length = self.config.sequence_length
+        documents = documents_of(self.dataset.document_indices, sequences)
+        per_token = numpy.repeat(documents, counts)[:length]
+        ids = numpy.full(length, -1, dtype=numpy.int64)
+        ids[: len(per_token)] = per_token
+        sample["document_ids"] = torch.from_numpy(ids)
+        for setting, numbers in getattr(self.config, DOCUMENT_NUMBERS, {}).items():
+            of_tokens = numbers(self.dataset_path)[per_token].astype(numpy.float64)
+            mean = of_tokens.mean() if len(of_tokens) else 0.0
+            sample[document_field(setting)] = torch.tensor(mean, dtype=torch.float64)
+        return sample
+
+    def _query_document_sample_shuffle_indices(self, idx: int) -> Any:
+        found = super()._query_document_sample_shuffle_indices(idx)  # type: ignore[misc]
+        # GPTDataset changes the list of counts that it is given.
+        self._provenance = (found[1], list(found[2]))
+        return found

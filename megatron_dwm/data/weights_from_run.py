@@ -1,0 +1,106 @@
+"""Weight files from what a run has made of its documents: learn small, apply large.
+
+    W_d = (sum_t w + P W) / (T_d + P)    over the tokens t of document d that the run has seen, T_d
+                                         of them; W the mean over all that it has seen of the data
+                                         set, P `--prior-tokens`
+    share_k' = share_k W_k / sum_j share_j W_j    of the blend, for data set k with mean W_k
+
+A document that the run has not seen weighs what its data set does on average. Weight files say how
+often documents of one data set are drawn; between data sets the blend decides, whose new shares
+are what `Found.shares` has.
+
+Shapes: D documents of a data set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy
+
+from megatron_dwm.data.index import read_index
+from megatron_dwm.data.weight_file import WeightFile, write_weights
+from megatron_dwm.data.weights_seen import DocumentWeightsSeen
+from megatron_dwm.errors import DWMError
+
+
+@dataclass(frozen=True)
+class Found:
+    """What became of one data set.
+
+    Attributes:
+        file: the weight file that was written.
+        seen: share of the documents that the run has seen.
+        mean: mean weight of a token of the data set.
+        share: of the blend from now on.
+    """
+
+    file: WeightFile
+    seen: float
+    mean: float
+    share: float
+
+
+def weights_of_documents(
+    tokens: numpy.ndarray, weighted: numpy.ndarray, documents: int, prior: float
+) -> tuple[numpy.ndarray, float]:
+    """Returns `[D]` float32 weights, and the mean weight of a token that was seen.
+
+    Args:
+        tokens: how many tokens of each document were seen, as far as there is one.
+        weighted: the sum of their weights.
+        documents: D.
+        prior: P > 0, tokens of the data set's mean weight that are added to each document.
+    """
+    size = min(documents, len(tokens))
+    counts, sums = numpy.zeros(documents), numpy.zeros(documents)
+    counts[:size], sums[:size] = tokens[:size], weighted[:size]
+    mean = float(sums.sum() / counts.sum()) if counts.sum() > 0 else 1.0
+    return ((sums + prior * mean) / (counts + prior)).astype(numpy.float32), mean
+
+
+def write_from_run(
+    seen: DocumentWeightsSeen,
+    prefixes: Sequence[str],
+    outputs: Sequence[str],
+    shares: Sequence[float],
+    prior: float,
+) -> list[Found]:
+    """Writes the weight file of each data set.
+
+    Args:
+        seen: see `weights_seen.read`.
+        prefixes: of the data sets that are to be drawn from, in the order of the run's.
+        outputs: path of each weight file.
+        shares: of each in the blend that the run has read.
+        prior: see `weights_of_documents`.
+
+    Raises:
+        DWMError: a data set has fewer documents than were seen, or none has a weight above 0.
+    """
+    means, files, coverage = [], [], []
+    for k, (prefix, output) in enumerate(zip(prefixes, outputs, strict=True)):
+        index = read_index(prefix)
+        last = numpy.flatnonzero(seen.tokens[k])
+        if len(last) and last[-1] >= index.documents:
+            raise DWMError(
+                f"{prefix}: has {index.documents} documents, but the run has read its document "
+                f"{last[-1]} ({seen.prefixes[k]}); name the data sets in the order of the run's"
+            )
+        weights, mean = weights_of_documents(
+            seen.tokens[k], seen.weighted[k], index.documents, prior
+        )
+        if not (weights > 0).any():
+            # All of it was dropped: its share says so, and a file of zeros draws nothing.
+            weights = numpy.ones_like(weights)
+        files.append(write_weights(output, weights, index))
+        means.append(mean)
+        coverage.append(len(last) / max(1, index.documents))
+    whole = sum(share * mean for share, mean in zip(shares, means, strict=True))
+    if not whole > 0:
+        raise DWMError("the run has given every document it has read a weight of 0")
+    return [
+        Found(file, part, mean, share * mean / whole)
+        for file, part, mean, share in zip(files, coverage, means, shares, strict=True)
+    ]

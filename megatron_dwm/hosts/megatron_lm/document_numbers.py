@@ -1,0 +1,162 @@
+"""Numbers of the training data's documents that policies weigh by, in the batches.
+
+A setting such as `--dwm-static-weights NAME` names a weight file beside each training data set, or
+the documents' length. Each training sample then has the mean over its tokens, see
+`core.provenance.Provenance`; samples and their order stay as they are.
+
+Shapes: D documents of a data set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset
+
+from megatron_dwm.config import DWMConfig, flag
+from megatron_dwm.config.choices import RANKED
+from megatron_dwm.core.agreement import on_each_rank, on_first_rank
+from megatron_dwm.core.provenance import DOCUMENT_NUMBERS, Provenance, with_provenance
+from megatron_dwm.data.document_weights import mean_ranks
+from megatron_dwm.data.index import IndexSummary, read_index
+from megatron_dwm.data.weight_file import read_weights
+from megatron_dwm.errors import DWMError
+from megatron_dwm.hosts.megatron_lm.rebind import rebound
+
+LENGTH = "length"
+
+
+def file_of(prefix: str, name: str) -> str:
+    """Returns the path of the weight file that a setting names, beside a data set."""
+    return f"{prefix}.weights" if name == "weights" else f"{prefix}.{name}.weights"
+
+
+def check_documents(config: DWMConfig, prefixes: list[str], indices: dict[str, Any]) -> None:
+    """Opens every file that the policy's settings name.
+
+    Args:
+        config: settings.
+        prefixes: of the training data.
+        indices: what `read_index` returned for each.
+
+    Raises:
+        DWMError: a data set has none, or it is damaged or of another data set.
+    """
+    for setting in config.needs.documents:
+        name = getattr(config, setting)
+        for prefix in prefixes if name != LENGTH else ():
+            path = file_of(prefix, name)
+            if not os.path.exists(path):
+                raise DWMError(
+                    f"{flag(setting)} {name}: {path}: no such file; make it with megatron-dwm "
+                    f"weights make {prefix} --output {path} ..., or name another"
+                )
+            try:
+                read_weights(path, indices[prefix])
+            except DWMError as error:
+                raise DWMError(f"{flag(setting)} {name}: {error}") from None
+
+
+class DocumentNumbers:
+    """What the batches of one run are told of their documents; made on all ranks at once.
+
+    Args:
+        config: settings.
+        prefixes: of the training data.
+    """
+
+    def __init__(self, config: DWMConfig, prefixes: list[str]) -> None:
+        self.settings = {name: getattr(config, name) for name in config.needs.documents}
+        found = on_first_rank(lambda: {p: _digests(self.settings, p) for p in prefixes})
+        opened = on_each_rank(lambda: {p: _opened(self.settings, p, found[p]) for p in prefixes})
+        self.numbers: dict[str, dict[str, numpy.ndarray]] = {
+            name: {p: numbers[name] for p, numbers in opened.items()} for name in self.settings
+        }
+        self.first_flag = flag(next(iter(self.settings), "document_weights"))
+        for name in RANKED:
+            if name in self.numbers:
+                lengths = [_tokens(read_index(p, verify=False)) for p in prefixes]
+                ranked = mean_ranks([self.numbers[name][p] for p in prefixes], lengths)
+                self.numbers[name] = dict(zip(prefixes, ranked, strict=True))
+
+    @contextlib.contextmanager
+    def in_batches(self) -> Iterator[None]:
+        """Within it, the trainer's data sets are built so that they add the numbers."""
+        with rebound(
+            BlendedMegatronDatasetBuilder,
+            "__init__",
+            ("self", "cls", "sizes", "is_built_on_rank", "config"),
+            self._make_builder,
+        ):
+            yield
+
+    def _make_builder(
+        self, stock: Any, builder: Any, cls: Any, sizes: Any, is_built_on_rank: Any, config: Any
+    ) -> None:
+        if isinstance(cls, type) and issubclass(cls, GPTDataset):
+            _check_class(cls, self.first_flag)
+            numbers: dict[str, Callable[[str], numpy.ndarray]] = {
+                name: partial(_of_path, of_prefix) for name, of_prefix in self.numbers.items()
+            }
+            setattr(config, DOCUMENT_NUMBERS, numbers)
+            cls = with_provenance(cls)
+        stock(builder, cls, sizes, is_built_on_rank, config)
+
+
+def _of_path(of_prefix: dict[str, numpy.ndarray], path: str) -> numpy.ndarray:
+    return of_prefix[path]
+
+
+def _digests(settings: dict[str, str], prefix: str) -> dict[str, bytes]:
+    """Returns the header of each file, by which another rank knows that it has the same."""
+    index = read_index(prefix, verify=False)
+    names = {name: value for name, value in settings.items() if value != LENGTH}
+    return {n: read_weights(file_of(prefix, value), index).header for n, value in names.items()}
+
+
+def _opened(
+    settings: dict[str, str], prefix: str, headers: dict[str, bytes]
+) -> dict[str, numpy.ndarray]:
+    """Returns `[D]` numbers by setting."""
+    found = {}
+    for setting, name in settings.items():
+        if name == LENGTH:
+            found[setting] = _tokens(read_index(prefix, verify=False))
+            continue
+        file = read_weights(file_of(prefix, name), verify=False)
+        if file.header != headers[setting]:
+            raise DWMError(
+                f"{flag(setting)} {name}: {file.path} is not what rank 0 has read; give all ranks "
+                "the same files"
+            )
+        found[setting] = file.weights
+    return found
+
+
+def _tokens(index: IndexSummary) -> numpy.ndarray:
+    """Returns `[D]` int64 lengths of the documents, of all their sequences."""
+    bounds = index.document_indices
+    before = numpy.concatenate([[0], numpy.cumsum(index.sequence_lengths, dtype=numpy.int64)])
+    return before[bounds[1:]] - before[bounds[:-1]]
+
+
+def _check_class(cls: type, asking: str) -> None:
+    """Refuses a data set class that finds its samples in a way of its own.
+
+    Args:
+        cls: the class.
+        asking: flag of the setting that wants to know of its documents.
+    """
+    name = "_query_document_sample_shuffle_indices"
+    known = [GPTDataset, Provenance, *Provenance.__subclasses__()]
+    if getattr(cls, name) not in [getattr(one, name) for one in known]:
+        raise DWMError(
+            f"{asking} asks which documents a sample is of, but {cls.__name__}.{name} "
+            "finds samples in a way of its own (as --fim-data does); leave one of them out"
+        )

@@ -1,0 +1,238 @@
+"""Weights that follow from what is known of a sample's documents before the training.
+
+A number of each document lies in a weight file beside the data set (`megatron-dwm weights make`):
+a quality score, a perplexity, the importance under a target (DSIR), the loss of a reference model.
+A sample's number is the mean over its tokens of their documents' numbers.
+
+    static      w = number / running mean
+    curriculum  w = 1 / c for the share c of the samples that are easiest, else 0; c grows from
+                `--dwm-curriculum-start` to 1 over `--dwm-curriculum-share` of the training, by
+                the pacing functions of Bengio et al. (ICML 2009) and Platanios et al. (NAACL 2019):
+                    linear  c = c0 + (1 - c0) t      t from 0 to 1
+                    root    c = sqrt(c0^2 + (1 - c0^2) t)
+                    step    as linear, in five steps
+    rho         by the map of the loss over that of a reference model: what is learnable and not yet
+                learned counts most. As in RHO-LOSS (ICML 2022, arXiv 2206.07137), with weights
+                instead of a selection
+
+A curriculum of weights reads samples that do not count yet; drawing by weight files that change
+from stage to stage (`--dwm-sampling weights`) reads none in vain.
+
+Shapes: b samples in a micro-batch, n on this rank.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from megatron_dwm.config.policy_table import Needs
+from megatron_dwm.policies.base import PolicyContext, SampleView, StepView, WeightPolicy
+from megatron_dwm.policies.features import mean_losses
+from megatron_dwm.policies.maps import DECAY, build_map
+from megatron_dwm.policies.running import StepSums, share_of_new
+
+_BINS = 256
+_STEPS = 5  # of the pacing `step`
+
+
+class _Running(WeightPolicy):
+    """A policy with running figures of past steps, the same on every data-parallel rank.
+
+    Args:
+        context: what it is built from.
+    """
+
+    def __init__(self, context: PolicyContext) -> None:
+        super().__init__(context)
+        self._sums = StepSums(context.topology)
+        self._numbers: dict[int, torch.Tensor] = {}
+
+    def begin(self, step: StepView) -> None:
+        """Takes the last step's figures in."""
+        self._settle()
+        self._numbers.clear()
+
+    def end(self, step: StepView) -> list[str]:
+        """Starts collecting the step's figures over data parallelism."""
+        if self.context.sees_losses and self._numbers:
+            numbers = torch.cat([self._numbers[k] for k in sorted(self._numbers)])
+            self._sums.start(self.sums(numbers))
+        return []
+
+    def sums(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Returns what is added up of this rank's numbers `[n]` float64."""
+        raise NotImplementedError
+
+    def update(self, sums: torch.Tensor) -> None:
+        """Takes the sums over all samples in."""
+        raise NotImplementedError
+
+    def description(self) -> dict[str, Any]:
+        """The policy's name: states of two of them do not fit each other."""
+        return {"form": type(self).__name__.lower()}
+
+    def _settle(self) -> None:
+        sums = self._sums.take()
+        if sums is not None:
+            self.update(sums)
+
+
+class Static(_Running):
+    """The sample's number over the running mean of them."""
+
+    needs = Needs(documents=("static_weights",))
+
+    def __init__(self, context: PolicyContext) -> None:
+        super().__init__(context)
+        # mean, age
+        self.running = torch.tensor([1.0, 0.0], dtype=torch.float64, device=context.device)
+
+    def weights(self, view: SampleView) -> torch.Tensor:
+        """As `WeightPolicy.weights`; 1 in the first step, whose mean is not known."""
+        numbers = self._numbers[view.index] = view.documents["static_weights"].double()
+        mean, age = self.running
+        return torch.where(age > 0, numbers / mean.clamp(min=1e-30), 1.0).float()
+
+    def sums(self, numbers: torch.Tensor) -> torch.Tensor:
+        """As `_Running.sums`: count and sum."""
+        return torch.stack([torch.ones_like(numbers).sum(), numbers.sum()])
+
+    def update(self, sums: torch.Tensor) -> None:
+        """As `_Running.update`; samples that all weigh 0 leave the mean as it is."""
+        mean, age = self.running[0], self.running[1] + 1
+        seen = mean + share_of_new(age, DECAY) * (sums[1] / sums[0] - mean)
+        self.running = torch.stack([torch.where(seen > 0, seen, mean), age])
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `WeightPolicy.state_dict`."""
+        self._settle()
+        return {"running": self.running.cpu()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As `WeightPolicy.load_state_dict`."""
+        self.running = state["running"].to(self.running.device)
+
+
+class Curriculum(_Running):
+    """The easiest share of the samples, which grows with the training.
+
+    A sample's number lies in [0, 1]: the mean place of its documents among all of the training
+    data. Which numbers are the lowest share is read off a running histogram of the samples'.
+    """
+
+    needs = Needs(documents=("curriculum_by",))
+
+    def __init__(self, context: PolicyContext) -> None:
+        super().__init__(context)
+        # The histogram, and last its age.
+        self.running = torch.zeros(_BINS + 1, dtype=torch.float64, device=context.device)
+        self._share = 1.0
+        self._edge = 1.0
+
+    def begin(self, step: StepView) -> None:
+        """Finds the number up to which samples count."""
+        super().begin(step)
+        self._share = self.share(step.iteration)
+        histogram = self.running[:-1]
+        below = torch.cumsum(histogram, 0) - histogram
+        # The bin in which the share ends, and where in it, as if it were evenly filled.
+        k = (below < self._share).sum().clamp(min=1) - 1
+        inside = (self._share - below[k]) / histogram[k].clamp(min=1e-12)
+        self._edge = (k + inside.clamp(max=1)) / _BINS
+
+    def share(self, iteration: int) -> float:
+        """Returns the share c of the samples that count in a step."""
+        config = self.context.config
+        start, whole = config.curriculum_start, config.curriculum_share * self.context.steps
+        t = min(1.0, iteration / max(1.0, whole))
+        if config.curriculum_pacing == "root":
+            return math.sqrt(start**2 + (1 - start**2) * t)
+        if config.curriculum_pacing == "step":
+            t = min(1.0, math.floor(t * _STEPS) / (_STEPS - 1))
+        return start + (1 - start) * t
+
+    def weights(self, view: SampleView) -> torch.Tensor:
+        """As `WeightPolicy.weights`; 1 in the first step, before the numbers are known."""
+        numbers = view.documents["curriculum_by"].double().clamp(0, 1)
+        if self.context.config.curriculum_order == "descending":
+            numbers = 1 - numbers
+        self._numbers[view.index] = numbers
+        counts = (numbers <= self._edge).float() / self._share
+        known = (self.running[-1] > 0) & (self._share < 1)
+        return torch.where(known, counts, 1.0).float()
+
+    def sums(self, numbers: torch.Tensor) -> torch.Tensor:
+        """As `_Running.sums`: how many samples are in each bin."""
+        bins = (numbers * _BINS).long().clamp(max=_BINS - 1)
+        return torch.zeros_like(self.running[:-1]).index_add_(0, bins, torch.ones_like(numbers))
+
+    def update(self, sums: torch.Tensor) -> None:
+        """As `_Running.update`."""
+        histogram, age = self.running[:-1], self.running[-1] + 1
+        # A quantile of few samples scatters: more steps than for a mean.
+        new = share_of_new(age, 1 - (1 - DECAY) / 5)
+        histogram = histogram + new * (sums / sums.sum().clamp(min=1) - histogram)
+        self.running = torch.cat([histogram, age.view(1)])
+
+    def figures(self) -> dict[str, Any]:
+        """The share of the samples that count."""
+        return {"curriculum": self._share}
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `WeightPolicy.state_dict`."""
+        self._settle()
+        return {"running": self.running.cpu(), "share": self._share}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As `WeightPolicy.load_state_dict`."""
+        self.running, self._share = state["running"].to(self.running.device), state["share"]
+
+
+class ExcessLoss(_Running):
+    """The map of a sample's mean token loss over that of a reference model."""
+
+    needs = Needs(losses=True, map=True, documents=("reference_losses",))
+
+    def __init__(self, context: PolicyContext) -> None:
+        super().__init__(context)
+        self.map = build_map(context.config, False, context.device)
+        self._bad: torch.Tensor | bool = False
+
+    def weights(self, view: SampleView) -> torch.Tensor:
+        """As `WeightPolicy.weights`."""
+        losses = mean_losses(view.losses, view.mask, self.context.topology)
+        excess = self._numbers[view.index] = losses - view.documents["reference_losses"].double()
+        found = self.map.weights(excess)
+        self._bad = found.bad | self._bad
+        return found.weights
+
+    def sums(self, numbers: torch.Tensor) -> torch.Tensor:
+        """As `_Running.sums`."""
+        return self.map.sums(numbers)
+
+    def update(self, sums: torch.Tensor) -> None:
+        """As `_Running.update`."""
+        self.map.update(sums)
+
+    def bad_scores(self) -> torch.Tensor | bool:
+        """As `WeightPolicy.bad_scores`."""
+        found, self._bad = self._bad, False
+        return found
+
+    def local_scores(self) -> torch.Tensor | None:
+        """As `WeightPolicy.local_scores`: the excess losses."""
+        if not self._numbers:
+            return None
+        return torch.cat([self._numbers[k] for k in sorted(self._numbers)])
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `WeightPolicy.state_dict`."""
+        self._settle()
+        return {"map": self.map.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As `WeightPolicy.load_state_dict`."""
+        self.map.load_state_dict(state["map"])

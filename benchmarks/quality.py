@@ -39,6 +39,7 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
     add("--size", choices=plan.SIZES, default="toy", help="17m is for a GPU")
     add("--small", action="store_true", help="fewer arms, shorter runs: 20 minutes on two cores")
     add("--tune", action="store_true", help="uniform and head at three learning rates")
+    add("--more", action="store_true", help="arms beyond the main ones: more policies, transfer")
     add("--timing", action="store_true", help="what each arm costs; alone on the machine")
     add("--only", nargs="+", default=[], metavar="REGIME[/ARM[/SEED]]", help="some of the runs")
     add("--variant", nargs="+", default=[], metavar="NAME=ARM FLAGS", help="more arms")
@@ -62,6 +63,8 @@ def planned(args: argparse.Namespace, size: plan.Size) -> list[plan.Run]:
     """Returns the runs that are asked for."""
     if args.variant:
         runs = plan.variants(size, args.variant, args.variant_seeds, args.variant_regimes)
+    elif args.more:
+        runs = plan.more_plan(size, args.variant_seeds, args.variant_regimes)
     elif args.timing:
         runs = plan.timing_plan(size)
     elif args.tune:

@@ -130,6 +130,21 @@ ARMS = {
     "model-regression": MODEL,
     "model-chain": f"{MODEL} --dwm-rule chain --dwm-schedule joint --dwm-meta-interval 4",
 }
+# Arms beyond those, taken with --more. Those of RECIPES need something made before them.
+DRAWN = "--dwm --dwm-policy uniform --dwm-sampling weights"
+MORE = {
+    "quadratic": "--dwm --dwm-policy quadratic",
+    "extremes": "--dwm --dwm-policy extremes",
+    "curriculum": "--dwm --dwm-policy curriculum",
+    "domains": f"--dwm --dwm-policy domains {META}",
+    "head+curriculum": f"--dwm --dwm-policy head+curriculum {META}",
+    "head+domains": f"--dwm --dwm-policy head+domains {META}",
+    "drawn": DRAWN,
+    "drawn+head": f"--dwm --dwm-sampling weights {META}",
+    "frozen": "--dwm --dwm-schedule frozen --dwm-load {made}",
+}
+# What is made: documents drawn by what a smaller model has learned; a head learned with another.
+RECIPES = {"drawn": "from-run", "drawn+head": "from-run", "frozen": "snapshot"}
 # Seeds of each arm in the first regime and elsewhere.
 SEEDS = {"uniform": (5, 3), "oracle": (5, 1), "linupper": (5, 1), "truncation": (5, 1)}
 SEEDS["head"] = (5, 3)
@@ -144,6 +159,7 @@ class Run:
         flags: trainer flags of the arm; `{meta}` stands for the meta set.
         steps: of the run.
         lr: highest learning rate.
+        recipe: what is made before it, see `RECIPES`; nothing, if empty.
     """
 
     regime: str
@@ -152,6 +168,7 @@ class Run:
     flags: str
     steps: int
     lr: float
+    recipe: str = ""
 
     @property
     def key(self) -> str:
@@ -185,6 +202,32 @@ def full_plan(size: Size) -> list[Run]:
                     runs.append(Run(regime, arm, seed, flags, size.steps, size.lr))
         runs += lengths(size, regime, LENGTHS)
     return runs
+
+
+def more_plan(size: Size, seeds: int, regimes: list[str]) -> list[Run]:
+    """Returns the runs of the arms of `MORE`, arm by arm."""
+    return [
+        Run(regime, arm, seed, flags, size.steps, size.lr, RECIPES.get(arm, ""))
+        for arm, flags in MORE.items()
+        for regime in regimes
+        for seed in range(1, seeds + 1)
+    ]
+
+
+def teacher(size: Size, run: Run) -> tuple[Size, Run]:
+    """Returns the run that another one learns from, and its size.
+
+    Half as wide, a quarter of the matrices' parameters; a head is taken over where the width is
+    the same, so that its teacher has half of the layers instead. Other samples in another order.
+    """
+    seed = run.seed + 1000
+    if run.recipe == "snapshot":
+        smaller = scaled(size, layers=max(1, size.layers // 2))
+        flags = f"--dwm {META}"
+    else:
+        smaller = scaled(size, hidden=size.hidden // 2, ffn=size.ffn // 2)
+        flags = f"--dwm --dwm-document-weights {META}"
+    return smaller, Run(run.regime, f"teacher-{run.recipe}", seed, flags, size.steps, size.lr)
 
 
 def lengths(size: Size, regime: str, factors: Iterable[float]) -> list[Run]:

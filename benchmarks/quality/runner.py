@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quality import plan
 from quality.data import data_flags
 from quality.plan import ORACLE_VARIABLE, REGIMES, WARMUP_SHARE, Run, Size, trainer_flags
 
@@ -195,7 +196,7 @@ def begin(place: Place, size: Size, run: Run) -> Started | None:
     log = folder / "log.txt"
     with open(log, "w") as out:
         process = subprocess.Popen(
-            command(place, size, run),
+            prepared(place, size, run) if run.recipe else command(place, size, run),
             env=environment(run),
             stdout=out,
             stderr=out,
@@ -206,8 +207,35 @@ def begin(place: Place, size: Size, run: Run) -> Started | None:
     return Started(run, process, lock, log)
 
 
-def command(place: Place, size: Size, run: Run) -> list[str]:
-    """Returns the command of a run."""
+def prepared(place: Place, size: Size, run: Run) -> list[str]:
+    """Returns the command that makes what a run needs, and becomes the run."""
+    smaller, teacher = plan.teacher(size, run)
+    folder = place.work.with_name("teachers") / teacher.key.replace("/", "_")
+    folder.mkdir(parents=True, exist_ok=True)
+    # Where it lies is where the teacher's own command must put it.
+    own = Place(place.runs, folder, place.data)
+    words = command(own, smaller, teacher)
+    job = {
+        "recipe": run.recipe,
+        "folder": str(folder),
+        "save": str(own.folder(teacher) / "save"),
+        "teacher": words,
+        "data": str(place.data),
+        "names": list(REGIMES[run.regime].shares),
+        "run": command(place, size, run, made=folder / "made"),
+    }
+    return [sys.executable, str(WORKER.with_name("prepare.py")), json.dumps(job)]
+
+
+def command(place: Place, size: Size, run: Run, made: Path | None = None) -> list[str]:
+    """Returns the command of a run.
+
+    Args:
+        place: where things are.
+        size: of the model.
+        run: what to run.
+        made: where what its recipe makes lies.
+    """
     from megatron_dwm.hosts import cpu
 
     folder = place.folder(run)
@@ -215,7 +243,7 @@ def command(place: Place, size: Size, run: Run) -> list[str]:
     # A GPU without Transformer Engine and Apex has Megatron's own layers.
     gpu = "--transformer-impl local --no-gradient-accumulation-fusion --no-masked-softmax-fusion"
     gpu += " --no-persist-layer-norm --no-rope-fusion"
-    arm = run.flags.format(meta=place.data / "meta").split()
+    arm = run.flags.format(meta=place.data / "meta", made=made).split()
     return [
         *(sys.executable, str(WORKER), str(folder / "result.json")),
         *(str(size.curve_samples), str(size.eval_samples)),

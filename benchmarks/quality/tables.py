@@ -7,7 +7,7 @@ from typing import Any
 
 from quality import figures
 from quality.figures import Results, Seeds
-from quality.plan import ARMS, REGIMES
+from quality.plan import ARMS, MORE, REGIMES
 
 QUARTERS = ("useful", "effective", "correlation", "gate")
 
@@ -65,7 +65,8 @@ def regime_tables(results: Results, regime: str) -> list[str]:
 def ordered(arms: list[str]) -> list[str]:
     """Returns arms in the order of the plan, then variants; without lengths and tuning runs."""
     extra = [a for a in arms if a not in ARMS and not a.startswith("uniform-") and "-lr" not in a]
-    return [arm for arm in ARMS if arm in arms] + sorted(set(extra))
+    extra = [arm for arm in MORE if arm in extra] + sorted(set(extra) - set(MORE))
+    return [arm for arm in ARMS if arm in arms] + extra
 
 
 def row_of_losses(results: Results, regime: str, arm: str) -> list[str]:

@@ -15,6 +15,8 @@ import json
 import os
 import re
 import shutil
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +151,7 @@ def read(run: str, iteration: int) -> DocumentWeightsSeen:
                 one = DocumentWeightsSeen(json.loads(str(found["prefixes"])))
                 one.tokens = [found[f"tokens_{k}"] for k in range(len(one.prefixes))]
                 one.weighted = [found[f"weighted_{k}"] for k in range(len(one.prefixes))]
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise DWMError(f"{path}: damaged ({error}); take another iteration") from error
         if whole is None:
             whole = one

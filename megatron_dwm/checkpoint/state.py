@@ -269,7 +269,9 @@ def check_shape(step: DWMTrainStep, found: dict[str, Any], folder: str) -> None:
         if name in found and value != found[name]
     ]
     if different:
-        way_out = "the settings" if wanted.get("form") == "head" else "the --dwm-init and sizes"
+        way_out = "the --dwm-init, sizes and tokenizer"
+        if wanted.get("form") == "head":
+            way_out = "the settings"
         raise DWMError(
             f"the weighting model in {folder} has another shape: {'; '.join(different)}. Use "
             f"{way_out} that it was made with, or start the DWM anew (another --save)"

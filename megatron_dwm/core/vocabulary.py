@@ -6,6 +6,7 @@ The number of tokens is less where ids have gaps, as after tokens were removed o
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -25,6 +26,28 @@ def megatron_vocabulary_size(tokenizer: Any) -> int:
     tokens, for NullTokenizer what the flag says.
     """
     return max([int(tokenizer.vocab_size), *(number + 1 for number in _ids(tokenizer))])
+
+
+# Letters of several scripts, digits, spaces, punctuation, and words that are cut into pieces.
+_PROBE = (
+    "The 12,345 naive readers' co-operation:\n\tdef f(x): return x**2  # Größe, été, 数据, данные"
+)
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str | None:
+    """Returns a digest of what a Megatron tokenizer makes of a fixed text.
+
+    Two tokenizers with vocabularies of one size, whose ids mean different things, differ in it.
+
+    Returns:
+        16 hexadecimal digits; None for a tokenizer that takes no text (NullTokenizer).
+    """
+    try:
+        ids = [int(number) for number in tokenizer.tokenize(_PROBE)]
+    except Exception:
+        # Each of Megatron's tokenizers says in its own way that it cannot.
+        return None
+    return hashlib.sha256(repr(ids).encode()).hexdigest()[:16]
 
 
 def _ids(tokenizer: Any) -> Iterator[int]:

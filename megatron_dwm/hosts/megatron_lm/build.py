@@ -22,7 +22,7 @@ from megatron_dwm.conversion.families.rope import LLAMA3_ROPE
 from megatron_dwm.conversion.hf_folder import read_hf_config
 from megatron_dwm.core.trainee import RunShape, StepOutcome
 from megatron_dwm.core.trainer_state import refusal as step_refusal
-from megatron_dwm.core.vocabulary import megatron_vocabulary_size
+from megatron_dwm.core.vocabulary import megatron_vocabulary_size, tokenizer_fingerprint
 from megatron_dwm.data.meta_dataset import MetaData
 from megatron_dwm.errors import DWMError
 from megatron_dwm.hosts import cpu
@@ -162,6 +162,7 @@ def _description(config: DWMConfig, scorer: Scorer) -> dict[str, Any]:
     """Returns all that must agree between this DWM and one in a checkpoint, as plain values."""
     transformer, embedding = scorer.transformer_config, scorer.module.embedding_shape
     tokenizer = get_tokenizer()
+    fingerprint = tokenizer_fingerprint(tokenizer)
     return {
         **config.shape(),
         "kv_channels": transformer.kv_channels,
@@ -179,6 +180,7 @@ def _description(config: DWMConfig, scorer: Scorer) -> dict[str, Any]:
         "rope_scaling_factor": float(embedding.rope_scaling_factor),
         # Not the padded size, which depends on the tensor-parallel size.
         "vocab_size": min(megatron_vocabulary_size(tokenizer), embedding.vocab_size),
+        **({} if fingerprint is None else {"the tokenizer's fingerprint": fingerprint}),
     }
 
 

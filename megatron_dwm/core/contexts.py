@@ -84,24 +84,33 @@ def deterministic(trainee: Trainee) -> Iterator[None]:
     coefficients, and the random state is put back afterwards.
     """
     rng = random_states()
-    config = trainee.config
-    kept = {
-        name: getattr(config, name, None) for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff")
-    }
-    if config.recompute_granularity is None:
+    if trainee.config.recompute_granularity is None:
         for chunk in trainee.model:
             chunk.eval()
-    elif config.num_moe_experts is not None:
-        # One coefficient for each of several balancing types.
-        aux = config.moe_aux_loss_coeff
-        config.moe_aux_loss_coeff = [0.0] * len(aux) if isinstance(aux, list) else 0.0
-        config.moe_z_loss_coeff = None
     try:
-        yield
+        with without_auxiliary_losses(trainee.config):
+            yield
     finally:
         for chunk in trainee.model:
             chunk.train()
-        if config.num_moe_experts is not None:
-            for name, value in kept.items():
-                setattr(config, name, value)
         restore_random_states(rng)
+
+
+@contextlib.contextmanager
+def without_auxiliary_losses(config: Any) -> Iterator[None]:
+    """Switches the auxiliary losses of MoE layers off, which no sample's weight scales.
+
+    Args:
+        config: the LLM's `TransformerConfig`, which its routers read in each pass.
+    """
+    if config.num_moe_experts is None:
+        yield
+        return
+    aux, z = config.moe_aux_loss_coeff, config.moe_z_loss_coeff
+    # One coefficient for each of several balancing types.
+    config.moe_aux_loss_coeff = [0.0] * len(aux) if isinstance(aux, list) else 0.0
+    config.moe_z_loss_coeff = None
+    try:
+        yield
+    finally:
+        config.moe_aux_loss_coeff, config.moe_z_loss_coeff = aux, z

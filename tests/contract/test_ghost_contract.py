@@ -37,6 +37,7 @@ from megatron.core.tensor_parallel import random as megatron_random  # noqa: E40
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from megatron_dwm.config import DWMConfig  # noqa: E402
+from megatron_dwm.core.contexts import without_auxiliary_losses  # noqa: E402
 from megatron_dwm.core.random_states import restore_random_states  # noqa: E402
 from megatron_dwm.errors import DWMError  # noqa: E402
 from megatron_dwm.meta_gradient.estimators import choose_estimator  # noqa: E402
@@ -58,6 +59,15 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompu
 BLOCK = {**FULL, "recompute_method": "block"}
 SELECTIVE = {"recompute_granularity": "selective"}
 DROPOUT = {"hidden_dropout": 0.2, "attention_dropout": 0.2}
+EXPERTS = {
+    "num_moe_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 20,
+    "moe_router_load_balancing_type": "none",
+    "moe_aux_loss_coeff": 0.0,
+    "moe_token_dispatcher_type": "allgather",
+    "add_bias_linear": False,
+}
 CASES = {
     "llama": LLAMA,
     "gpt": GPT,
@@ -75,6 +85,30 @@ CASES = {
     },
     "dropout": {**GPT, **DROPOUT},
     "dropout-full-recompute": {**GPT, **DROPOUT, **FULL},
+    "moe": {**LLAMA, **EXPERTS},
+    "moe-top1-alltoall": {
+        **LLAMA,
+        **EXPERTS,
+        "moe_router_topk": 1,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_router_pre_softmax": True,
+    },
+    "moe-sigmoid-groups-shared": {
+        **LLAMA,
+        **EXPERTS,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_topk_scaling_factor": 2.5,
+        "moe_router_num_groups": 2,
+        "moe_router_group_topk": 1,
+        "moe_shared_expert_intermediate_size": 16,
+    },
+    "moe-auxiliary-losses": {
+        **GPT,
+        **EXPERTS,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 0.5,
+        "moe_z_loss_coeff": 0.5,
+    },
 }
 
 
@@ -204,7 +238,11 @@ class Run:
             return total()
 
     def per_sample_gradients(self):
-        """One forward and backward for each sample: the truth."""
+        """One forward and backward for each sample: the truth, without auxiliary losses."""
+        with without_auxiliary_losses(self.config):
+            return self._per_sample_gradients()
+
+    def _per_sample_gradients(self):
         found = []
         restore_random_states(self.rng)
         for batch in self.batches:
@@ -358,8 +396,15 @@ class TestCover:
         assert name == "ghost" and "--dwm-estimator" in why
 
     def test_mixture_of_experts_of_megatron(self, groups):
-        run = Run({**LLAMA, "num_moe_experts": 2, "moe_ffn_hidden_size": 40}, groups)
+        """Its router and experts, unless something else decides who gets a token."""
+        run = Run({**LLAMA, **EXPERTS}, groups)
+        assert run.ghost().layers
+        run.config.moe_input_jitter_eps = 0.1
         with pytest.raises(DWMError, match=r"mlp\.router\.weight \(in a mixture-of-experts layer"):
+            run.ghost()
+        run.config.moe_input_jitter_eps = None
+        run.config.moe_router_load_balancing_type = "sinkhorn"
+        with pytest.raises(DWMError, match="--moe-router-load-balancing-type sinkhorn"):
             run.ghost()
 
     def test_layers_of_transformer_engine_that_are_known_by_name_exist(self):

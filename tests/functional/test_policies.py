@@ -34,6 +34,8 @@ RESUMED = {
     "model-dp2": f"{' '.join(MODEL)} {DP2} --dwm-meta-interval 3 --dwm-gate off",
     "model-pp2": f"{' '.join(MODEL)} --pipeline-model-parallel-size 2 --dwm-meta-interval 2 "
     "--dwm-meta-dense-steps 0 --dwm-gate off --dwm-map softmax",
+    "head-moe-dp2": f"--dwm {DP2} --dwm-meta-interval 2 --dwm-gate off --num-experts 4 "
+    "--moe-router-topk 2 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2",
     "head-bf16": f"--dwm --bf16 {DP2} --dwm-meta-interval 2 --dwm-gate off",
 }
 STOPPED = ("head-dp2", "model-pp2")
@@ -104,6 +106,11 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(
     assert lines == log_of(folder, f"{name}-whole")[begun:]
     if "gate" not in name:  # weights did leave 1, so that there was something to compare
         assert lines[-1]["max_weight"] > 1.005
+
+
+def test_experts_are_covered_by_the_hooks(results: Results) -> None:
+    out = results.succeeded("head-moe-dp2-whole")[0]["stdout"]
+    assert "DWM: estimator ghost: auto; it covers every trained parameter" in out
 
 
 def test_scores_are_in_the_log_where_samples_are(folder: Path, results: Results) -> None:

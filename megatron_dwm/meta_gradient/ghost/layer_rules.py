@@ -8,7 +8,9 @@ from megatron.core.tensor_parallel import (
     RowParallelLinear,
     VocabParallelEmbedding,
 )
+from megatron.core.transformer.moe.router import TopKRouter
 
+from megatron_dwm.meta_gradient.ghost import experts
 from megatron_dwm.meta_gradient.ghost.embeddings import (
     position_embedding,
     samples_of,
@@ -32,6 +34,7 @@ _BY_TYPE: dict[type, GhostRule] = {
     torch.nn.Linear: GhostRule(plain_linear),
     torch.nn.LayerNorm: _NORM,
     torch.nn.RMSNorm: _NORM,
+    TopKRouter: GhostRule(experts.router),
 }
 # Layers of packages that need not be installed, by their class's name.
 _PACKAGES = ("megatron", "transformer_engine", "apex")

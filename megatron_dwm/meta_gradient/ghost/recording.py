@@ -17,7 +17,9 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmb
 from megatron.core.utils import unwrap_model
 
 from megatron_dwm.core import collectives
+from megatron_dwm.core.contexts import without_auxiliary_losses
 from megatron_dwm.errors import DWMError
+from megatron_dwm.meta_gradient.ghost import experts
 from megatron_dwm.meta_gradient.ghost.layer_rules import rule_of
 from megatron_dwm.meta_gradient.ghost.rule import Call, Direction, GhostRule
 
@@ -103,9 +105,12 @@ class Ghost:
                 if isinstance(module, VocabParallelEmbedding | torch.nn.Embedding):
                     handles.append(module.register_forward_hook(_begin_graph))
         found = torch.zeros(shape, dtype=torch.float32, device=self.device)
+        rows = experts.Rows()
+        for chunk in self.chunks:
+            handles += rows.hooks(chunk)
         passes, seen = [0] * len(self.chunks), [0] * len(self.layers)
         for row, (_, _, module, rule) in enumerate(self.layers):
-            hook = self._hook(row, rule, v, found, seen, num_microbatches)
+            hook = self._hook(row, rule, v, found, seen, num_microbatches, rows)
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
         for number, chunk in enumerate(self.chunks):
             handles.append(chunk.register_forward_pre_hook(_counter(passes, number)))
@@ -149,6 +154,7 @@ class Ghost:
         found: torch.Tensor,
         seen: list[int],
         num_microbatches: int,
+        rows: experts.Rows,
     ) -> Callable[..., None]:
         """Returns a forward hook that hangs the layer's formula on its output's gradient.
 
@@ -167,7 +173,7 @@ class Ghost:
                 return
             x = args[0] if args else next(iter(kwargs.values()))
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
-            samples = rule.samples(module)
+            samples = rows.of(module) or rule.samples(module)
             weight = module.weight if weight is None else weight
             call = Call(module, x.detach(), weight, samples)
             k = calls % num_microbatches
@@ -246,6 +252,7 @@ def estimate(
     """
     with (
         frozen_parameters(model, ghost.config),
+        without_auxiliary_losses(ghost.config),
         ghost.recording(v, num_microbatches) as total,
     ):
         run()
@@ -257,21 +264,22 @@ def uncovered_parameters(model: list[Any]) -> list[str]:
     """Returns trained parameters of this rank that no formula covers, each with the reason."""
     found = []
     for chunk in unwrap_model(model):
-        experts = [
-            f"{name}."
+        layers = {
+            f"{name}.": experts.reason_against(module)
             for name, module in chunk.named_modules()
             if type(module).__name__.endswith("MoELayer")
-        ]
+        }
         for prefix, module in chunk.named_modules():
             known = rule_of(module) is not None
             for name, parameter in module.named_parameters(recurse=False):
                 full = f"{prefix}.{name}" if prefix else name
                 if not parameter.requires_grad:
                     continue
-                if any(full.startswith(layer) for layer in experts):
+                why = next((layers[layer] for layer in layers if full.startswith(layer)), None)
+                if why is not None:
                     found.append(
                         f"the parameter {full} (in a mixture-of-experts layer, where tokens are no "
-                        "longer in the order of the samples)"
+                        f"longer in the order of the samples: {why})"
                     )
                 elif not known:
                     found.append(f"the parameter {full} (of a {type(module).__name__})")

@@ -1,0 +1,143 @@
+"""Mixture-of-experts layers: where tokens leave the order of the samples, and come back.
+
+A router's rows are the tokens in their order; an expert's rows are the tokens that were routed to
+it, in their order. Which sample a row is of follows from the routing map, which hooks of their own
+read while a pass is recorded; the layers themselves are ordinary linear ones.
+
+    router    p = route(x W^T)    <v, g_i> = sum_t <d_t, V x_t>,  d = (dp/dlogits)^T dl/dp
+    expert    as any linear layer, row by row
+
+Auxiliary losses are no part of the weighted loss. They are added behind the routing, so that the
+gradient of p has none of them; those below, in which it is mixed up with the loss's through the
+hidden states, are free of them only in passes that switch them off (`core.contexts`).
+
+Shapes: s tokens, b samples, t = s b, E experts, h hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
+from megatron.core.transformer.moe.router import TopKRouter
+
+from megatron_dwm.meta_gradient.ghost.linear import linear_dot
+from megatron_dwm.meta_gradient.ghost.rule import ByRow, Call, Direction, Share
+
+# Balancing that chooses experts by the logits of each token alone.
+_BALANCING = {"none", "aux_loss", "seq_aux_loss", "global_aux_loss"}
+# Settings under which rows or probabilities are not what is computed again here.
+_OFF = (
+    "moe_input_jitter_eps",
+    "moe_router_force_load_balancing",
+    "moe_router_force_biased",
+    "moe_expert_capacity_factor",
+    "moe_apply_probs_on_input",
+    "moe_enable_routing_replay",
+    "moe_latent_size",
+    "moe_shared_expert_gate",
+    "moe_router_fusion",
+    "moe_router_enable_expert_bias",
+    "fp8",
+    "fp4",
+)
+
+
+def reason_against(layer: torch.nn.Module) -> str | None:
+    """Returns why the rows of a mixture-of-experts layer are not known; None if they are."""
+    if type(layer) is not MoELayer:
+        return f"a {type(layer).__name__}"
+    config = layer.config
+    if type(layer.router) is not TopKRouter:
+        return f"its router is a {type(layer.router).__name__}"
+    if type(layer.experts) is not SequentialMLP:
+        return f"its experts are a {type(layer.experts).__name__}"
+    for name in ("ep_group", "tp_group"):
+        group = getattr(layer.experts, name, None)
+        if group is not None and group.size() > 1:
+            return "its experts are spread over ranks"
+    if layer.tp_group.size() > 1:
+        return "its tokens are spread over tensor-parallel ranks"
+    found = config.moe_router_load_balancing_type
+    kinds = set(found if isinstance(found, list) else [found])
+    if not kinds <= _BALANCING:
+        return f"--moe-router-load-balancing-type {' '.join(sorted(kinds))}"
+    for name in _OFF:
+        if getattr(config, name, None):
+            return f"--{name.replace('_', '-')}"
+    return None
+
+
+def router(call: Call, grad: torch.Tensor, v: Direction, share: Share) -> torch.Tensor:
+    """The router's weight and bias `[E, h]`, `[E]`, by the gradient of its probabilities `[t, E]`.
+
+    The routing is computed again, as what it makes of logits has a derivative and no module.
+    """
+    module, config = call.module, call.module.config
+    x = call.x.reshape(-1, call.x.size(-1))
+    with torch.enable_grad():
+        kind = {"fp32": torch.float32, "fp64": torch.float64}.get(config.moe_router_dtype, x.dtype)
+        bias = None if module.bias is None else module.bias.detach().to(kind)
+        logits = torch.nn.functional.linear(x.to(kind), call.weight.detach().to(kind), bias)
+        logits.requires_grad_()
+        probabilities, _ = topk_routing_with_score_function(
+            logits,
+            module.topk,
+            use_pre_softmax=config.moe_router_pre_softmax,
+            num_groups=config.moe_router_num_groups,
+            group_topk=config.moe_router_group_topk,
+            scaling_factor=config.moe_router_topk_scaling_factor,
+            score_function=module.score_function,
+            fused=False,
+        )
+        (of_logits,) = torch.autograd.grad(probabilities, logits, grad.to(probabilities.dtype))
+    total = call.samples.none(grad)
+    direction = v(call.weight)
+    if direction is not None and share(call.weight):
+        total = linear_dot(x, of_logits.to(x.dtype), direction, call.samples)
+    bias_direction = None if module.bias is None else v(module.bias)
+    if bias_direction is not None and share(module.bias):
+        total = total + call.samples.dot(of_logits, bias_direction.expand_as(of_logits))
+    return total
+
+
+class Rows:
+    """Which sample each row of the experts' layers is of, as the last forward pass routed it."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, ByRow] = {}
+
+    def hooks(self, model: torch.nn.Module) -> Iterator[Any]:
+        """Registers what reads the routing of each layer; yields the handles."""
+        for layer in model.modules():
+            if isinstance(layer, MoELayer) and reason_against(layer) is None:
+                yield layer.router.register_forward_pre_hook(self._tokens(), with_kwargs=True)
+                yield layer.router.register_forward_hook(
+                    self._routed(layer.experts), with_kwargs=True
+                )
+
+    def of(self, module: torch.nn.Module) -> ByRow | None:
+        """Returns the rows of a layer, None for one whose samples are in their order."""
+        return self._of.get(id(module))
+
+    def _tokens(self) -> Callable[..., None]:
+        def note(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs["input"]
+            samples = torch.arange(x.size(0) * x.size(1), device=x.device) % x.size(1)
+            self._of[id(module)] = ByRow(samples, x.size(1))
+
+        return note
+
+    def _routed(self, experts: Any) -> Callable[..., None]:
+        def note(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            tokens = self._of[id(module)]
+            for k, expert in enumerate(experts.local_experts):
+                rows = ByRow(tokens.samples[output[1][:, k].bool()], tokens.count)
+                for layer in expert.modules():
+                    self._of[id(layer)] = rows
+
+        return note

@@ -38,8 +38,6 @@ from megatron_dwm.cli.command import completed, new_parser, say_error
 from megatron_dwm.errors import DWMError
 
 if TYPE_CHECKING:
-    import torch
-
     from megatron_dwm.scoring.score_chunk import WindowScorer
 
 
@@ -146,22 +144,12 @@ def load_scorer(args: argparse.Namespace) -> WindowScorer:
     from megatron_dwm.core.ranks import rank_0_first
 
     if args.hf is not None:
-        from megatron_dwm.scoring.huggingface import HuggingFaceScorer
+        from megatron_dwm.scoring.huggingface import HuggingFaceScorer, usable_device
 
-        return rank_0_first(lambda: HuggingFaceScorer(args.hf, _device()))
+        return rank_0_first(lambda: HuggingFaceScorer(args.hf, usable_device()))
     from megatron_dwm.scoring.model_loading import MegatronScorer, read_saved
 
     return MegatronScorer(rank_0_first(lambda: read_saved(args.checkpoint)))
-
-
-def _device() -> torch.device:
-    import torch
-
-    from megatron_dwm.hosts import cpu
-
-    if cpu.wanted():
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 def run(args: argparse.Namespace) -> None:

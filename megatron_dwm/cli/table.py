@@ -30,6 +30,7 @@ class Command:
 COMMANDS = (
     Command("tokenizer", "tokenizer", "train a SentencePiece tokenizer on your text"),
     Command("preprocess", "preprocess", "text to Megatron's indexed data sets (.bin, .idx)"),
+    Command("dsir", "dsir", "weigh and select documents by how they are like a target text"),
     Command("inspect", "inspect", "check a data set and print what is in it"),
     Command("train", "train", "run your Megatron script with the weighting attached"),
     Command("report", "report", "tables and plots of what a run preferred, and of runs compared"),

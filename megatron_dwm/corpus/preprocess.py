@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dwm.core.vocabulary import megatron_vocabulary_size
-from megatron_dwm.corpus.preprocess_workers import Batch, Encoded, encode_in_order
+from megatron_dwm.corpus.preprocess_workers import Encoded, encode_in_order
+from megatron_dwm.corpus.text_batches import read_batches
 from megatron_dwm.errors import InputError
-from megatron_dwm.files.text_files import TextFile, input_format, read_blocks, read_whole
 from megatron_dwm.progress import bar
-
-BLOCK_BYTES = 1 << 18
 
 
 class Progress:
@@ -55,40 +53,20 @@ class Progress:
         self._bar.close()
 
 
-def read_batches(files: list[Path], override: str) -> Iterator[Batch]:
-    """Reads the input in order, in batches for the workers.
-
-    Args:
-        files: Input files.
-        override: See `text_files.input_format`.
-
-    Yields:
-        Batches of about BLOCK_BYTES; a plain text file is one batch.
-
-    Raises:
-        InputError: See `text_files`.
-    """
-    done = 0
-    for path in files:
-        with TextFile(path) as file:
-            if input_format(path, override) == "text":
-                yield Batch(str(path), 1, read_whole(file), done + file.size)
-            else:
-                for first_line, block in read_blocks(file, BLOCK_BYTES):
-                    yield Batch(str(path), first_line, block, done + file.tell())
-            done += file.size
+def dataset_prefix(output_prefix: str, key: str) -> str:
+    """Returns the path without suffix of the dataset of a key, as Megatron's own tool names it."""
+    return f"{output_prefix}_{key}_document"
 
 
 @contextmanager
-def dataset_builders(prefix: str, keys: list[str], dtype: type) -> Iterator[dict]:
+def dataset_builders(finals: dict[str, str], dtype: type) -> Iterator[dict]:
     """Opens one IndexedDatasetBuilder a key, on temporary names.
 
     On a clean exit the datasets are finished and renamed; on an error they are removed, and
     a dataset of an earlier run stays as it was.
 
     Args:
-        prefix: Output prefix.
-        keys: Keys, one dataset each.
+        finals: Path without suffix of each key's dataset.
         dtype: NumPy type of the stored tokens.
 
     Yields:
@@ -96,18 +74,17 @@ def dataset_builders(prefix: str, keys: list[str], dtype: type) -> Iterator[dict
     """
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    finals = {key: f"{prefix}_{key}_document" for key in keys}
     partials = {key: f"{final}.partial-{os.getpid()}" for key, final in finals.items()}
     try:
-        builders = {key: IndexedDatasetBuilder(partials[key] + ".bin", dtype) for key in keys}
+        builders = {key: IndexedDatasetBuilder(partials[key] + ".bin", dtype) for key in finals}
         yield builders
-        for key in keys:
+        for key in finals:
             builders[key].finalize(partials[key] + ".idx")
-        for key in keys:
+        for key, final in finals.items():
             # Without its index a dataset cannot be read, so no old index may meet new data.
-            Path(finals[key] + ".idx").unlink(missing_ok=True)
-            os.replace(partials[key] + ".bin", finals[key] + ".bin")
-            os.replace(partials[key] + ".idx", finals[key] + ".idx")
+            Path(final + ".idx").unlink(missing_ok=True)
+            os.replace(partials[key] + ".bin", final + ".bin")
+            os.replace(partials[key] + ".idx", final + ".idx")
     finally:
         for partial in partials.values():
             for suffix in (".bin", ".idx"):
@@ -129,7 +106,8 @@ def preprocess(args: argparse.Namespace, files: list[Path], tokenizer: Any) -> N
     written = dict.fromkeys(args.json_keys, 0)
     tokens = dict.fromkeys(args.json_keys, 0)
     try:
-        with dataset_builders(args.output_prefix, args.json_keys, dtype) as builders:
+        finals = {key: dataset_prefix(args.output_prefix, key) for key in args.json_keys}
+        with dataset_builders(finals, dtype) as builders:
             batches = read_batches(files, args.input_format)
             for encoded in encode_in_order(batches, args, tokenizer, dtype, args.workers):
                 for key, documents in encoded.keys.items():
@@ -149,7 +127,7 @@ def preprocess(args: argparse.Namespace, files: list[Path], tokenizer: Any) -> N
     for key in args.json_keys:
         empty = progress.documents - written[key]
         print(
-            f"Wrote {args.output_prefix}_{key}_document: {written[key]} documents, "
+            f"Wrote {finals[key]}: {written[key]} documents, "
             f"{tokens[key]} tokens, {empty} empty documents skipped"
         )
     print(f"{progress.seconds():.1f} s with {args.workers} workers ({progress.rate()})")

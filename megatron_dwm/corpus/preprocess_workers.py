@@ -3,43 +3,20 @@
 import argparse
 import contextlib
 import logging
-import multiprocessing
 import os
-import signal
 import warnings
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_dwm.core.vocabulary import megatron_vocabulary_size
+from megatron_dwm.corpus.ordered_pool import answers_in_order
+from megatron_dwm.corpus.text_batches import Batch
 from megatron_dwm.errors import InputError, in_short
-from megatron_dwm.files.text_files import parse_record, record_text
-
-# Batches in flight per worker: enough to keep it busy, few enough to bound the memory.
-BATCHES_PER_WORKER = 4
-
-
-@dataclass
-class Batch:
-    """Work for one call of a worker.
-
-    Attributes:
-        path: File name, for messages.
-        first_line: Number of the first line, from 1.
-        content: Whole lines of JSON Lines, or (str) one plain text document.
-        position: Bytes on disk of the whole input that are read once this batch is.
-    """
-
-    path: str
-    first_line: int
-    content: bytes | str
-    position: int
 
 
 @dataclass
@@ -112,15 +89,12 @@ class Encoder:
         arrays: dict[str, list[np.ndarray]] = {key: [] for key in self._keys}
         result = {key: Documents(b"", [], []) for key in self._keys}
         seen = 0
-        for line_number, texts in self._documents(batch):
+        for line_number, texts in batch.documents(self._keys):
             seen += 1
             for key, sequences in texts.items():
-                encoded = [self._encode_text(text, batch, line_number) for text in sequences]
-                encoded = [ids for ids in encoded if len(ids)]
+                encoded = self.encode_document(sequences, batch.path, line_number)
                 if not encoded:
                     continue
-                if self._eod is not None:
-                    encoded[-1] = np.append(encoded[-1], np.array([self._eod], self._dtype))
                 arrays[key].extend(encoded)
                 result[key].lengths.extend(len(ids) for ids in encoded)
                 result[key].counts.append(len(encoded))
@@ -128,16 +102,30 @@ class Encoder:
             result[key].tokens = np.concatenate(parts).tobytes() if parts else b""
         return Encoded(result, seen, len(batch.content), batch.position)
 
-    def _documents(self, batch: Batch) -> Iterator[tuple[int, dict[str, list[str]]]]:
-        if isinstance(batch.content, str):
-            yield 1, dict.fromkeys(self._keys, [batch.content])
-            return
-        for number, line in enumerate(batch.content.split(b"\n"), start=batch.first_line):
-            record = parse_record(line, batch.path, number)
-            if record is not None:
-                yield number, {k: record_text(record, k, batch.path, number) for k in self._keys}
+    def encode_document(
+        self, sequences: list[str], path: str, line_number: int
+    ) -> list[np.ndarray]:
+        """Tokenizes the sequences of a document.
 
-    def _encode_text(self, text: str, batch: Batch, line_number: int) -> np.ndarray:
+        Args:
+            sequences: Its texts.
+            path: File name, for messages.
+            line_number: Counted from 1, for messages.
+
+        Returns:
+            Token ids of each sequence that has any, the last one with the end-of-document token
+            where that is asked for.
+
+        Raises:
+            InputError: A text that cannot be used; the message names file and line.
+        """
+        encoded = [self._encode_text(text, path, line_number) for text in sequences]
+        encoded = [ids for ids in encoded if len(ids)]
+        if encoded and self._eod is not None:
+            encoded[-1] = np.append(encoded[-1], np.array([self._eod], self._dtype))
+        return encoded
+
+    def _encode_text(self, text: str, path: str, line_number: int) -> np.ndarray:
         # As in Megatron's tool the tokenizer decides: spaces are text, and even an empty string
         # has a token where the tokenizer puts one in front.
         try:
@@ -147,18 +135,18 @@ class Encoder:
                 # NullTokenizer, which takes numbers alone.
                 return np.empty(0, self._dtype)
             raise InputError(
-                f"{batch.path}, line {line_number}: the tokenizer cannot take this text "
+                f"{path}, line {line_number}: the tokenizer cannot take this text "
                 f"({in_short(error)})."
             ) from error
         if ids.size and (ids.min() < 0 or ids.max() > self._max_id):
             raise InputError(
-                f"{batch.path}, line {line_number}: token ids {ids.min()} to {ids.max()} do not "
+                f"{path}, line {line_number}: token ids {ids.min()} to {ids.max()} do not "
                 f"fit {np.dtype(self._dtype).name}, the type for this vocabulary size. Check "
                 f"--vocab-size."
             )
         if ids.size and ids.max() >= self._vocabulary:
             raise InputError(
-                f"{batch.path}, line {line_number}: token ids up to {ids.max()} do not fit the "
+                f"{path}, line {line_number}: token ids up to {ids.max()} do not fit the "
                 f"vocabulary of {self._vocabulary} ids, which begin at 0. Check --vocab-size."
             )
         return ids.astype(self._dtype, copy=False)
@@ -236,26 +224,11 @@ def build_megatron_tokenizer(args: argparse.Namespace) -> Any:
     return tokenizer
 
 
-_encoder: Encoder | None = None
-
-
-def _start_worker(args: argparse.Namespace, dtype: type) -> None:
-    global _encoder
-    # Ctrl-C reaches the whole process group; the parent alone answers it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if _encoder is None:
-        with quiet_megatron_import():
-            tokenizer = build_megatron_tokenizer(args)
-        _encoder = Encoder(tokenizer, args, dtype)
-
-
-def _encode(batch: Batch) -> Encoded | str:
-    assert _encoder is not None  # _start_worker
-    try:
-        return _encoder.encode(batch)
-    except InputError as error:
-        # As text: a chained exception may hold what does not pickle.
-        return str(error)
+def _make_encode(args: argparse.Namespace, dtype: type) -> Callable[[Batch], Encoded]:
+    """Builds the tokenizer anew, in a worker that was not forked."""
+    with quiet_megatron_import():
+        tokenizer = build_megatron_tokenizer(args)
+    return Encoder(tokenizer, args, dtype).encode
 
 
 def encode_in_order(
@@ -270,47 +243,11 @@ def encode_in_order(
         dtype: NumPy type of the stored tokens.
         workers: Number of processes.
 
-    Yields:
+    Returns:
         Answers.
 
     Raises:
         InputError: The first fault in the order of the input, or a worker died.
     """
-    global _encoder
-    # Forked workers inherit the tokenizer, so none of them imports Megatron again.
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
-    _encoder = Encoder(tokenizer, args, dtype)
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (args, dtype))
-    pending: deque[Future] = deque()
-
-    def answer() -> Encoded:
-        encoded = pending.popleft().result()
-        if isinstance(encoded, str):
-            raise InputError(encoded)
-        return encoded
-
-    try:
-        reading = iter(batches)
-        while True:
-            try:
-                batch = next(reading, None)
-            except InputError:
-                # A fault in an earlier batch comes first, as it would with one worker.
-                while pending:
-                    yield answer()
-                raise
-            if batch is None:
-                break
-            pending.append(pool.submit(_encode, batch))
-            if len(pending) >= workers * BATCHES_PER_WORKER:
-                yield answer()
-        while pending:
-            yield answer()
-    except BrokenProcessPool as error:
-        raise InputError(
-            "a worker process died, most likely for lack of memory. Set fewer --workers."
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        _encoder = None
+    encode = Encoder(tokenizer, args, dtype).encode
+    return answers_in_order(batches, encode, partial(_make_encode, args, dtype), workers)

@@ -10,8 +10,16 @@ import torch
 from megatron_dwm.conversion.dwm_classifier import LENGTH, TEMPERATURE, read_classifier
 from megatron_dwm.conversion.hf_folder import find_weights
 from megatron_dwm.errors import ConversionError, DWMError, in_short
+from megatron_dwm.hosts import cpu
 from megatron_dwm.scoring.identity import digest_of
 from megatron_dwm.weighting_model.pooling import pool_tokens
+
+
+def usable_device() -> torch.device:
+    """Returns the device that this process scores on."""
+    if cpu.wanted():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 class HuggingFaceScorer:

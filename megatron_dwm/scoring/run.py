@@ -156,34 +156,78 @@ def score(
     if dist.get_rank() == 0:
         identity = scorer.identity()
         for number, corpus in enumerate(corpora):
-            key = work_key(
-                model=identity,
-                corpus=corpus_digest(corpus.index),
-                seq_length=seq_length,
-                micro_batch_size=micro_batch_size,
-                chunk_tokens=chunk_tokens,
+            work[number] = key_and_bounds(
+                corpus.index, identity, seq_length, micro_batch_size, chunk_tokens
             )
-            work[number] = key, chunk_bounds(corpus.index, chunk_tokens)
     dist.broadcast_object_list(work, src=0)
     folders = [
-        WorkFolder(f"{corpus.output}.scores", key, bounds)
+        work_folder(corpus.output, key, bounds)
         for corpus, (key, bounds) in zip(corpora, work, strict=True)
     ]
     readers = [TokenReader(corpus.index, scorer.vocab_size) for corpus in corpora]
     chunks = _outstanding(folders)
     with _Progress(corpora, folders) as progress:
         for number, chunk in chunks[dist.get_rank() :: dist.get_world_size()]:
-            folder = folders[number]
-            first, last = (int(bound) for bound in folder.bounds[chunk : chunk + 2])
-            folder.append(
-                chunk,
-                score_chunk(scorer, readers[number], first, last, seq_length, micro_batch_size),
+            take_chunk(
+                folders[number], chunk, scorer, readers[number], seq_length, micro_batch_size
             )
             progress.update()
         for folder in folders:
             folder.close()
         _wait_for_all(progress)
     return folders
+
+
+def key_and_bounds(
+    index: IndexSummary, identity: str, seq_length: int, micro_batch_size: int, chunk_tokens: int
+) -> tuple[str, np.ndarray]:
+    """Returns the key under which a corpus' scores are kept, and the bounds of its chunks.
+
+    Args:
+        index: the corpus.
+        identity: of the weighting model.
+        seq_length: longest window.
+        micro_batch_size: windows of `seq_length` in a batch.
+        chunk_tokens: tokens of a chunk.
+    """
+    key = work_key(
+        model=identity,
+        corpus=corpus_digest(index),
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        chunk_tokens=chunk_tokens,
+    )
+    return key, chunk_bounds(index, chunk_tokens)
+
+
+def work_folder(output: str, key: str, bounds: np.ndarray) -> WorkFolder:
+    """Returns the folder with the scores that belong to a weight file."""
+    return WorkFolder(f"{output}.scores", key, bounds)
+
+
+def take_chunk(
+    folder: WorkFolder,
+    chunk: int,
+    scorer: WindowScorer,
+    reader: TokenReader,
+    seq_length: int,
+    micro_batch_size: int,
+) -> None:
+    """Scores a chunk and keeps its scores.
+
+    Args:
+        folder: where they go.
+        chunk: its number.
+        scorer: the weighting model.
+        reader: the corpus.
+        seq_length: longest window.
+        micro_batch_size: windows of `seq_length` in a batch.
+
+    Raises:
+        DWMError: a token id outside the vocabulary, a score that is not finite, a full disk.
+    """
+    first, last = (int(bound) for bound in folder.bounds[chunk : chunk + 2])
+    folder.append(chunk, score_chunk(scorer, reader, first, last, seq_length, micro_batch_size))
 
 
 def _wait_for_all(progress: _Progress) -> None:

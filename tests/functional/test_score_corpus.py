@@ -177,14 +177,14 @@ def save_damaged(folder: Path, source: str) -> tuple[str, str]:
     return str(nan), str(stock)
 
 
-def write_classifier(folder: str) -> Any:
+def write_classifier(folder: str, vocab_size: int = 256) -> Any:
     """Writes a small Hugging Face classifier with one label, and returns it."""
     import torch
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     torch.manual_seed(7)
     config = LlamaConfig(
-        vocab_size=256,
+        vocab_size=vocab_size,
         hidden_size=48,
         intermediate_size=96,
         num_hidden_layers=2,

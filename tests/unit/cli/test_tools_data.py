@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from megatron_dwm.cli import preprocess as preprocess_data
-from megatron_dwm.corpus import preprocess as corpus_preprocess
-from megatron_dwm.corpus import preprocess_workers
+from megatron_dwm.corpus import ordered_pool, preprocess_workers, text_batches
 from megatron_dwm.errors import InputError
 from megatron_dwm.files.text_files import expand_inputs, input_format, read_texts
 
@@ -118,7 +117,7 @@ def test_roundtrip_with_document_bounds_and_eod(corpus, texts, model, pieces, tm
 
 def test_output_is_the_same_for_any_number_of_workers(corpus, model, tmp_path, monkeypatch):
     # Many batches, so that their order is at stake.
-    monkeypatch.setattr(corpus_preprocess, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(text_batches, "BLOCK_BYTES", 2000)
     for workers in "123":
         assert preprocess([corpus], tmp_path / workers, model, "--workers", workers) == 0
     for suffix in ("bin", "idx"):
@@ -169,7 +168,7 @@ def test_several_keys_and_empty_documents(model, pieces, tmp_path, capsys):
 def test_bad_line_names_file_and_line_and_leaves_nothing(
     tmp_path, model, capsys, monkeypatch, bad, message, workers
 ):
-    monkeypatch.setattr(corpus_preprocess, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(text_batches, "BLOCK_BYTES", 200)
     bad = bad if isinstance(bad, bytes) else bad.encode()
     good = b'{"text": "a line of text"}\n'
     # A second fault follows: the first in the input's order is the one to report.
@@ -303,9 +302,9 @@ def test_input_is_not_read_far_ahead_of_the_workers(model):
     def batches():
         for i in range(1000):
             read.append(i)
-            yield preprocess_workers.Batch("x", i + 1, b'{"text": "a"}\n', i)
+            yield text_batches.Batch("x", i + 1, b'{"text": "a"}\n', i)
 
     encoded = preprocess_workers.encode_in_order(batches(), args, tokenizer, np.uint16, 2)
     assert [next(encoded).position for _ in range(3)] == [0, 1, 2]
-    assert len(read) <= 3 + 2 * preprocess_workers.BATCHES_PER_WORKER
+    assert len(read) <= 3 + 2 * ordered_pool.ITEMS_PER_WORKER
     encoded.close()

@@ -16,15 +16,18 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import chain
 
 import numpy as np
 
 # What nltk's WordPunctTokenizer takes for a word.
 _WORDS = re.compile(r"\w+|[^\w\s]+")
 _EPSILON = 1e-8
-# N-grams whose buckets are remembered, of one word and of several: under 100 MB for each process.
+# Words whose buckets are remembered, and as many n-grams of three words and more; slots for pairs.
+# Under 100 MB for each process.
 _REMEMBERED = 1 << 18
+_SLOT_BITS = 20
+# Of Fibonacci hashing: spreads neighbouring keys over the slots.
+_MIXER = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True)
@@ -40,20 +43,69 @@ class Features:
     buckets: int = 10_000
 
 
-class _Buckets(dict):
-    """Bucket of each n-gram, a word or a tuple of words; forgets all when it is full."""
+def _bucket(ngram: str, buckets: int) -> int:
+    return int.from_bytes(sha256(ngram.encode()).digest()) % buckets
+
+
+class _Words(dict):
+    """Number of each word, counted from 0 as they come.
+
+    Attributes:
+        single: Bucket of each word, by its number.
+    """
+
+    def __init__(self, buckets: int):
+        super().__init__()
+        self._buckets = buckets
+        self.single: list[int] = []
+
+    def __missing__(self, word: str) -> int:
+        bucket = _bucket(word, self._buckets)
+        self[word] = number = len(self.single)
+        self.single.append(bucket)
+        return number
+
+
+class _Longer(dict):
+    """Bucket of each n-gram of more than two words; forgets all when it is full."""
 
     def __init__(self, buckets: int):
         super().__init__()
         self._buckets = buckets
 
-    def __missing__(self, ngram: str | tuple[str, ...]) -> int:
-        text = ngram if isinstance(ngram, str) else " ".join(ngram)
-        bucket = int.from_bytes(sha256(text.encode()).digest()) % self._buckets
+    def __missing__(self, ngram: tuple[str, ...]) -> int:
+        bucket = _bucket(" ".join(ngram), self._buckets)
         if len(self) >= _REMEMBERED:
             self.clear()
         self[ngram] = bucket
         return bucket
+
+
+class _Pairs:
+    """Buckets of pairs of words. Each pair has one slot, which the last that came takes.
+
+    Arrays, as the look-ups are what takes the time: a dictionary of pairs is hardly faster than
+    hashing them anew.
+    """
+
+    def __init__(self, buckets: int):
+        self._buckets = buckets
+        self._keys = np.full(1 << _SLOT_BITS, -1, np.int64)
+        self._found = np.zeros(1 << _SLOT_BITS, np.int64)
+
+    def of(self, words: Sequence[str], numbers: np.ndarray) -> np.ndarray:
+        """Returns the bucket of each pair of neighbours, `[n - 1]` int64 of n words."""
+        keys = numbers[:-1] << 32 | numbers[1:]
+        slots = (keys.view(np.uint64) * _MIXER >> np.uint64(64 - _SLOT_BITS)).view(np.int64)
+        found = self._found[slots]
+        missing = np.flatnonzero(self._keys[slots] != keys)
+        for first in missing.tolist():
+            found[first] = _bucket(f"{words[first]} {words[first + 1]}", self._buckets)
+        # Of several for the same slot one has to leave both its key and its bucket.
+        taken, which = np.unique(slots[missing], return_index=True)
+        self._keys[taken] = keys[missing[which]]
+        self._found[taken] = found[missing[which]]
+        return found
 
 
 class Hasher:
@@ -61,25 +113,38 @@ class Hasher:
 
     def __init__(self, features: Features):
         """Sets what is counted."""
-        self._longest = features.ngrams
-        self._single = _Buckets(features.buckets)
-        self._longer = _Buckets(features.buckets)
+        self._features = features
+        self._longer = _Longer(features.buckets)
+        self._forget()
 
-    def buckets(self, text: str) -> list[int]:
+    def buckets(self, text: str) -> np.ndarray:
         """Returns the bucket of every n-gram of a text.
+
+        Returns:
+            `[n]` int64.
 
         Raises:
             UnicodeEncodeError: The text has a lone surrogate, which has no UTF-8.
         """
+        if len(self._words) >= _REMEMBERED:
+            self._forget()
         words = _WORDS.findall(text.lower())
-        found = list(map(self._single.__getitem__, words))
-        for length in range(2, self._longest + 1):
+        numbers = list(map(self._words.__getitem__, words))
+        found = [np.array(list(map(self._words.single.__getitem__, numbers)), np.int64)]
+        if self._features.ngrams > 1 and len(words) > 1:
+            found.append(self._pairs.of(words, np.array(numbers, np.int64)))
+        for length in range(3, self._features.ngrams + 1):
             ngrams = zip(*(words[first:] for first in range(length)), strict=False)
-            found.extend(map(self._longer.__getitem__, ngrams))
-        return found
+            found.append(np.array(list(map(self._longer.__getitem__, ngrams)), np.int64))
+        return np.concatenate(found)
+
+    def _forget(self) -> None:
+        # Pairs are known by the numbers of their words.
+        self._words = _Words(self._features.buckets)
+        self._pairs = _Pairs(self._features.buckets)
 
 
-def count(found: Iterable[list[int]], features: Features) -> np.ndarray:
+def count(found: Iterable[np.ndarray], features: Features) -> np.ndarray:
     """Counts the n-grams of several texts.
 
     Args:
@@ -89,7 +154,7 @@ def count(found: Iterable[list[int]], features: Features) -> np.ndarray:
     Returns:
         `[B]` int64.
     """
-    together = np.fromiter(chain.from_iterable(found), np.int64)
+    together = np.concatenate([np.zeros(0, np.int64), *found])
     return np.bincount(together, minlength=features.buckets)
 
 
@@ -109,16 +174,16 @@ def log_ratios(target: np.ndarray, raw: np.ndarray, smoothing: float = 0.0) -> n
     return np.log(p + _EPSILON) - np.log(q + _EPSILON)
 
 
-def log_weight(found: Iterable[int], ratios: Sequence[float]) -> float:
+def log_weight(found: np.ndarray, ratios: np.ndarray) -> float:
     """Returns the log importance weight of a text.
 
     The sum is rounded once, at its end, so the order of the n-grams leaves no trace.
 
     Args:
-        found: The buckets of its n-grams.
-        ratios: `[B]` log ratios; a list is read much faster than an array.
+        found: `[n]` buckets of its n-grams.
+        ratios: `[B]` log ratios.
     """
-    return math.fsum(map(ratios.__getitem__, found))
+    return math.fsum(ratios[found].tolist())
 
 
 def select(log_weights: np.ndarray, eligible: np.ndarray, fraction: float, seed: int) -> np.ndarray:

@@ -69,7 +69,7 @@ class TextHasher:
         """Sets what is counted."""
         self._hasher = Hasher(features)
 
-    def buckets(self, text: str, path: str, line: int) -> list[int]:
+    def buckets(self, text: str, path: str, line: int) -> np.ndarray:
         """Returns the bucket of every n-gram of a text.
 
         Raises:
@@ -88,7 +88,7 @@ class TextHasher:
 class _Worker:
     """Counts the n-grams of batches, or scores their documents once it is given log ratios."""
 
-    def __init__(self, features: Features, key: str, ratios: list[float] | None):
+    def __init__(self, features: Features, key: str, ratios: np.ndarray | None):
         self._features, self._key, self._ratios = features, key, ratios
         self._hasher = TextHasher(features)
 
@@ -151,8 +151,8 @@ def run(args: argparse.Namespace, files: list[Path], targets: list[Path]) -> Non
     folder.remove()
 
 
-def summed_ratios(folder: PartFolder, smoothing: float) -> list[float]:
-    """Returns the log ratios that follow from all counts in a folder.
+def summed_ratios(folder: PartFolder, smoothing: float) -> np.ndarray:
+    """Returns the log ratios `[B]` that follow from all counts in a folder.
 
     Raises:
         InputError: Counts are missing, or there is no text.
@@ -162,7 +162,7 @@ def summed_ratios(folder: PartFolder, smoothing: float) -> list[float]:
         total[kind] = reduce(np.add, (part["counts"] for part in folder.load_all(kind)))
         if not total[kind].any():
             raise InputError(f"{flag}: no text in it. Check the files and --json-key.")
-    return log_ratios(total[TARGET], total[RAW], smoothing).tolist()
+    return log_ratios(total[TARGET], total[RAW], smoothing)
 
 
 def write(
@@ -265,7 +265,7 @@ def _take(
     folder: PartFolder,
     kind: str,
     files: Sequence[Path],
-    ratios: list[float] | None,
+    ratios: np.ndarray | None,
 ) -> None:
     """Counts or scores the files that were not before; each leaves a part of the kind."""
     outstanding = [n for n in range(len(files)) if folder.load(kind, n, len(files)) is None]

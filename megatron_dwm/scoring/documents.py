@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_dwm.data.index import DatasetError, IndexSummary
+from megatron_dwm.data.index import IndexSummary
 from megatron_dwm.data.weight_file import document_chunks
 
 # What a document costs beside its tokens, in tokens: keeps chunks of tiny documents short.
@@ -105,46 +105,3 @@ def pool_windows(scores: np.ndarray, windows: Windows, documents: int) -> np.nda
     pooled = np.full(documents, EMPTY_SCORE)
     np.divide(sums, tokens, out=pooled, where=tokens > 0)
     return pooled.astype(np.float32)
-
-
-class TokenReader:
-    """Reads documents' tokens from a `.bin`, which is memory-mapped.
-
-    Args:
-        index: The corpus.
-        vocab_size: Token ids must be below it.
-    """
-
-    def __init__(self, index: IndexSummary, vocab_size: int) -> None:
-        self.index, self.vocab_size = index, vocab_size
-        path = f"{index.prefix}.bin"
-        self._raw = np.zeros(0, np.uint8)
-        if index.bin_bytes:
-            self._raw = np.memmap(path, dtype=np.uint8, mode="r")
-
-    def document(self, number: int) -> np.ndarray:
-        """Returns a document's tokens, all its sequences one after the other.
-
-        Returns:
-            `[tokens]` int64.
-
-        Raises:
-            DatasetError: A token id is outside the vocabulary.
-        """
-        index = self.index
-        first, last = index.document_indices[number : number + 2]
-        parts = [np.zeros(0, index.dtype)]
-        for sequence in range(int(first), int(last)):
-            begin = int(index.sequence_pointers[sequence])
-            end = begin + int(index.sequence_lengths[sequence]) * index.dtype.itemsize
-            parts.append(self._raw[begin:end].view(index.dtype))
-        tokens = np.concatenate(parts).astype(np.int64)
-        if len(tokens) and not (tokens.min() >= 0 and tokens.max() < self.vocab_size):
-            bad = int(np.argmax((tokens < 0) | (tokens >= self.vocab_size)))
-            raise DatasetError(
-                f"{index.prefix}.bin: document {number} has the token id {tokens[bad]} at its "
-                f"token {bad}, but the weighting model's vocabulary has {self.vocab_size} ids; "
-                "score data made with the tokenizer that the model was trained with",
-                this_rank_only=True,
-            )
-        return tokens

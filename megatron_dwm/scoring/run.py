@@ -17,10 +17,11 @@ import numpy as np
 import torch.distributed as dist
 
 from megatron_dwm.data.index import IndexSummary, read_index
+from megatron_dwm.data.token_reader import TokenReader
 from megatron_dwm.data.weight_file import WeightFile, read_weights, weights_path, write_weights
 from megatron_dwm.errors import DWMError
 from megatron_dwm.progress import bar
-from megatron_dwm.scoring.documents import TokenReader, chunk_bounds
+from megatron_dwm.scoring.documents import chunk_bounds
 from megatron_dwm.scoring.identity import corpus_digest
 from megatron_dwm.scoring.score_chunk import WindowScorer, score_chunk
 from megatron_dwm.scoring.weighing import summary, weights_of

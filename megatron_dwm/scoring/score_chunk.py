@@ -7,8 +7,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from megatron_dwm.data.token_reader import TokenReader
 from megatron_dwm.errors import DWMError
-from megatron_dwm.scoring.documents import TokenReader, batches, cut_into_windows, pool_windows
+from megatron_dwm.scoring.documents import batches, cut_into_windows, pool_windows
 
 
 class WindowScorer(Protocol):

@@ -138,7 +138,7 @@ def _samples(data: str | None, size: int, length: int, count: int) -> torch.Tens
         generator = torch.Generator().manual_seed(_SEED)
         return torch.randint(0, size, (count, length + 1), generator=generator)
     from megatron_dwm.data.index import read_index
-    from megatron_dwm.scoring.documents import TokenReader
+    from megatron_dwm.data.token_reader import TokenReader
 
     index = read_index(data)
     reader = TokenReader(index, size)

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from megatron_dwm.data.index import read_index
+from megatron_dwm.data.token_reader import TokenReader
 from megatron_dwm.data.weight_file import read_weights, write_weights
 from megatron_dwm.errors import DWMError
 from megatron_dwm.scoring.documents import (
     EMPTY_SCORE,
-    TokenReader,
     Windows,
     batches,
     chunk_bounds,

@@ -3,25 +3,42 @@
     megatron-dwm report --run runs/dwm
     megatron-dwm report --run runs/dwm --log dwm.log --stock-log stock.log --bad-domain corrupt
     megatron-dwm report --compare stock=stock.log --compare DWM=dwm.log --plot report.png
+    megatron-dwm report runs/dwm runs/uniform --html report.html
 
 RUN is the run's --save folder with `dwm_log.jsonl` and its older parts; the logs are what the
 trainer printed. All runs of --compare are set against the first, at equal tokens and at equal time.
 The plot shows their validation losses over both, and the weights of RUN's domains.
+
+--html makes one page of up to 8 runs side by side, which needs no network and no other file: loss,
+evidence and weights over the steps, domains, cost, and where a run was started with
+--dwm-document-weights, what its documents weigh by length, variety, repetition and symbols, with
+the passages that it wants most and least. Their texts need the tokenizer; without one, tokens below
+256 are bytes.
 Exit code 0: done, 2: bad input.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import sys
+from typing import TYPE_CHECKING
 
 from megatron_dwm.cli.command import completed, new_parser, print_json
+from megatron_dwm.corpus.tokenizer_flags import add_tokenizer_args
 from megatron_dwm.errors import DWMError
+
+if TYPE_CHECKING:
+    from megatron_dwm.logs.html_report import Documents
+    from megatron_dwm.logs.passages import Decode
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's flags."""
     add = parser.add_argument
-    add("--run", metavar="RUN", help="the --save folder of a run with --dwm")
+    add("runs", nargs="*", metavar="RUN", help="--save folders of runs with --dwm; several: --html")
+    add("--run", metavar="RUN", help="one more RUN")
     add("--log", metavar="FILE", help="what the trainer printed in that run")
     add("--stock-log", metavar="FILE", help="what the stock trainer printed on the same data")
     add(
@@ -35,6 +52,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bad-domain", default="corrupt", help="a domain that is known to be bad")
     add("--good-domains", nargs="+", default=[], help="domains that it should end below")
     add("--json", action="store_true", help="print one JSON object")
+    group = parser.add_argument_group("page for a browser")
+    add = group.add_argument
+    add("--html", metavar="FILE.html", help="write the page (needs matplotlib)")
+    add("--png", metavar="FOLDER", help="write its charts as PNG as well")
+    add(
+        "--data",
+        nargs="+",
+        metavar="PREFIX",
+        help="where the training data sets lie now, in the order of the run's (default: where "
+        "they lay)",
+    )
+    add("--documents", type=int, default=2000, metavar="N", help="documents that are read (2000)")
+    add("--seed", type=int, default=1234, help="seed of their draw (1234)")
+    add_tokenizer_args(parser, required=False)
+    # Nothing is tokenized, only read back.
+    parser.set_defaults(append_eod=False, pad_vocab_size=False)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,20 +79,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Reads, prints, and draws the plot where one is asked for.
+    """Reads, prints, and draws the plot or writes the page where one is asked for.
 
     Raises:
         DWMError: What is given cannot be reported.
     """
-    if args.run is None and not args.compare:
+    folders = [*args.runs, *([] if args.run is None else [args.run])]
+    if not folders and not args.compare:
         raise DWMError("there is nothing to report; give --run RUN, or --compare NAME=LOG, or both")
+    _check_page(args, folders)
     from megatron_dwm.logs import summary
 
     if args.plot:
         from megatron_dwm.logs.plot import check_plot, domain_weights_over_run, draw
 
         check_plot(args.plot)
-    log = None if args.run is None else summary.step_log(args.run)
+    # Tables on a terminal are of one run; several are side by side on the page.
+    log = summary.step_log(folders[0]) if len(folders) == 1 else None
     by_stage = None if log is None else summary.stages_of(log)
     found = summary.Summary(
         by_stage,
@@ -70,7 +106,122 @@ def run(args: argparse.Namespace) -> None:
     if args.plot:
         lines = [] if log is None else list(summary.read_lines(log, "reading the log again"))
         draw(args.plot, found.comparison, domain_weights_over_run(lines))
+    if args.html:
+        _write_page(args, folders)
     if args.json:
         print_json(found.figures())
-    else:
-        print(found.text())
+        return
+    if text := found.text():
+        print(text)
+    if args.html:
+        print(f"wrote {args.html}")
+
+
+# ------------------------------------------------------------------ the page
+
+
+def _check_page(args: argparse.Namespace, folders: list[str]) -> None:
+    """Finds out, before any work, whether the page can be made.
+
+    Raises:
+        DWMError: It cannot.
+    """
+    if not args.html:
+        if len(folders) > 1:
+            raise DWMError(
+                f"{len(folders)} runs ({', '.join(folders)}); give --html FILE.html, which shows "
+                "them side by side, or one run"
+            )
+        for flag in ("png", "data", "tokenizer_type", "tokenizer_model"):
+            if getattr(args, flag) is not None:
+                raise DWMError(f"--{flag.replace('_', '-')} is of the page; give --html FILE.html")
+        return
+    from megatron_dwm.logs.html_report import MOST_RUNS
+    from megatron_dwm.logs.plot import check_matplotlib
+
+    check_matplotlib("--html")
+    if not folders:
+        raise DWMError(f"--html {args.html}: there is no run to show; give RUN")
+    if len(folders) > MOST_RUNS:
+        raise DWMError(
+            f"--html: {len(folders)} runs, but more than {MOST_RUNS} lines cannot be told apart; "
+            "give fewer runs"
+        )
+    if len({os.path.realpath(folder) for folder in folders}) < len(folders):
+        raise DWMError(f"--html: a run is named twice ({', '.join(folders)}); name each once")
+    if not args.html.lower().endswith((".html", ".htm")):
+        raise DWMError(f"--html {args.html}: the name must end in .html")
+    folder = os.path.dirname(args.html) or "."
+    if not os.path.isdir(folder):
+        raise DWMError(f"--html {args.html}: there is no folder {folder}; make it first")
+    if args.documents < 1:
+        raise DWMError(f"--documents {args.documents}: expected at least 1")
+
+
+def _write_page(args: argparse.Namespace, folders: list[str]) -> None:
+    """Makes the page and writes it."""
+    from megatron_dwm.logs.html_report import build
+    from megatron_dwm.logs.run_log import read_run_log, run_names
+
+    runs = [read_run_log(*pair) for pair in zip(run_names(folders), folders, strict=True)]
+    decode = _decoder(args)
+    build(runs, [_documents_of(folder, args, decode) for folder in folders]).write(
+        args.html, args.png
+    )
+
+
+def _documents_of(folder: str, args: argparse.Namespace, decode: Decode | None) -> Documents:
+    """Reads a run's documents.
+
+    Raises:
+        DWMError: They cannot be read though the flags name them.
+    """
+    from megatron_dwm.logs.html_report import Documents
+    from megatron_dwm.logs.passages import sample_documents
+
+    named = args.data is not None or decode is not None
+    try:
+        sample = sample_documents(folder, args.data, decode, args.documents, args.seed)
+    except DWMError as error:
+        if named:
+            raise
+        # Nobody has asked for them: the rest of the report stands without.
+        print(f"NOTE: {folder}: documents are left out: {error}", file=sys.stderr)
+        return Documents(None, f"Documents are left out: {error}")
+    if sample is None:
+        return Documents(
+            None, "The run has kept no weights of documents; --dwm-document-weights does."
+        )
+    return Documents(sample)
+
+
+def _decoder(args: argparse.Namespace) -> Decode | None:
+    """Returns what turns token ids into text; None where tokens are bytes.
+
+    Raises:
+        DWMError: The flags make no tokenizer.
+    """
+    if args.tokenizer_type is None:
+        if args.tokenizer_model is None:
+            return None
+        file = os.path.isfile(args.tokenizer_model)
+        args.tokenizer_type = "SentencePieceTokenizer" if file else "HuggingFaceTokenizer"
+    # Its tokens stand for themselves, which in a data set of texts are bytes.
+    if args.tokenizer_type == "NullTokenizer":
+        return None
+    from megatron_dwm.corpus.preprocess_workers import (
+        build_megatron_tokenizer,
+        quiet_megatron_import,
+    )
+    from megatron_dwm.progress import working
+
+    with working("loading the tokenizer"), quiet_megatron_import():
+        tokenizer = build_megatron_tokenizer(args)
+    end = None
+    with contextlib.suppress(Exception):  # a tokenizer without one says so in its own way
+        end = tokenizer.eod
+
+    def decode(tokens: list[int]) -> str:
+        return tokenizer.detokenize([token for token in tokens if token != end])
+
+    return decode

@@ -8,15 +8,19 @@ from typing import Any
 from megatron_dwm.errors import InputError
 
 
-def add_tokenizer_args(parser: argparse.ArgumentParser) -> None:
+def add_tokenizer_args(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Adds Megatron's tokenizer flags: same names, defaults and destinations.
 
     They are listed here because importing them from Megatron takes seconds, which `--help`
     should not.
+
+    Args:
+        parser: Gets them.
+        required: Whether the command cannot do without a tokenizer.
     """
     group = parser.add_argument_group("tokenizer (as in Megatron)")
     add = group.add_argument
-    add("--tokenizer-type", required=True, help="such as SentencePieceTokenizer")
+    add("--tokenizer-type", required=required, help="such as SentencePieceTokenizer")
     add("--tokenizer-model", help="model file, directory or Hugging Face name")
     add("--vocab-size", type=int, help="vocabulary size, for NullTokenizer and TikTokenizer")
     add("--vocab-file", help="vocabulary of GPT2BPETokenizer and the BERT tokenizers")

@@ -44,6 +44,8 @@ def domain_weights_over_run(
     for line in log:
         part = (line["iteration"] - 1) * parts // last
         for domain, weight in line["domain_weight"].items():
+            if weight is None:
+                continue
             samples = line["domain_samples"][domain]
             total = sums[domain][part]
             total[0] += weight * samples
@@ -58,20 +60,32 @@ def domain_weights_over_run(
     }
 
 
+def check_matplotlib(flag: str) -> Any:
+    """Finds out, before any work, whether something can be drawn.
+
+    Returns:
+        matplotlib's `FigureCanvasBase`.
+
+    Raises:
+        DWMError: matplotlib, which the flag needs, is missing.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise DWMError(
+            f"{flag} needs matplotlib, which is not installed; leave {flag} out, or "
+            "pip install 'megatron-dwm[report]'"
+        ) from None
+    return FigureCanvasBase
+
+
 def check_plot(path: str) -> None:
     """Finds out, before any work, whether a plot can be drawn and saved under this name.
 
     Raises:
         DWMError: matplotlib is missing, or does not know the file's ending.
     """
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError:
-        raise DWMError(
-            "--plot needs matplotlib, which is not installed; leave --plot out, or "
-            "pip install 'megatron-dwm[report]'"
-        ) from None
-    known = FigureCanvasBase.get_supported_filetypes()
+    known = check_matplotlib("--plot").get_supported_filetypes()
     ending = os.path.splitext(path)[1].lstrip(".").lower()
     if ending not in known:
         raise DWMError(f"--plot {path}: the name must end in one of .{', .'.join(sorted(known))}")
@@ -111,7 +125,7 @@ def draw(
             _panel(next(axes), [curve.seconds for curve in curves], curves, labels)
     if weights:
         axis = next(axes)
-        for dashes, (x, y) in zip(_cycled(len(weights)), weights.values(), strict=True):
+        for dashes, (x, y) in zip(dashes_of(len(weights)), weights.values(), strict=True):
             axis.plot(x, y, linestyle=dashes)
         axis.set(
             title="what the domains weighed",
@@ -119,13 +133,13 @@ def draw(
             ylabel="mean weight of the samples",
         )
         axis.axhline(1, color="grey", linewidth=0.6)
-        _name_lines(axis, [(name, x[-1], y[-1]) for name, (x, y) in weights.items()])
+        name_lines(axis, [(name, x[-1], y[-1]) for name, (x, y) in weights.items()])
     figure.savefig(path, dpi=150)
 
 
 def _panel(axis: Any, xs: list[list[float]], curves: list[Any], labels: dict[str, str]) -> None:
     """Draws validation losses over something."""
-    for dashes, x, curve in zip(_cycled(len(curves)), xs, curves, strict=True):
+    for dashes, x, curve in zip(dashes_of(len(curves)), xs, curves, strict=True):
         axis.plot(x, curve.losses, linestyle=dashes, marker=".", markersize=4)
     for setter, text in labels.items():
         getattr(axis, setter)(text)
@@ -139,15 +153,21 @@ def _panel(axis: Any, xs: list[list[float]], curves: list[Any], labels: dict[str
     if shown and max(shown) > min(shown):
         room = 0.05 * (max(shown) - min(shown))
         axis.set_ylim(min(shown) - room, max(shown) + room)
-    _name_lines(axis, [(c.name, x[-1], c.losses[-1]) for x, c in zip(xs, curves, strict=True)])
+    name_lines(axis, [(c.name, x[-1], c.losses[-1]) for x, c in zip(xs, curves, strict=True)])
 
 
-def _name_lines(axis: Any, ends: list[tuple[str, float, float]]) -> None:
-    """Writes each line's name to the right of its end, names kept apart."""
+def name_lines(axis: Any, ends: list[tuple[str, float, float]], gap: float = _LABEL_GAP) -> None:
+    """Writes each line's name to the right of its end, names kept apart.
+
+    Args:
+        axis: of matplotlib.
+        ends: name, x and y of each line's last point.
+        gap: least distance of two names, over the height of the axes.
+    """
     ends = [end for end in ends if numpy.isfinite(end[2])]
     low, high = axis.get_ylim()
     heights = [(y - low) / (high - low) for _, _, y in ends]
-    for (name, x, y), height in zip(ends, spread(heights, _LABEL_GAP), strict=True):
+    for (name, x, y), height in zip(ends, spread(heights, gap), strict=True):
         axis.annotate(
             name,
             xy=(x, y),
@@ -155,6 +175,7 @@ def _name_lines(axis: Any, ends: list[tuple[str, float, float]]) -> None:
             textcoords="axes fraction",
             verticalalignment="center",
             annotation_clip=False,
+            parse_math=False,  # a name may have dollar signs
             arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "grey"},
         )
 
@@ -173,5 +194,6 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
     return found
 
 
-def _cycled(count: int) -> list[Any]:
+def dashes_of(count: int) -> list[Any]:
+    """Returns the dash pattern of each of so many lines."""
     return [_DASHES[k % len(_DASHES)] for k in range(count)]

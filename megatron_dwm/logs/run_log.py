@@ -1,0 +1,226 @@
+"""A run's step log, read once for a report: figures over steps, stages, and weight by influence."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy
+
+from megatron_dwm.errors import DWMError
+from megatron_dwm.logs.plot import domain_weights_over_run
+from megatron_dwm.logs.report import domain_weights_by_stage
+from megatron_dwm.logs.summary import read_lines, step_log
+from megatron_dwm.logs.text_statistics import rank_correlation, ranks
+
+# Fields with one value for each sample; far too much to keep of a long run.
+_OF_SAMPLES = ("weights", "scores", "domains", "influence")
+_PARTS = 40  # points of a line over the run
+_END = 0.1  # share of the run that "at the end" means
+BINS = 10
+
+
+@dataclass
+class WeightByInfluence:
+    """How the weights of a step go with the influence that its meta step then finds.
+
+    Steps differ in scale, so what counts is a sample's rank in its step, and its weight over the
+    step's mean.
+
+    Attributes:
+        counts: `[BINS]` samples, from the least useful tenth of a step to the most useful.
+        sums: `[BINS]` of their weights over the step's mean.
+        squares: the same, squared.
+        correlations: rank correlation of weight and usefulness, for each step.
+    """
+
+    counts: numpy.ndarray = field(default_factory=lambda: numpy.zeros(BINS))
+    sums: numpy.ndarray = field(default_factory=lambda: numpy.zeros(BINS))
+    squares: numpy.ndarray = field(default_factory=lambda: numpy.zeros(BINS))
+    correlations: list[float] = field(default_factory=list)
+
+    def add(self, weights: Sequence[float | None], influence: Sequence[float | None]) -> None:
+        """Takes in a step; one whose weights are all alike says nothing and is left out."""
+        w = numpy.array(weights, dtype=float)
+        useful = -numpy.array(influence, dtype=float)
+        if w.shape != useful.shape or len(w) < 3 or not numpy.isfinite([w, useful]).all():
+            return
+        correlation = rank_correlation(w, useful)
+        if not (math.isfinite(correlation) and w.mean() > 0):
+            return
+        self.correlations.append(correlation)
+        place = (ranks(useful) * BINS / len(w)).astype(int)
+        relative = w / w.mean()
+        self.counts += numpy.bincount(place, minlength=BINS)
+        self.sums += numpy.bincount(place, relative, minlength=BINS)
+        self.squares += numpy.bincount(place, relative**2, minlength=BINS)
+
+    def bins(self) -> list[tuple[float, float, float, int]]:
+        """Returns middle of the tenth, mean weight, standard deviation and count of each bin."""
+        found = []
+        for k in numpy.flatnonzero(self.counts):
+            mean = self.sums[k] / self.counts[k]
+            variance = max(0.0, self.squares[k] / self.counts[k] - mean**2)
+            middle = (float(k) + 0.5) / BINS
+            found.append((middle, float(mean), math.sqrt(variance), int(self.counts[k])))
+        return found
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """What a report shows of one run's log.
+
+    Attributes:
+        name: of the run.
+        folder: its `--save` folder.
+        lines: of the log, without what is per sample.
+        by_stage: see `domain_weights_by_stage`.
+        by_influence: empty unless the run had `--dwm-log-samples` and took meta steps.
+    """
+
+    name: str
+    folder: str
+    lines: list[dict[str, Any]]
+    by_stage: dict[str, dict[str, float]]
+    by_influence: WeightByInfluence
+
+    @property
+    def last(self) -> int:
+        """The last iteration that was logged."""
+        return self.lines[-1]["iteration"]
+
+    def series(self, key: str) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """Returns iterations and values of a figure, where it was logged."""
+        pairs = [
+            (line["iteration"], line[key])
+            for line in self.lines
+            if isinstance(line.get(key), int | float) and math.isfinite(line[key])
+        ]
+        found = numpy.array(pairs, dtype=float).reshape(-1, 2)
+        return found[:, 0], found[:, 1]
+
+    def over_run(self, key: str, parts: int = _PARTS) -> tuple[list[float], list[float]]:
+        """Returns a figure's means over pieces of the run of equal length, and their middles."""
+        x, y = self.series(key)
+        place = numpy.minimum((x - 1) * parts // self.last, parts - 1).astype(int)
+        counts, sums = numpy.bincount(place), numpy.bincount(place, y)
+        filled = numpy.flatnonzero(counts)
+        middles = (filled + 0.5) * self.last / parts
+        return middles.tolist(), (sums[filled] / counts[filled]).tolist()
+
+    def at_end(self, key: str) -> float:
+        """Returns a figure's mean over the last tenth of the run, else its last value, else NaN."""
+        x, y = self.series(key)
+        late = y[x > self.last * (1 - _END)]
+        return float(late.mean() if len(late) else y[-1] if len(y) else math.nan)
+
+    def domains(self, parts: int = _PARTS) -> dict[str, tuple[list[float], list[float]]]:
+        """Returns `domain_weights_over_run`, domains with most samples first."""
+        over_run = domain_weights_over_run(self.lines, parts)
+        return {name: over_run[name] for name, _ in self.samples_by_domain().most_common()}
+
+    def samples_by_domain(self) -> Counter[str]:
+        """Returns how many samples of each domain were logged."""
+        found: Counter[str] = Counter()
+        for line in self.lines:
+            found.update(line["domain_samples"])
+        return found
+
+    def mean_weight(self, share: float = 1.0) -> float:
+        """Returns the mean weight of the samples in the last share of the run; NaN if unknown."""
+        total = count = 0.0
+        for line in self.lines:
+            if line["iteration"] > self.last * (1 - share):
+                for name, weight in line["domain_weight"].items():
+                    if weight is not None:
+                        total += weight * line["domain_samples"][name]
+                        count += line["domain_samples"][name]
+        return total / count if count else math.nan
+
+    def marks(self) -> list[tuple[int, str]]:
+        """Returns the first iteration of each stage but the first, and of what follows a warm-up.
+
+        Returns:
+            Iteration and name, in order.
+        """
+        found = []
+        for before, line in zip(self.lines, self.lines[1:], strict=False):
+            if line.get("stage") != before.get("stage"):
+                found.append((line["iteration"], f"stage {line.get('stage', '-')}"))
+            elif before["window"] == "warmup" != line["window"]:
+                found.append((line["iteration"], "weighted"))
+        return found
+
+    def kind(self) -> str:
+        """Returns how the run was weighted, as far as its log tells."""
+        meta, _ = self.series("meta_loss")
+        if len(meta):
+            spacing = float(numpy.median(numpy.diff(meta))) if len(meta) > 1 else 0.0
+            # Not all of them: they are denser early on, and a stage may have none in its end.
+            often = {0.0: "", 1.0: ", mostly in every step"}
+            every = often.get(spacing, f", mostly every {spacing:g} steps")
+            return f"learned, {len(meta)} meta steps{every}"
+        if all(line["window"] == "uniform" for line in self.lines):
+            return "uniform weights"
+        return "weighted without meta steps"
+
+    def warmup(self) -> int:
+        """Returns the number of steps before anything was weighted."""
+        return sum(line["window"] == "warmup" for line in self.lines)
+
+
+def read_run_log(name: str, folder: str) -> RunLog:
+    """Reads a run's step log.
+
+    Raises:
+        DWMError: there is none, it is empty, or a line is not one of a step log.
+    """
+    path = step_log(folder)
+    lines, by_influence = [], WeightByInfluence()
+    try:
+        for line in read_lines(path, f"reading {name}"):
+            _check(line)
+            if "weights" in line and "influence" in line:
+                by_influence.add(line["weights"], line["influence"])
+            lines.append({key: line[key] for key in line if key not in _OF_SAMPLES})
+        by_stage = domain_weights_by_stage(lines)
+    except DWMError as error:
+        raise DWMError(f"{path}: {error}") from None
+    if not lines:
+        raise DWMError(
+            f"{path}: has no whole line; the run has logged no step yet, or the file is damaged"
+        )
+    return RunLog(name, folder, lines, by_stage, by_influence)
+
+
+def _check(line: dict[str, Any]) -> None:
+    """Refuses a line whose fields have other types than a step log's."""
+    weights, samples = line.get("domain_weight", {}), line.get("domain_samples", {})
+    right = (
+        isinstance(weights, dict)
+        and isinstance(samples, dict)
+        and weights.keys() <= samples.keys()
+        and all(isinstance(value, int | float | None) for value in weights.values())
+        and all(isinstance(value, int) for value in samples.values())
+        and isinstance(line.get("window", ""), str)
+        and line["iteration"] > 0
+        and all(isinstance(line.get(key, []), list) for key in _OF_SAMPLES)
+    )
+    if not right:
+        raise DWMError(
+            f"the line of iteration {line['iteration']} is damaged (fields of other types than a "
+            "step log has); give the step log of a run with --dwm"
+        )
+
+
+def run_names(folders: Sequence[str]) -> list[str]:
+    """Returns what runs are called: their folders' names, whole paths where two are the same."""
+    names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
+    return [
+        folder if names.count(name) > 1 else name
+        for name, folder in zip(names, folders, strict=True)
+    ]

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from datatrove.pipeline.base import PipelineStep
 
+from megatron_dwm.data.token_reader import TokenReader
 from megatron_dwm.errors import DWMError
 from megatron_dwm.hosts import cpu
-from megatron_dwm.scoring.documents import TokenReader
 from megatron_dwm.scoring.huggingface import HuggingFaceScorer, usable_device
 from megatron_dwm.scoring.run import (
     Corpus,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+import os
 import re
 import textwrap
 from collections import Counter
@@ -51,6 +52,7 @@ MEGATRON: dict[str, tuple[Any, list[str] | None]] = {
     "_timers": (Timers(log_level=0, log_option="max"), None),
 }
 OTHERS: dict[str, Any] = {
+    "_exit": os,
     "_actions": argparse.ArgumentParser(),
     "_SubParsersAction": argparse,
     "_BaseDataLoaderIter": torch.utils.data.dataloader,
@@ -92,13 +94,30 @@ def own_attributes() -> Counter[str]:
     return found
 
 
+def asked_of_super() -> Counter[str]:
+    """Returns what the package's classes ask `super()` for, and how many of them do."""
+    found: Counter[str] = Counter()
+    for _, tree in trees():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                calls = [part for part in ast.walk(node) if isinstance(part, ast.Attribute)]
+                found.update(
+                    {
+                        c.attr
+                        for c in calls
+                        if getattr(getattr(c.value, "func", None), "id", "") == "super"
+                    }
+                )
+    return found
+
+
 def foreign_names() -> dict[str, set[str]]:
     """Returns the private names of others, and the modules that use them.
 
-    What `super()` is asked for is another's unless a second class of ours has it.
+    What `super()` is asked for is another's unless a class of ours has it that does not ask.
     """
     found: dict[str, set[str]] = {}
-    own = own_attributes()
+    own, asking = own_attributes(), asked_of_super()
     for path, tree in trees():
         names = []
         for node in ast.walk(tree):
@@ -108,7 +127,7 @@ def foreign_names() -> dict[str, set[str]]:
                 names += [alias.name for alias in node.names]
             elif isinstance(node, ast.Attribute):
                 asked = getattr(getattr(node.value, "func", None), "id", None) == "super"
-                if own[node.attr] < (2 if asked else 1):
+                if own[node.attr] <= (asking[node.attr] if asked else 0):
                     names.append(node.attr)
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 if node.func.id in ("getattr", "setattr", "hasattr") and len(node.args) > 1:

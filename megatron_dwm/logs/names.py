@@ -19,6 +19,7 @@ NAMES = {
     "score_correlation_error": "evidence/score_correlation_error",
     "teacher_correlation_mean": "evidence/teacher_correlation_mean",
     "gate": "evidence/gate",
+    "steadiness": "evidence/steadiness",
     "meta_gradient_norm": "evidence/meta_gradient_norm",
     "dwm_grad_norm": "learning/grad_norm",
     "dwm_updated": "learning/updated",

@@ -3,6 +3,11 @@
     phi(x) = features (`features`), standardised by running moments, projected above `LIMIT`
     s(x) = <w, phi(x)> over its own standard deviation,   w by ridge regression of the influence
 
+The states of a language model drift while it trains, early on by several deviations within some
+steps, and with them the scores of all samples alike. The map therefore has its centre at the score
+of the mean features of the last `maps.RECENT` samples or so (the score is linear), and its deviation is
+that of their scores; else a drift would be taken for a difference, and drop every sample or none.
+
 There is no second model and no pass of its own: a micro-batch's weights are known inside its own
 forward step. Running moments and w are fixed at the start of a step and change at its end, so that
 no weight depends on the layout or on the order of micro-batches.
@@ -24,11 +29,12 @@ from megatron_dwm.config.policy_table import Needs
 from megatron_dwm.policies.base import Lesson, PolicyContext, SampleView, StepView
 from megatron_dwm.policies.features import Projection, sample_features
 from megatron_dwm.policies.learned import LearnedPolicy
-from megatron_dwm.policies.maps import DECAY
+from megatron_dwm.policies.maps import DECAY, newest
 from megatron_dwm.policies.ridge import Ridge
 
 LIMIT = 1024  # features that the regression is given at most
 _OF_LOSSES = 2
+_OF_SCORES = 3
 
 
 class Head(LearnedPolicy):
@@ -41,12 +47,13 @@ class Head(LearnedPolicy):
     needs = Needs(losses=True, states=True, influence=True, map=True)
 
     def __init__(self, context: PolicyContext) -> None:
-        super().__init__(context, standard=True)
+        super().__init__(context, standard=True, drifts=True)
         config, device = context.config, context.device
         width = 2 * context.hidden_size + _OF_LOSSES
         self.projection = Projection(width, LIMIT, _OF_LOSSES, config.seed, device)
         self.ridge = Ridge(self.projection.width, config.forgetting, config.ridge, device)
         self.standard = RunningMoments(width, device)
+        self.spread = torch.ones((), dtype=torch.float64, device=device)
         self._features: dict[int, torch.Tensor] = {}
         self._pending: tuple[torch.Tensor, Any] | None = None
 
@@ -100,10 +107,20 @@ class Head(LearnedPolicy):
         features = self._local_features().double()
         scores = self.local_scores()
         assert scores is not None
-        packed = torch.cat([self.standard.sums(features), self.map.sums(scores)])
+        # Of the scores that the samples have now, after what has been learned from them.
+        now = self.scores(features)
+        now = now[torch.isfinite(now)]
+        of_scores = torch.stack([torch.ones_like(now).sum(), now.sum(), now.square().sum()])
+        packed = torch.cat([self.standard.sums(features), of_scores, self.map.sums(scores)])
         handle = self.context.topology.start_sum_over_samples(packed)
         self._pending = (packed, handle)
         return []
+
+    def figures(self) -> dict[str, Any]:
+        """As `LearnedPolicy.figures`, and how far weights may leave 1 while scores drift."""
+        steadiness = getattr(self.map, "steadiness", None)
+        more = {} if steadiness is None else {"steadiness": steadiness}
+        return {**super().figures(), **more}
 
     def description(self) -> dict[str, Any]:
         """The features' number, by which a saved head is known to fit."""
@@ -119,6 +136,7 @@ class Head(LearnedPolicy):
             **super().state_dict(),
             "ridge": self.ridge.state_dict(),
             "standard": self.standard.state_dict(),
+            "spread": self.spread.cpu(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -126,6 +144,8 @@ class Head(LearnedPolicy):
         super().load_state_dict(state)
         self.ridge.load_state_dict(state["ridge"])
         self.standard.load_state_dict(state["standard"])
+        if "spread" in state:  # missing in what was saved before there was one
+            self.spread = state["spread"].to(self.spread.device)
 
     def _local_features(self) -> torch.Tensor:
         return torch.cat([self._features[k] for k in sorted(self._features)])
@@ -141,15 +161,21 @@ class Head(LearnedPolicy):
         self._pending = None
         if handle is not None:
             handle.wait()
-        of_features, of_scores = packed.split(
-            [self.standard.length, len(packed) - self.standard.length]
+        length = self.standard.length
+        of_features, of_scores, of_map = packed.split(
+            [length, _OF_SCORES, len(packed) - length - _OF_SCORES]
         )
         self.standard.update(of_features)
-        self.map.update(of_scores)
+        self.map.update(of_map)
+        count, first, second = of_scores
+        count = count.clamp(min=1)
+        spread = second / count - (first / count).square()
+        self.spread = self.spread + newest(count) * (spread - self.spread)
+        self.map.place(self.scores(self.standard.recent.unsqueeze(0))[0], self.spread)
 
 
 class RunningMoments:
-    """Running mean and variance of each feature, float64.
+    """Running mean and variance of each feature, float64, and the mean of the last few steps.
 
     Before the first update every feature is 0, whatever it is: there is nothing to say.
 
@@ -161,6 +187,7 @@ class RunningMoments:
     def __init__(self, width: int, device: torch.device) -> None:
         kind = {"dtype": torch.float64, "device": device}
         self.mean, self.variance = torch.zeros(width, **kind), torch.zeros(width, **kind)
+        self.recent = torch.zeros(width, **kind)
         self.age = torch.zeros((), **kind)
         self.length = 2 * width + 1
 
@@ -185,6 +212,8 @@ class RunningMoments:
         spread = (second / count - shift.square()).clamp(min=0)
         # As long as there is little to average, all of it counts alike.
         age = self.age + 1
+        latest = torch.where(empty, 0.0, torch.maximum(newest(count), 1 / age))
+        self.recent = self.recent + latest * (self.mean + shift - self.recent)
         new = torch.where(empty, 0.0, torch.maximum(torch.full_like(age, 1 - DECAY), 1 / age))
         self.variance = (1 - new) * (self.variance + new * shift.square()) + new * spread
         self.mean = self.mean + new * shift
@@ -192,9 +221,10 @@ class RunningMoments:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the moments."""
-        return {name: getattr(self, name).cpu() for name in ("mean", "variance", "age")}
+        return {name: getattr(self, name).cpu() for name in ("mean", "variance", "recent", "age")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes them over."""
-        for name in ("mean", "variance", "age"):
-            setattr(self, name, state[name].to(self.mean.device))
+        # What was saved before there was a recent mean has the running one in its place.
+        for name, value in {"recent": state["mean"], **state}.items():
+            setattr(self, name, value.to(self.mean.device))

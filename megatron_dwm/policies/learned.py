@@ -25,12 +25,13 @@ class LearnedPolicy(WeightPolicy):
     Args:
         context: what it is built from.
         standard: whether the scores have mean 0 and variance 1 by their making.
+        drifts: whether all of them may move alike all the same, see `maps.SigmoidMap`.
     """
 
-    def __init__(self, context: PolicyContext, standard: bool) -> None:
+    def __init__(self, context: PolicyContext, standard: bool, drifts: bool = False) -> None:
         super().__init__(context)
         config = context.config
-        self.map = build_map(config, standard, context.device)
+        self.map = build_map(config, standard, context.device, drifts)
         self.gate, self.gated = Gate(), config.gate == "on"
         self.targets = Targets()
         self.batch: Mapped | None = None

@@ -31,6 +31,17 @@ from megatron_dwm.policies.softmax import batch_weights, score_gradient
 
 # Of the running averages, a step. 0.95: the last 20 steps or so.
 DECAY = 0.95
+# Samples whose scores say where the map of standard scores lies; at least those of the last step.
+RECENT = 64
+# A model whose scores do not differ yet has nothing to say.
+_LEAST_VARIANCE = 1e-4
+_DRIFT_DECAY = 0.9
+
+
+def newest(count: torch.Tensor) -> torch.Tensor:
+    """Returns how much a step of `count` samples counts in a mean of the last `RECENT` or so."""
+    steps = RECENT / count
+    return 1 - ((steps - 1) / (steps + 1)).clamp(min=0.0)
 
 
 @dataclass
@@ -72,6 +83,9 @@ class WeightMap(Protocol):
     def update(self, sums: torch.Tensor) -> None:
         """Takes the step's sums over all samples into the running state."""
 
+    def place(self, centre: torch.Tensor, variance: torch.Tensor) -> None:
+        """Takes over where scores that are standard by their making lie now; scalars."""
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the running state."""
 
@@ -111,6 +125,9 @@ class SoftmaxMap:
     def update(self, sums: torch.Tensor) -> None:
         """Nothing to update."""
 
+    def place(self, centre: torch.Tensor, variance: torch.Tensor) -> None:
+        """Nothing to do: only differences of scores count."""
+
     def state_dict(self) -> dict[str, Any]:
         """Nothing to keep."""
         return {}
@@ -131,15 +148,24 @@ class SigmoidMap:
         standard: whether scores have mean 0 and variance 1 by their making, so that centre and
             deviation stay.
         device: where scores live.
+        drifts: whether standard scores may all move alike, so that weights leave 1 only once they
+            have been seen to stay.
     """
 
     whole_batch = False
 
-    def __init__(self, slope: float, guards: Guards, standard: bool, device: torch.device) -> None:
+    def __init__(
+        self,
+        slope: float,
+        guards: Guards,
+        standard: bool,
+        device: torch.device,
+        drifts: bool = False,
+    ) -> None:
         self.slope, self.guards, self.standard = slope, guards, standard
         # centre, normaliser, variance of the weights, the cap's factor, age of the averages,
-        # variance of the scores
-        start = [0.0, 0.5, 0.0, 1.0, 0.0, 1.0]
+        # variance of the scores, squared distance of the steps' mean scores from the centre
+        start = [0.0, 0.5, 0.0, 1.0, 0.0, 1.0, 1.0 if drifts else 0.0]
         self.state = torch.tensor(start, dtype=torch.float64, device=device)
 
     def weights(self, scores: torch.Tensor) -> Mapped:
@@ -179,28 +205,39 @@ class SigmoidMap:
     def update(self, sums: torch.Tensor) -> None:
         """As `WeightMap.update`; without waiting for the device."""
         count, scores, spread, sigmoids, squares, guarded = sums
-        centre, normaliser, variance, factor, age, deviation2 = self.state
+        centre, normaliser, variance, factor, age, deviation2, drift = self.state
         # As long as there is little to average, all of it counts alike.
         age = age + 1
         new = torch.maximum(torch.full_like(age, 1 - DECAY), 1 / age)
         count = count.clamp(min=1)
+        moved = (scores / count - centre).square() / deviation2
         shift = new * (scores / count - centre)
         wider = new * (spread / count - deviation2)
+        of_normaliser = new
         if self.standard:
             shift, wider = torch.zeros_like(shift), torch.zeros_like(wider)
+            of_normaliser = torch.maximum(newest(count), new)
         self.state = torch.stack(
             [
                 centre + shift,
-                (normaliser + new * (sigmoids / count - normaliser)).clamp(min=1e-6),
+                (normaliser + of_normaliser * (sigmoids / count - normaliser)).clamp(min=1e-6),
                 variance + new * (squares / count - variance),
                 factor / (1 + new * (guarded / count - 1)).clamp(min=0.5)
                 if self.guards.max_weight is not None
                 else factor,
                 age,
-                # A model whose scores do not differ yet has nothing to say.
-                (deviation2 + wider).clamp(min=1e-4),
+                (deviation2 + wider).clamp(min=_LEAST_VARIANCE),
+                drift + (1 - _DRIFT_DECAY) * (moved - drift),
             ]
         )
+
+    def place(self, centre: torch.Tensor, variance: torch.Tensor) -> None:
+        """As `WeightMap.place`; a centre that is not finite changes nothing."""
+        place = torch.zeros_like(self.state, dtype=torch.bool)
+        place[0] = place[5] = True
+        new = self.state.clone()
+        new[0], new[5] = centre, variance.clamp(min=_LEAST_VARIANCE)
+        self.state = torch.where(place & torch.isfinite(new), new, self.state)
 
     def state_dict(self) -> dict[str, Any]:
         """As `WeightMap.state_dict`."""
@@ -208,7 +245,18 @@ class SigmoidMap:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As `WeightMap.load_state_dict`."""
-        self.state = state["sigmoid"].to(self.state.device)
+        saved = state["sigmoid"].to(self.state.device)
+        # What was saved before there was a drift knows of none.
+        self.state = torch.cat([saved, torch.zeros_like(self.state[len(saved) :])])
+
+    @property
+    def steadiness(self) -> torch.Tensor:
+        """How far weights may leave 1, as the scores of all samples move alike: scalar in [0, 1].
+
+        A step's mean score is that of a sample over sqrt(N) from the centre, unless all scores
+        have moved since the centre was found.
+        """
+        return (1.5 - 2 * self.state[6].sqrt()).clamp(0.0, 1.0)
 
     def _plain(self, s: torch.Tensor) -> torch.Tensor:
         return torch.sigmoid(self._argument(s)) / self.state[1]
@@ -228,20 +276,23 @@ class SigmoidMap:
             weights = 1 + share * (weights - 1)
         if mix > 0:
             weights = (1 - mix) * weights + mix
+        if self.standard:
+            weights = 1 + self.steadiness * (weights - 1)
         if cap is not None:
             weights = (self.state[3] * weights).clamp(max=cap)
         return weights
 
 
-def build_map(config: Any, standard: bool, device: torch.device) -> WeightMap:
+def build_map(config: Any, standard: bool, device: torch.device, drifts: bool = False) -> WeightMap:
     """Returns the map that `--dwm-map` names.
 
     Args:
         config: settings, defaults resolved.
         standard: see `SigmoidMap`.
+        drifts: see `SigmoidMap`.
         device: where scores live.
     """
     guards = Guards.from_config(config)
     if config.map == "softmax":
         return SoftmaxMap(config.temperature, guards)
-    return SigmoidMap(config.slope, guards, standard, device)
+    return SigmoidMap(config.slope, guards, standard, device, drifts)

@@ -262,6 +262,21 @@ def test_excess_losses_of_two_samples_say_which_counts_more(topology):
     assert weights[1] > 1.2 * weights[0]
 
 
+@pytest.mark.parametrize("name", ["head", "head-ungated"])
+def test_states_that_drift_drop_no_batch(topology, name):
+    """As of a model that has begun to train: every feature of every sample moves, and then stops."""
+    driver, means = Driver(topology, CASES[name]), []
+    for number in range(90):
+        batch = Batch(number)
+        drift = 0.6 * min(number, 40)
+        batch.states += drift
+        batch.losses -= 0.05 * min(number, 40)
+        weights = driver.step(number, batch)
+        means.append(weights.mean().item())
+    assert 0.5 < min(means[:60]) and max(means[:60]) < 2
+    assert weights[USEFUL].mean() > 1.3 * weights[~USEFUL].mean()
+
+
 def test_domains_without_a_number_share_a_score(topology):
     driver = Driver(topology, {"policy": "domains", "gate": "off"})
     driver.run(0, 20)

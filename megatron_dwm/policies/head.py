@@ -5,8 +5,9 @@
 
 The states of a language model drift while it trains, early on by several deviations within some
 steps, and with them the scores of all samples alike. The map therefore has its centre at the score
-of the mean features of the last `maps.RECENT` samples or so (the score is linear), and its deviation is
-that of their scores; else a drift would be taken for a difference, and drop every sample or none.
+of the mean features of the last `maps.RECENT` samples or so, as the score is linear, and its
+deviation is that of their scores; else a drift would be taken for a difference, and drop every
+sample or none.
 
 There is no second model and no pass of its own: a micro-batch's weights are known inside its own
 forward step. Running moments and w are fixed at the start of a step and change at its end, so that

@@ -264,7 +264,7 @@ def test_excess_losses_of_two_samples_say_which_counts_more(topology):
 
 @pytest.mark.parametrize("name", ["head", "head-ungated"])
 def test_states_that_drift_drop_no_batch(topology, name):
-    """As of a model that has begun to train: every feature of every sample moves, and then stops."""
+    """As of a model that has begun to train: all features of all samples move, and then stop."""
     driver, means = Driver(topology, CASES[name]), []
     for number in range(90):
         batch = Batch(number)

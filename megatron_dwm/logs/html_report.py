@@ -18,7 +18,7 @@ from megatron_dwm.errors import DWMError
 from megatron_dwm.logs.charts import Chart, against, number, over_steps
 from megatron_dwm.logs.html_page import charts, heading, page, paragraph, quotes, table
 from megatron_dwm.logs.passages import STATISTICS, DocumentSample, passages
-from megatron_dwm.logs.run_log import RunLog
+from megatron_dwm.logs.run_log import RunLog, WeightByRank
 from megatron_dwm.logs.text_statistics import binned
 
 MOST_RUNS = 8  # as many as there are dash patterns
@@ -35,11 +35,13 @@ _OVER_STEPS = {
     "effective_sample_size": ("Effective share of the samples", "share", True),
 }
 _ERROR = {"score_correlation_mean": "score_correlation_error"}
-_INFLUENCE = (
-    "Useful is a sample that the meta step then finds to lower the meta loss. Points are tenths of "
-    "each step's samples, bars the standard deviation within a tenth. Weight against loss is not "
-    "shown: the log has the weight, score and influence of every sample (--dwm-log-samples), and "
-    "no loss of a single one."
+_NEEDED = {
+    "usefulness": "It needs --dwm-log-samples, and meta steps whose weights differ.",
+    "loss": "It needs --dwm-log-samples, and a policy that asks for the samples' losses.",
+}
+_RANKS = (
+    "Points are tenths of each step's samples, bars the standard deviation within a tenth. Useful "
+    "is a sample that the meta step then finds to lower the meta loss."
 )
 
 
@@ -104,9 +106,11 @@ def build(runs: Sequence[RunLog], documents: Sequence[Documents]) -> Report:
     for k, run in enumerate(runs, start=1):
         body += _domains(run, f"run{k}", pictures)
     body += _cost(runs, pictures)
-    body += [heading(2, "Weight by influence"), paragraph(_INFLUENCE)]
+    body += [heading(2, "Weight by usefulness and by loss"), paragraph(_RANKS)]
     for k, run in enumerate(runs, start=1):
-        body += _influence(run, f"run{k}", pictures)
+        body.append(heading(3, run.name))
+        body += _by_rank(run, run.by_usefulness, "usefulness", f"run{k}", pictures)
+        body += _by_rank(run, run.by_loss, "loss", f"run{k}", pictures)
     body.append(heading(2, "Weight by document"))
     for k, (run, found) in enumerate(zip(runs, documents, strict=True), start=1):
         body += _documents(run, found, f"run{k}", pictures)
@@ -265,32 +269,27 @@ def _domains(run: RunLog, stem: str, pictures: list[Chart]) -> list[str]:
     return found
 
 
-def _influence(run: RunLog, stem: str, pictures: list[Chart]) -> list[str]:
-    found = [heading(3, run.name)]
-    bins = run.by_influence.bins()
+def _by_rank(
+    run: RunLog, found: WeightByRank, what: str, stem: str, pictures: list[Chart]
+) -> list[str]:
+    bins = found.bins()
     if not bins:
-        return [
-            *found,
-            paragraph(
-                "Not in the log: it needs --dwm-log-samples, and meta steps whose weights differ."
-            ),
-        ]
+        return [paragraph(f"By {what}: not in the log. {_NEEDED[what]}")]
     chart = against(
-        f"{stem}_influence",
-        f"Weight by usefulness: {run.name}",
-        "rank of usefulness in its step (0 least)",
+        f"{stem}_{what}",
+        f"Weight by {what}: {run.name}",
+        f"rank of {what} in its step (0 least)",
         "weight over the step's mean",
         bins,
     )
     pictures.append(chart)
-    values = numpy.array(run.by_influence.correlations)
+    values = numpy.array(found.correlations)
     error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return [
-        *found,
         charts([chart]),
         paragraph(
-            f"Mean rank correlation of weight and usefulness within a step: "
-            f"{number(values.mean())} ± {number(error)}, over {len(values)} meta steps."
+            f"Mean rank correlation of weight and {what} within a step: "
+            f"{number(values.mean())} ± {number(error)}, over {len(values)} steps."
         ),
     ]
 

@@ -61,6 +61,8 @@ def describe(record: StepRecord, domains: list[str], samples: bool = False) -> d
         line["weights"] = [_finite(round(w, 6)) for w in weights.tolist()]
         if record.scores is not None:
             line["scores"] = [_finite(score) for score in record.scores.tolist()]
+        if record.losses is not None:
+            line["losses"] = [_finite(loss) for loss in record.losses.tolist()]
         if record.domains is not None:
             line["domains"] = record.domains.tolist()
         if record.meta is not None:

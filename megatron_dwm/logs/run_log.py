@@ -1,4 +1,4 @@
-"""A run's step log, read once for a report: figures over steps, stages, and weight by influence."""
+"""A run's step log, read once for a report: figures over steps, stages, weight by sample."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from megatron_dwm.logs.summary import read_lines, step_log
 from megatron_dwm.logs.text_statistics import rank_correlation, ranks
 
 # Fields with one value for each sample; far too much to keep of a long run.
-_OF_SAMPLES = ("weights", "scores", "domains", "influence")
+_OF_SAMPLES = ("weights", "scores", "domains", "influence", "losses")
 _PARTS = 40  # points of a line over the run
 _END = 0.1  # share of the run that "at the end" means
 BINS = 10
 
 
 @dataclass
-class WeightByInfluence:
-    """How the weights of a step go with the influence that its meta step then finds.
+class WeightByRank:
+    """How the weights of a step go with another number of its samples.
 
     Steps differ in scale, so what counts is a sample's rank in its step, and its weight over the
     step's mean.
 
     Attributes:
-        counts: `[BINS]` samples, from the least useful tenth of a step to the most useful.
+        counts: `[BINS]` samples, from the lowest tenth of a step to the highest.
         sums: `[BINS]` of their weights over the step's mean.
         squares: the same, squared.
-        correlations: rank correlation of weight and usefulness, for each step.
+        correlations: rank correlation of weight and number, for each step.
     """
 
     counts: numpy.ndarray = field(default_factory=lambda: numpy.zeros(BINS))
@@ -43,17 +43,17 @@ class WeightByInfluence:
     squares: numpy.ndarray = field(default_factory=lambda: numpy.zeros(BINS))
     correlations: list[float] = field(default_factory=list)
 
-    def add(self, weights: Sequence[float | None], influence: Sequence[float | None]) -> None:
+    def add(self, weights: Sequence[float | None], numbers: Sequence[float | None]) -> None:
         """Takes in a step; one whose weights are all alike says nothing and is left out."""
         w = numpy.array(weights, dtype=float)
-        useful = -numpy.array(influence, dtype=float)
-        if w.shape != useful.shape or len(w) < 3 or not numpy.isfinite([w, useful]).all():
+        x = numpy.array(numbers, dtype=float)
+        if w.shape != x.shape or len(w) < 3 or not numpy.isfinite([w, x]).all():
             return
-        correlation = rank_correlation(w, useful)
+        correlation = rank_correlation(w, x)
         if not (math.isfinite(correlation) and w.mean() > 0):
             return
         self.correlations.append(correlation)
-        place = (ranks(useful) * BINS / len(w)).astype(int)
+        place = (ranks(x) * BINS / len(w)).astype(int)
         relative = w / w.mean()
         self.counts += numpy.bincount(place, minlength=BINS)
         self.sums += numpy.bincount(place, relative, minlength=BINS)
@@ -79,14 +79,18 @@ class RunLog:
         folder: its `--save` folder.
         lines: of the log, without what is per sample.
         by_stage: see `domain_weights_by_stage`.
-        by_influence: empty unless the run had `--dwm-log-samples` and took meta steps.
+        by_usefulness: less the influence that the meta step finds; empty unless the run had
+            `--dwm-log-samples` and took meta steps.
+        by_loss: the mean token loss; empty unless the run had `--dwm-log-samples`, with a policy
+            that asks for losses.
     """
 
     name: str
     folder: str
     lines: list[dict[str, Any]]
     by_stage: dict[str, dict[str, float]]
-    by_influence: WeightByInfluence
+    by_usefulness: WeightByRank
+    by_loss: WeightByRank
 
     @property
     def last(self) -> int:
@@ -180,12 +184,15 @@ def read_run_log(name: str, folder: str) -> RunLog:
         DWMError: there is none, it is empty, or a line is not one of a step log.
     """
     path = step_log(folder)
-    lines, by_influence = [], WeightByInfluence()
+    lines, by_usefulness, by_loss = [], WeightByRank(), WeightByRank()
     try:
         for line in read_lines(path, f"reading {name}"):
             _check(line)
             if "weights" in line and "influence" in line:
-                by_influence.add(line["weights"], line["influence"])
+                useful = [None if c is None else -c for c in line["influence"]]
+                by_usefulness.add(line["weights"], useful)
+            if "weights" in line and "losses" in line:
+                by_loss.add(line["weights"], line["losses"])
             lines.append({key: line[key] for key in line if key not in _OF_SAMPLES})
         by_stage = domain_weights_by_stage(lines)
     except DWMError as error:
@@ -194,7 +201,7 @@ def read_run_log(name: str, folder: str) -> RunLog:
         raise DWMError(
             f"{path}: has no whole line; the run has logged no step yet, or the file is damaged"
         )
-    return RunLog(name, folder, lines, by_stage, by_influence)
+    return RunLog(name, folder, lines, by_stage, by_usefulness, by_loss)
 
 
 def _check(line: dict[str, Any]) -> None:

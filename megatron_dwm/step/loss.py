@@ -115,10 +115,12 @@ class Applied:
     Attributes:
         num_tokens: token count of each micro-batch (None where `loss_func` averages by itself).
         by_micro_batch: `[b]` weights of each micro-batch.
+        losses: `[b]` mean token loss of each micro-batch's samples, where they are kept.
     """
 
     num_tokens: list[torch.Tensor | None] = field(default_factory=list)
     by_micro_batch: list[torch.Tensor] = field(default_factory=list)
+    losses: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def weights(self) -> torch.Tensor | None:
@@ -139,6 +141,8 @@ class WeightedForwardStep:
         self._num_microbatches = 1
         self._calls = 0
         self._known_linear = False
+        # Whether the samples' losses are kept, where a policy asks for losses at all.
+        self.keeps_losses = False
         # What weighting adds to a micro-batch's forward step is done within it.
         self.stopwatch: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
@@ -204,6 +208,7 @@ class WeightedForwardStep:
         if k == 0:
             self._applied.num_tokens.clear()
             self._applied.by_micro_batch.clear()
+            self._applied.losses.clear()
         self._calls += 1
         with self.stopwatch():
             if isinstance(self._weights, PolicyWeights):
@@ -239,6 +244,9 @@ class WeightedForwardStep:
             reported = loss_func(leaf, **kwargs)
             (view.mask,) = torch.autograd.grad(reported[0], leaf)
         view.mask = view.mask.float()
+        if self.keeps_losses:
+            tokens = view.mask.sum(1).clamp(min=1e-20)
+            self._applied.losses.append((losses.float() * view.mask).sum(1) / tokens)
         if not self._known_linear:
             _check_linear(loss_func, losses, reported[0].detach(), kwargs)
             self._known_linear = True

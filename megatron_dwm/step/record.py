@@ -51,6 +51,7 @@ class StepRecord:
         figures: what the policy says of the step.
         notices: lines for the user.
         scores: `[N]` that the weights were made of, where samples are logged and there are any.
+        losses: `[N]` mean token losses, where samples are logged and the policy asks for losses.
         time_share: estimate of the weighting's share of the time, at meta steps, see `TimeShare`.
     """
 
@@ -68,3 +69,4 @@ class StepRecord:
     notices: list[str] = field(default_factory=list)
     time_share: float | None = None
     scores: torch.Tensor | None = None
+    losses: torch.Tensor | None = None

@@ -73,6 +73,7 @@ class DWMTrainStep:
         self.shape, self.meta_data = passes.shape, passes.meta_data
         self.sees_losses = passes.sees_losses
         self.policy, self.tap, self.warm_start = policy, tap, warm_start
+        self.forward_step.keeps_losses = config.log_samples
         self.influence = InfluencePasses(config, passes)
         self.budget = OverheadBudget.from_config(config)
         self.bad_steps = BadSteps(config.max_bad_steps)
@@ -289,6 +290,8 @@ class DWMTrainStep:
             record.figures, record.notices = self.policy.figures(), self.policy.notices()
             if self.config.log_samples:
                 record.scores = self._gathered(self.policy.local_scores())
+                kept = self.influence.applied.losses
+                record.losses = self._gathered(torch.cat(kept) if kept else None)
         return record
 
     def _gathered(self, local: torch.Tensor | None) -> torch.Tensor | None:

@@ -116,7 +116,8 @@ def test_experts_are_covered_by_the_hooks(results: Results) -> None:
 def test_scores_are_in_the_log_where_samples_are(folder: Path, results: Results) -> None:
     results.succeeded("head-dp2-whole")
     line = log_of(folder, "head-dp2-whole")[-1]
-    assert len(line["scores"]) == len(line["weights"]) == 16
+    assert len(line["scores"]) == len(line["weights"]) == len(line["losses"]) == 16
+    assert sum(line["losses"]) / 16 == pytest.approx(line["lm_loss"], rel=0.02)
     order = sorted(range(16), key=lambda i: line["scores"][i])
     weights = [line["weights"][i] for i in order]
     assert weights == sorted(weights)

@@ -46,6 +46,7 @@ def log_lines(
                 "weighting_time_share": 0.125,
                 "weights": [2.0, 1.5, 0.5, 0.0],
                 "influence": [-4.0, -2.0, 1.0, 3.0],
+                "losses": [2.0, 2.5, 3.0, 3.5],
             }
         lines.append(line)
     return lines

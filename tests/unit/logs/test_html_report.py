@@ -23,7 +23,7 @@ from megatron_dwm.cli import report
 from megatron_dwm.errors import DWMError
 from megatron_dwm.logs.passages import passages as passages_of
 from megatron_dwm.logs.passages import printable, sample_documents
-from megatron_dwm.logs.run_log import WeightByInfluence, read_run_log, run_names
+from megatron_dwm.logs.run_log import WeightByRank, read_run_log, run_names
 from tests.unit.logs.made_up_runs import (
     HOSTILE,
     log_lines,
@@ -100,6 +100,7 @@ def test_the_page_has_every_part(learned: tuple[Path, str]) -> None:
         "1 to 20",
         "41 to 60",
         "Mean rank correlation of weight and usefulness within a step: 1.000",
+        "Mean rank correlation of weight and loss within a step: -1.000",
     ):
         assert words in text, words
     assert "Not in the log" not in text
@@ -127,7 +128,7 @@ def test_what_a_text_or_a_name_holds_is_shown_and_not_obeyed(learned: tuple[Path
 
 def test_pictures_have_words_and_headings_are_in_order(learned: tuple[Path, str]) -> None:
     page = Page(learned[1])
-    assert len(page.images) == 5 + 1 + 1 + 1 + 4 + 1
+    assert len(page.images) == 5 + 1 + 1 + 2 + 4 + 1
     assert all(len(str(image.get("alt"))) > 20 for image in page.images)
     levels = [int(tag[1]) for tag in page.tags if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1 and levels.count(1) == 1
@@ -155,7 +156,7 @@ def test_runs_without_meta_steps(tmp_path: Path, kind: str) -> None:
     expected = {"uniform": "uniform weights", "linupper": "weighted without meta steps"}
     assert expected[kind] in text
     assert "Not in the log: meta loss (run), out-of-sample correlation (run), gate (run)." in text
-    assert "it needs --dwm-log-samples" in text and "--dwm-document-weights does" in text
+    assert "It needs --dwm-log-samples" in text and "--dwm-document-weights does" in text
 
 
 def test_several_runs_are_side_by_side(tmp_path: Path) -> None:
@@ -256,10 +257,10 @@ def test_a_tokenizer_turns_ids_into_text(tmp_path: Path) -> None:
         sample_documents(str(run), None, refuses, 5, seed=1)
 
 
-def test_weight_by_influence_is_by_rank_within_a_step() -> None:
-    """Useful is a negative influence. Steps with equal weights, or with a NaN, are left out."""
-    found = WeightByInfluence()
-    found.add([4.0, 2.0, 0.0], [-1e9, 0.0, 1e-9])
+def test_weight_goes_by_rank_within_a_step() -> None:
+    """Steps with equal weights, or with a NaN, are left out."""
+    found = WeightByRank()
+    found.add([4.0, 2.0, 0.0], [1e9, 0.0, -1e-9])
     found.add([1.0, 1.0, 1.0], [1.0, 2.0, 3.0])
     found.add([1.0, None, 2.0], [1.0, 2.0, 3.0])
     found.add([0.0, 0.0, 0.0], [1.0, 2.0, 3.0])

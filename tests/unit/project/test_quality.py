@@ -120,6 +120,21 @@ def test_the_full_plan_has_the_seeds_that_were_asked_for():
     assert {run.seed for run in runs[:9]} == {1}
 
 
+def test_arms_that_learn_from_a_smaller_run_have_a_teacher_of_their_own():
+    size = plan.SIZES["toy"]
+    runs = plan.more_plan(size, 2, ["shuffled", "target"])
+    assert len(runs) == len({run.key for run in runs}) == 4 * len(plan.MORE)
+    assert set(plan.RECIPES) <= set(plan.MORE) and not set(plan.MORE) & set(plan.ARMS)
+    taught = {run.arm: plan.teacher(size, run) for run in runs if run.recipe}
+    smaller, run = taught["drawn"]
+    assert (smaller.hidden, smaller.ffn, smaller.layers) == (32, 96, 2)
+    assert "--dwm-document-weights" in run.flags and run.regime == "target"
+    # A head is taken over where the width is the same.
+    smaller, run = taught["frozen"]
+    assert (smaller.hidden, smaller.layers) == (64, 1)
+    assert {r.seed for _, r in taught.values()}.isdisjoint({1, 2, 3, 4, 5})
+
+
 def test_runs_are_chosen_by_regime_letter_arm_and_seed():
     runs = plan.full_plan(plan.SIZES["toy"])
     assert [r.key for r in runs if r.chosen(["a/head/2"])] == ["shuffled/head/2"]

@@ -32,7 +32,7 @@ from megatron_dwm.policies.softmax import batch_weights, score_gradient
 # Of the running averages, a step. 0.95: the last 20 steps or so.
 DECAY = 0.95
 # Samples whose scores say where the map of standard scores lies; at least those of the last step.
-RECENT = 64
+RECENT = 256
 # A model whose scores do not differ yet has nothing to say.
 _LEAST_VARIANCE = 1e-4
 _DRIFT_DECAY = 0.9
@@ -213,14 +213,12 @@ class SigmoidMap:
         moved = (scores / count - centre).square() / deviation2
         shift = new * (scores / count - centre)
         wider = new * (spread / count - deviation2)
-        of_normaliser = new
         if self.standard:
             shift, wider = torch.zeros_like(shift), torch.zeros_like(wider)
-            of_normaliser = torch.maximum(newest(count), new)
         self.state = torch.stack(
             [
                 centre + shift,
-                (normaliser + of_normaliser * (sigmoids / count - normaliser)).clamp(min=1e-6),
+                (normaliser + new * (sigmoids / count - normaliser)).clamp(min=1e-6),
                 variance + new * (squares / count - variance),
                 factor / (1 + new * (guarded / count - 1)).clamp(min=0.5)
                 if self.guards.max_weight is not None

@@ -141,10 +141,17 @@ MORE = {
     "head+domains": f"--dwm --dwm-policy head+domains {META}",
     "drawn": DRAWN,
     "drawn+head": f"--dwm --dwm-sampling weights {META}",
+    "dsir": DRAWN,
+    "dsir+head": f"--dwm --dwm-sampling weights {META}",
     "frozen": "--dwm --dwm-schedule frozen --dwm-load {made}",
 }
-# What is made: documents drawn by what a smaller model has learned; a head learned with another.
-RECIPES = {"drawn": "from-run", "drawn+head": "from-run", "frozen": "snapshot"}
+# What is made: documents drawn by what a smaller model has learned; the half of them that DSIR
+# selects by n-grams of the meta set; a head learned with another model.
+RECIPES = {
+    **dict.fromkeys(("drawn", "drawn+head"), "from-run"),
+    **dict.fromkeys(("dsir", "dsir+head"), "dsir"),
+    "frozen": "snapshot",
+}
 # Seeds of each arm in the first regime and elsewhere.
 SEEDS = {"uniform": (5, 3), "oracle": (5, 1), "linupper": (5, 1), "truncation": (5, 1)}
 SEEDS["head"] = (5, 3)

@@ -4,6 +4,7 @@
 
 The smaller run, the teacher, is taken once for all runs that learn from it. Recipes:
 
+    dsir       weight files of the half of the documents that DSIR selects, and shares; no teacher
     from-run   weight files and shares of the data sets, of what the teacher made of the documents
     snapshot   the teacher's head, as it was at each stage's end
 """
@@ -18,6 +19,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import numpy
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -44,17 +47,77 @@ def from_run(job: dict[str, Any], save: Path) -> list[str]:
     made = Path(job["folder"]) / "made"
     blend = made / "blend.txt"
     if not blend.exists():
-        shutil.rmtree(made, ignore_errors=True)
-        made.mkdir()
-        for name in job["names"]:
-            for suffix in (".bin", ".idx"):
-                (made / f"{name}{suffix}").symlink_to(Path(job["data"]) / f"{name}{suffix}")
+        linked(job, made)
         prefixes = [str(made / name) for name in job["names"]]
         partial = made / "blend.part"
         if weights.main(["from-run", str(save), *prefixes, "--blend", str(partial)]):
             raise SystemExit(1)
         partial.rename(blend)
     return blend.read_text().split()
+
+
+def dsir(job: dict[str, Any]) -> list[str]:
+    """Returns the blend of data sets with the documents that DSIR selects.
+
+    All documents compete, each data set by the share of its tokens that is selected.
+    """
+    from megatron_dwm.corpus.dsir import Features, Hasher, count, log_ratios, log_weight, select
+    from megatron_dwm.data.index import read_index
+    from megatron_dwm.data.weight_file import write_weights
+
+    made = Path(job["folder"]) / "made"
+    blend = made / "blend.txt"
+    if blend.exists():
+        return blend.read_text().split()
+    linked(job, made)
+    features = Features(ngrams=2, buckets=10_000)
+    hasher = Hasher(features)
+    texts = {name: documents(made / name) for name in job["names"]}
+    buckets = {name: [hasher.buckets(text) for text in found] for name, found in texts.items()}
+    target = [hasher.buckets(text) for text in documents(Path(job["data"]) / "meta")]
+    # The raw texts as the blend has them, not as many as lie there.
+    raw = numpy.zeros(features.buckets)
+    for name, share in zip(job["names"], job["shares"], strict=True):
+        counts = count(buckets[name], features)
+        raw += share * counts / max(1, counts.sum())
+    ratios = log_ratios(count(target, features), raw)
+    weights = numpy.array([log_weight(b, ratios) for n in job["names"] for b in buckets[n]])
+    chosen = select(weights, numpy.ones(len(weights), bool), 0.5, seed=1)
+    words, first = [], 0
+    for name, share in zip(job["names"], job["shares"], strict=True):
+        index = read_index(made / name)
+        mine = numpy.asarray(chosen[first : first + index.documents], numpy.float32)
+        first += index.documents
+        tokens = numpy.asarray(index.sequence_lengths, float)
+        part = float((tokens * mine).sum() / tokens.sum())
+        if part > 0:
+            write_weights(made / f"{name}.weights", mine, index)
+            words += [f"{share * part:.6g}", str(made / name)]
+    partial = made / "blend.part"
+    partial.write_text(" ".join(words))
+    partial.rename(blend)
+    return words
+
+
+def documents(prefix: Path) -> list[str]:
+    """Returns the texts of a data set of bytes."""
+    from megatron_dwm.data.index import read_index
+
+    index = read_index(prefix)
+    data = numpy.fromfile(f"{prefix}.bin", index.dtype).astype(numpy.uint8).tobytes()
+    ends = numpy.cumsum(index.sequence_lengths).tolist()
+    starts = [0, *ends[:-1]]
+    # Without the end-of-document byte.
+    return [data[a : b - 1].decode(errors="replace") for a, b in zip(starts, ends, strict=True)]
+
+
+def linked(job: dict[str, Any], made: Path) -> None:
+    """Makes a folder of the run's data sets, for weight files of its own."""
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir()
+    for name in job["names"]:
+        for suffix in (".bin", ".idx"):
+            (made / f"{name}{suffix}").symlink_to(Path(job["data"]) / f"{name}{suffix}")
 
 
 def snapshot(job: dict[str, Any], save: Path) -> None:
@@ -66,13 +129,14 @@ def snapshot(job: dict[str, Any], save: Path) -> None:
 
 def main(job: dict[str, Any]) -> None:
     """Makes it, and becomes the run."""
-    save, run = taught(job), job["run"]
-    if job["recipe"] == "from-run":
+    run, recipe = job["run"], job["recipe"]
+    if recipe == "snapshot":
+        snapshot(job, taught(job))
+    else:
+        blend = dsir(job) if recipe == "dsir" else from_run(job, taught(job))
         first = run.index("--train-data-path") + 1
         last = run.index("--valid-data-path")
-        run = [*run[:first], *from_run(job, save), *run[last:]]
-    else:
-        snapshot(job, save)
+        run = [*run[:first], *blend, *run[last:]]
     sys.stdout.flush()
     os.execv(run[0], run)
 

@@ -222,6 +222,7 @@ def prepared(place: Place, size: Size, run: Run) -> list[str]:
         "teacher": words,
         "data": str(place.data),
         "names": list(REGIMES[run.regime].shares),
+        "shares": list(REGIMES[run.regime].shares.values()),
         "run": command(place, size, run, made=folder / "made"),
     }
     return [sys.executable, str(WORKER.with_name("prepare.py")), json.dumps(job)]

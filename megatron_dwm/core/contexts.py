@@ -6,9 +6,22 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
+from megatron.core.transformer.moe.router import Router
 
 from megatron_dwm.core.random_states import random_states, restore_random_states
+
+# Buffers of Megatron's routers that each pass or its end changes.
+_BALANCE = {
+    "expert_bias",
+    "local_tokens_per_expert",
+    "global_tokens_per_expert",
+    "ga_steps",
+    "qb_beta",
+    "qb_beta_accum",
+    "qb_beta_count",
+}
 
 if TYPE_CHECKING:
     from megatron_dwm.core.trainee import Trainee
@@ -48,10 +61,11 @@ def gathered_parameters(trainee: Trainee) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet(trainee: Trainee) -> Iterator[None]:
-    """Keeps the extra passes out of the trainer's timers and of its checks of results.
+    """Keeps the extra passes out of the trainer's timers, checks of results, and routers' balance.
 
-    The rerun state machine validates the trainer's own passes only, and its checks, like DDP's
-    for NaN in gradients, would end the run where a meta step should just be skipped.
+    What routers of MoE layers count, and the biases that follow from it, come from the trainer's
+    own passes alone. The rerun state machine validates those only, and its checks, like DDP's for
+    NaN in gradients, would end the run where a meta step should just be skipped.
     """
     machine = get_rerun_state_machine()
     mode, timers = machine.mode, trainee.config.timers
@@ -64,15 +78,28 @@ def quiet(trainee: Trainee) -> Iterator[None]:
     trainee.config.timers = None
     for ddp_config, _ in checks:
         ddp_config.check_for_nan_in_grad = False
+    balance = [(buffer, buffer.clone()) for buffer in _balance_of_routers(trainee.model)]
     try:
         yield
     finally:
+        for buffer, value in balance:
+            buffer.copy_(value)
         for ddp_config, check in checks:
             ddp_config.check_for_nan_in_grad = check
         trainee.config.timers = timers
         if not nested:
             del machine.validate_result
         machine.mode = mode
+
+
+def _balance_of_routers(model: list[Any]) -> Iterator[torch.Tensor]:
+    """Yields the buffers by which routers of MoE layers keep the load of their experts."""
+    for chunk in model:
+        for module in chunk.modules():
+            if isinstance(module, Router):
+                for name, buffer in module.named_buffers(recurse=False):
+                    if name in _BALANCE:
+                        yield buffer
 
 
 @contextlib.contextmanager

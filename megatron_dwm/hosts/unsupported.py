@@ -56,10 +56,6 @@ WITHOUT_META = "leave it out, or weigh by a policy without a meta set (linupper,
 REFUSED_WITH_META_SET = {
     "fp8": ("a perturbation is far below its precision", WITHOUT_META),
     "fp4": ("a perturbation is far below its precision", WITHOUT_META),
-    "moe_router_enable_expert_bias": (
-        "the extra passes would update the router's bias",
-        WITHOUT_META,
-    ),
 }
 # Parallel sizes that must be 1.
 ONE = (

@@ -102,6 +102,13 @@ CASES = {
         "moe_router_group_topk": 1,
         "moe_shared_expert_intermediate_size": 16,
     },
+    "moe-expert-bias": {
+        **LLAMA,
+        **EXPERTS,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_dtype": "fp32",
+    },
     "moe-auxiliary-losses": {
         **GPT,
         **EXPERTS,

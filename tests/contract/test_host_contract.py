@@ -109,7 +109,6 @@ def test_what_an_own_loop_is_given_is_checked(
         ("config", "context_parallel_size", 2, "--context-parallel-size 2"),
         ("config", "mtp_num_layers", 1, "--mtp-num-layers"),
         ("config", "fp8", "e4m3", "--fp8 is not supported with a meta set"),
-        ("config", "moe_router_enable_expert_bias", True, "--moe-router-enable-expert-bias"),
         ("config", "cuda_graph_impl", "local", "--cuda-graph-impl local"),
         ("ddp_config", "num_distributed_optimizer_instances", 2, "instances 2"),
         ("config", "finalize_model_grads_func", None, "has no finalize_model_grads_func"),

@@ -38,6 +38,12 @@ RESUMED = {
     "--moe-router-topk 2 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2",
     "head-bf16": f"--dwm --bf16 {DP2} --dwm-meta-interval 2 --dwm-gate off",
 }
+# What balances the experts is updated once a step, by the trainer's own tokens.
+BIAS = (
+    f"{DP2} --num-experts 4 --moe-router-topk 2 --moe-router-load-balancing-type none "
+    "--moe-router-score-function sigmoid --moe-router-enable-expert-bias "
+    "--moe-router-bias-update-rate 0.05"
+).split()
 STOPPED = ("head-dp2", "model-pp2")
 STEPS, STOP = 14, 8
 
@@ -78,9 +84,11 @@ def results(folder: Path) -> Results:
         Run("own", [*head, "--dwm-policy", "tests.functional.own_policy:ByDomain"]),
         Run("own-missing", [*head, "--dwm-policy", "tests.functional.own_policy:Nobody"]),
         Run("model-flag", [*head, "--dwm-init", "llm:2"]),
+        Run("bias-stock", [*base[: base.index("--dwm-meta-data-path")], *BIAS]),
+        Run("bias-head", [*head, *BIAS, "--dwm-meta-interval", "1"]),
         Run("uniform-start", [*head, "--dwm-policy", "uniform"]),
     ]
-    runs[-4].args += ["--save", str(folder / "own")]
+    runs[-6].args += ["--save", str(folder / "own")]
     return run_all(2, runs, folder)
 
 
@@ -111,6 +119,15 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(
 def test_experts_are_covered_by_the_hooks(results: Results) -> None:
     out = results.succeeded("head-moe-dp2-whole")[0]["stdout"]
     assert "DWM: estimator ghost: auto; it covers every trained parameter" in out
+
+
+def test_meta_steps_leave_the_balance_of_experts_alone(results: Results) -> None:
+    """Nothing is learned from random tokens, so that weights are 1 and all else must be stock's."""
+    stock, head = results.succeeded("bias-stock"), results.succeeded("bias-head")
+    assert "dwm meta loss" in head[-1]["stdout"] or "meta loss" in head[-1]["stdout"]
+    for rank in range(2):
+        assert head[rank]["steps"] == stock[rank]["steps"]
+        assert head[rank]["parameters"] == stock[rank]["parameters"]
 
 
 def test_scores_are_in_the_log_where_samples_are(folder: Path, results: Results) -> None:

@@ -41,7 +41,6 @@ _OFF = (
     "moe_latent_size",
     "moe_shared_expert_gate",
     "moe_router_fusion",
-    "moe_router_enable_expert_bias",
     "fp8",
     "fp4",
 )
@@ -92,6 +91,7 @@ def router(call: Call, grad: torch.Tensor, v: Direction, share: Share) -> torch.
             group_topk=config.moe_router_group_topk,
             scaling_factor=config.moe_router_topk_scaling_factor,
             score_function=module.score_function,
+            expert_bias=module.expert_bias,
             fused=False,
         )
         (of_logits,) = torch.autograd.grad(probabilities, logits, grad.to(probabilities.dtype))

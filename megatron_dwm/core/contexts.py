@@ -95,7 +95,7 @@ def quiet(trainee: Trainee) -> Iterator[None]:
 def _balance_of_routers(model: list[Any]) -> Iterator[torch.Tensor]:
     """Yields the buffers by which routers of MoE layers keep the load of their experts."""
     for chunk in model:
-        for module in chunk.modules():
+        for module in chunk.modules() if isinstance(chunk, torch.nn.Module) else ():
             if isinstance(module, Router):
                 for name, buffer in module.named_buffers(recurse=False):
                     if name in _BALANCE:

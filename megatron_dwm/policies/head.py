@@ -119,8 +119,7 @@ class Head(LearnedPolicy):
 
     def figures(self) -> dict[str, Any]:
         """As `LearnedPolicy.figures`, and how far weights may leave 1 while scores drift."""
-        steadiness = getattr(self.map, "steadiness", None)
-        more = {} if steadiness is None else {"steadiness": steadiness}
+        more = {"steadiness": self.map.steadiness} if getattr(self.map, "drifts", False) else {}
         return {**super().figures(), **more}
 
     def description(self) -> dict[str, Any]:

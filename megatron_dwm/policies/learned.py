@@ -31,8 +31,8 @@ class LearnedPolicy(WeightPolicy):
     def __init__(self, context: PolicyContext, standard: bool, drifts: bool = False) -> None:
         super().__init__(context)
         config = context.config
-        self.map = build_map(config, standard, context.device, drifts)
         self.gate, self.gated = Gate(), config.gate == "on"
+        self.map = build_map(config, standard, context.device, drifts and self.gated)
         self.targets = Targets()
         self.batch: Mapped | None = None
         self._bad: torch.Tensor | bool = False

@@ -163,6 +163,7 @@ class SigmoidMap:
         drifts: bool = False,
     ) -> None:
         self.slope, self.guards, self.standard = slope, guards, standard
+        self.drifts = drifts
         # centre, normaliser, variance of the weights, the cap's factor, age of the averages,
         # variance of the scores, squared distance of the steps' mean scores from the centre
         start = [0.0, 0.5, 0.0, 1.0, 0.0, 1.0, 1.0 if drifts else 0.0]
@@ -225,7 +226,7 @@ class SigmoidMap:
                 else factor,
                 age,
                 (deviation2 + wider).clamp(min=_LEAST_VARIANCE),
-                drift + (1 - _DRIFT_DECAY) * (moved - drift),
+                drift + torch.maximum(1 / (age + 2), 1 - _DRIFT_DECAY + 0 * age) * (moved - drift),
             ]
         )
 
@@ -274,7 +275,7 @@ class SigmoidMap:
             weights = 1 + share * (weights - 1)
         if mix > 0:
             weights = (1 - mix) * weights + mix
-        if self.standard:
+        if self.drifts:
             weights = 1 + self.steadiness * (weights - 1)
         if cap is not None:
             weights = (self.state[3] * weights).clamp(max=cap)

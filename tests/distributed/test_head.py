@@ -30,7 +30,8 @@ from tests.distributed.cases import (
 from tests.functional.harness import Run, run_all
 
 # Of scores, which are of the order of 1: what float32 states at another layout come to.
-SAME = 1e-6
+# Rounding of the language model's passes comes back through the weights of the steps before.
+SAME = 5e-6
 TP2 = "--tensor-model-parallel-size 2"
 # Ranks, flags.
 LAYOUTS = {

@@ -30,7 +30,7 @@ from megatron_dwm.config.policy_table import Needs
 from megatron_dwm.policies.base import Lesson, PolicyContext, SampleView, StepView
 from megatron_dwm.policies.features import Projection, sample_features
 from megatron_dwm.policies.learned import LearnedPolicy
-from megatron_dwm.policies.maps import DECAY, newest
+from megatron_dwm.policies.maps import DECAY, SigmoidMap, newest
 from megatron_dwm.policies.ridge import Ridge
 
 LIMIT = 1024  # features that the regression is given at most
@@ -119,8 +119,10 @@ class Head(LearnedPolicy):
 
     def figures(self) -> dict[str, Any]:
         """As `LearnedPolicy.figures`, and how far weights may leave 1 while scores drift."""
-        more = {"steadiness": self.map.steadiness} if getattr(self.map, "drifts", False) else {}
-        return {**super().figures(), **more}
+        found = super().figures()
+        if isinstance(self.map, SigmoidMap) and self.map.drifts:
+            found["steadiness"] = self.map.steadiness
+        return found
 
     def description(self) -> dict[str, Any]:
         """The features' number, by which a saved head is known to fit."""

@@ -44,8 +44,8 @@ def tokenizer_fingerprint(tokenizer: Any) -> str | None:
     """
     try:
         ids = [int(number) for number in tokenizer.tokenize(_PROBE)]
-    except Exception:
-        # Each of Megatron's tokenizers says in its own way that it cannot.
+    except (AttributeError, NotImplementedError, TypeError, ValueError):
+        # NullTokenizer takes numbers alone; some tokenizers of multimodal models take no string.
         return None
     return hashlib.sha256(repr(ids).encode()).hexdigest()[:16]
 

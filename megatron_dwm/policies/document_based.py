@@ -23,6 +23,7 @@ Shapes: b samples in a micro-batch, n on this rank.
 
 from __future__ import annotations
 
+import abc
 import math
 from typing import Any
 
@@ -62,13 +63,13 @@ class _Running(WeightPolicy):
             self._sums.start(self.sums(numbers))
         return []
 
+    @abc.abstractmethod
     def sums(self, numbers: torch.Tensor) -> torch.Tensor:
         """Returns what is added up of this rank's numbers `[n]` float64."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def update(self, sums: torch.Tensor) -> None:
         """Takes the sums over all samples in."""
-        raise NotImplementedError
 
     def description(self) -> dict[str, Any]:
         """The policy's name: states of two of them do not fit each other."""

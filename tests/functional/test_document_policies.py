@@ -7,7 +7,6 @@ weighed them by, also after a stop and on another number of data-parallel ranks.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy
@@ -19,7 +18,7 @@ from megatron_dwm.data.weights_seen import iterations, read
 from megatron_dwm.logs.log_file import FILE_NAME, read_log
 from tests.functional.corpus import write_dataset
 from tests.functional.harness import TINY, Results, Run, run_all
-from tests.functional.test_policies import DP2, log_of
+from tests.functional.resuming import DP2, log_of, whole_and_resumed, words_on
 
 STEPS, STOP = 14, 8
 LEARNS = "--dwm-meta-interval 2 --dwm-gate off"
@@ -49,23 +48,14 @@ def results(folder: Path) -> Results:
         write_weights(f"{data[name]}.weights", numpy.full(60, weight), index)
         write_weights(f"{data[name]}.quality.weights", numpy.arange(60) + 1, index)
         write_weights(f"{data[name]}.reference_loss.weights", numpy.linspace(3, 6, 60), index)
-    at = TINY.index("--split")
-    common = [*TINY[:at], *TINY[at + 2 :], "--ckpt-format", "torch_dist"]
-    common += ["--valid-data-path", data["valid"], "--data-cache-path", str(folder / "cache")]
-    common += ["--dwm-meta-data-path", data["meta"], "--save-interval", str(STOP)]
-    blend = ["0.5", data["good"], "0.5", data["odd"]]
-    base = [*common, "--train-iters", str(STEPS), "--train-data-path", *blend]
+    base = words_on(folder, [data["good"], data["odd"]], data["valid"])
+    base += ["--train-iters", str(STEPS), "--save-interval", str(STOP)]
+    base += ["--dwm-meta-data-path", data["meta"]]
     runs = []
     for name, flags in RESUMED.items():
-        words = [*base, *flags.split()]
-        whole, parts = (str(folder / f"{name}-{part}") for part in ("whole", "parts"))
-        runs.append(Run(f"{name}-whole", [*words, "--save", whole]))
-        source = ["--load", whole, "--ckpt-step", str(STOP)]
-        if name == "kept-dp2":  # what was seen lies in the run's own folder
-            words_then = [*words, "--save", parts, "--exit-interval", str(STOP)]
-            runs.append(Run(f"{name}-first", words_then))
-            source = ["--load", parts]
-        runs.append(Run(f"{name}-second", [*words, "--save", parts, *source]))
+        # What was seen of documents lies in the run's own folder.
+        stopped = name == "kept-dp2"
+        runs += whole_and_resumed(name, [*base, *flags.split()], folder, STOP, stopped)
     kept = RESUMED["kept-dp2"].replace(DP2, "--tensor-model-parallel-size 2 --lr 1e-2")
     source = ["--load", str(folder / "kept-dp2-whole"), "--ckpt-step", str(STOP)]
     source += ["--no-load-optim", "--no-load-rng", "--save", str(folder / "kept-tp2")]
@@ -178,7 +168,7 @@ def test_a_run_draws_by_what_another_has_learned(
         by_hand = (weighted + 200 * means[k]) / (tokens + 200)
         assert made == pytest.approx(by_hand, rel=1e-5)
     assert "mean weight" in capsys.readouterr().out
-    assert json.dumps(shares)
+    assert sum(shares) == pytest.approx(1, rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy
 import pytest
 
-from tests.functional.harness import DWM, ROOT, TINY, Results, Run, run_all
-from tests.functional.test_policies import DP2, log_of
+from tests.functional.harness import DWM, ROOT, Results, Run, run_all
+from tests.functional.resuming import DP2, log_of, words_on
 
 STEPS = 60
 MODEL = DWM[: DWM.index("--dwm-rule")] + DWM[DWM.index("--dwm-rule") + 2 :]
@@ -61,29 +61,26 @@ def results(folder: Path) -> Results:
         "text2": write_text(folder / "text2", (ROOT / "CHANGELOG.md").read_bytes()),
         "noise2": write_text(folder / "noise2", (ROOT / "CHANGELOG.md").read_bytes(), 2),
     }
-    at = TINY.index("--split")
-    common = [*TINY[:at], *TINY[at + 2 :], "--ckpt-format", "torch_dist", "--log-interval", "10"]
-    common += ["--save-interval", str(STEPS)]
-    common += ["--valid-data-path", data["valid"], "--data-cache-path", str(folder / "cache")]
-    common = changed(common, train_iters=STEPS)
 
-    def on(*names: str) -> list[str]:
-        return ["--train-data-path", *(word for name in names for word in ("0.5", data[name]))]
+    def common(*names: str, **values: object) -> list[str]:
+        words = words_on(folder, [data[name] for name in names], data["valid"])
+        words += ["--save-interval", str(STEPS)]
+        return changed(words, train_iters=STEPS, log_interval=10, **values)
 
     save, load = {}, {}
     for name in ("head", "model"):
         save[name] = ["--save", str(folder / name)]
         load[name] = ["--dwm-load", str(folder / name), "--dwm-schedule", "frozen"]
     meta = ["--dwm-meta-data-path", data["meta"], *LEARNS.split()]
-    small = changed(common, num_layers=2)
+    small = common("text", "noise", num_layers=2)
     head = ["--dwm", "--dwm-document-weights", *DP2.split()]
     frozen = ["--dwm", "--dwm-gate", "off", "--dwm-stages", "2"]
-    other = [*changed(common, micro_batch_size=4, global_batch_size=8), *on("text2", "noise2")]
+    other = common("text2", "noise2", micro_batch_size=4, global_batch_size=8)
     wide = changed(other, hidden_size=96, num_attention_heads=6)
     by_model = [*MODEL, "--dwm-gate", "off", "--dwm-stages", "2"]
     runs = [
-        Run("head", [*small, *on("text", "noise"), *head, *meta, *save["head"]]),
-        Run("model", [*small, *on("text", "noise"), *MODEL, *DP2.split(), *meta, *save["model"]]),
+        Run("head", [*small, *head, *meta, *save["head"]]),
+        Run("model", [*small, *MODEL, *DP2.split(), *meta, *save["model"]]),
         # Twice the layers, other data, another batch and another layout.
         Run("frozen", [*other, *frozen, *load["head"], *TP2.split(), "--save", f"{folder}/frozen"]),
         Run("wide", [*wide, *frozen, *load["head"], *DP2.split()]),
@@ -139,12 +136,10 @@ def test_scores_become_samples(results: Results, folder: Path) -> None:
     assert weights.main(["from-run", str(folder / "head"), "--blend", str(blend)]) == 0
     shares = [float(word) for word in blend.read_text().split()[::2]]
     assert shares[0] > 0.55
-    words = [*changed(TINY, train_iters=STEPS), "--ckpt-format", "torch_dist"]
-    words += ["--save-interval", str(STEPS)]
-    at = words.index("--split")
-    words = [*words[:at], *words[at + 2 :], "--data-cache-path", str(folder / "cache")]
-    words += ["--train-data-path", *blend.read_text().split()]
-    words += ["--valid-data-path", str(folder / "valid"), "--save", str(folder / "drawn")]
+    words = changed(words_on(folder, [], str(folder / "valid")), train_iters=STEPS)
+    at = words.index("--train-data-path") + 1
+    words[at:at] = blend.read_text().split()
+    words += ["--save-interval", str(STEPS), "--save", str(folder / "drawn")]
     words += ["--dwm", "--dwm-policy", "linupper", "--dwm-sampling", "weights", *DP2.split()]
     (folder / "drawn-run").mkdir()
     run_all(2, [Run("drawn", words)], folder / "drawn-run").succeeded("drawn")

@@ -11,12 +11,14 @@ The smaller run, the teacher, is taken once for all runs that learn from it. Rec
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +28,23 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 
+@contextlib.contextmanager
+def alone(job: dict[str, Any]) -> Iterator[None]:
+    """Within it, no other run makes what this one makes."""
+    with open(Path(job["folder"]) / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def taught(job: dict[str, Any]) -> Path:
     """Returns the folder of the teacher's run, taking it if it has not been taken."""
     folder, save = Path(job["folder"]), Path(job["save"])
     done = folder / "done"
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not done.exists():
-            shutil.rmtree(save.parent, ignore_errors=True)
-            save.parent.mkdir(parents=True)
-            subprocess.run(job["teacher"], check=True)
-            done.touch()
+    if not done.exists():
+        shutil.rmtree(save.parent, ignore_errors=True)
+        save.parent.mkdir(parents=True)
+        subprocess.run(job["teacher"], check=True)
+        done.touch()
     return save
 
 
@@ -130,10 +138,12 @@ def snapshot(job: dict[str, Any], save: Path) -> None:
 def main(job: dict[str, Any]) -> None:
     """Makes it, and becomes the run."""
     run, recipe = job["run"], job["recipe"]
-    if recipe == "snapshot":
-        snapshot(job, taught(job))
-    else:
-        blend = dsir(job) if recipe == "dsir" else from_run(job, taught(job))
+    with alone(job):
+        if recipe == "snapshot":
+            snapshot(job, taught(job))
+        else:
+            blend = dsir(job) if recipe == "dsir" else from_run(job, taught(job))
+    if recipe != "snapshot":
         first = run.index("--train-data-path") + 1
         last = run.index("--valid-data-path")
         run = [*run[:first], *blend, *run[last:]]

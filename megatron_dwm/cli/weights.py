@@ -333,7 +333,7 @@ def _from_run(args: argparse.Namespace) -> None:
     if not known or (args.iteration is not None and args.iteration not in known):
         wanted = "" if args.iteration is None else f" of iteration {args.iteration}"
         raise InputError(
-            f"{args.run}: no document weights{wanted}; found "
+            f"{args.run}: no document weights{wanted} of all ranks; found "
             f"{', '.join(map(str, known)) or 'none'}. Train with --dwm-document-weights and --save"
         )
     if not args.prior_tokens > 0:
@@ -350,8 +350,11 @@ def _from_run(args: argparse.Namespace) -> None:
     for path in [*outputs, *([args.blend] if args.blend else [])]:
         _refuse_existing(path, args.force)
     shares = args.shares or seen.shares()
-    if not all(0 <= share < math.inf for share in shares):
-        raise InputError(f"--shares {' '.join(map(str, shares))}: must be finite and at least 0")
+    if not all(0 <= share < math.inf for share in shares) or not sum(shares) > 0:
+        raise InputError(
+            f"--shares {' '.join(map(str, shares))}: must be finite and at least 0, one of them "
+            "above 0"
+        )
     found = write_from_run(seen, prefixes, outputs, shares, args.prior_tokens)
     for prefix, one in zip(prefixes, found, strict=True):
         _print_written(one.file)

@@ -27,7 +27,8 @@ MODEL_ONLY = (
     "teacher",
 )
 # Settings that only some policies read: by what of `Needs` such a policy asks for, what they are
-# about and what to do instead of leaving them out.
+# about and what to do instead of leaving them out. `learned`: the learned policy, or a control made
+# of it.
 READ_BY: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "model": ("the separate model", "take --dwm-policy model", MODEL_ONLY),
     "map": (
@@ -38,7 +39,12 @@ READ_BY: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "influence": (
         "what is learned from influence",
         "take --dwm-policy learned",
-        ("form", "rule", "gate", "forgetting", "ridge"),
+        ("gate", "forgetting"),
+    ),
+    "learned": (
+        "the learned policy",
+        "take --dwm-policy learned",
+        ("form", "rule", "ridge", "load"),
     ),
     "loss_shape": (
         "the shape of a sample's loss",

@@ -23,6 +23,7 @@ class Needs:
         influence_ahead: the same before every weighted step.
         model: a separate weighting model, which `PolicyContext.scorer` builds.
         map: the map from scores to weights that the settings ask for, see `policies.maps`.
+        whole_batch: that map is asked once for all samples of a step, so that any map will do.
         documents: settings that name a number of each document, which `weights` reads.
         loss_shape: weights are a shape of the scaled loss at a temperature, after a burn-in.
 
@@ -37,6 +38,7 @@ class Needs:
     influence_ahead: bool = False
     model: bool = False
     map: bool = False
+    whole_batch: bool = False
     loss_shape: bool = False
     documents: tuple[str, ...] = ()
 
@@ -56,7 +58,10 @@ BUILT_IN = {
     "uniform": (f"{_HOME}.controls:Uniform", Needs()),
     "shuffled": (f"{_HOME}.controls:Shuffled", Needs()),  # what the learned policy needs
     "head": (f"{_HOME}.head:Head", Needs(losses=True, states=True, influence=True, map=True)),
-    "model": (f"{_HOME}.model:Model", Needs(tokens=True, influence=True, model=True, map=True)),
+    "model": (
+        f"{_HOME}.model:Model",
+        Needs(tokens=True, influence=True, model=True, map=True, whole_batch=True),
+    ),
     "linupper": (f"{_HOME}.loss_based:LinUpper", _LOSS_SHAPE),
     "quadratic": (f"{_HOME}.loss_based:Quadratic", _LOSS_SHAPE),
     "extremes": (f"{_HOME}.loss_based:Extremes", _LOSS_SHAPE),
@@ -68,7 +73,10 @@ BUILT_IN = {
         Needs(losses=True, map=True, documents=("reference_losses",)),
     ),
     "domains": (f"{_HOME}.domains:Domains", Needs(domains=True, influence=True, map=True)),
-    "influence": (f"{_HOME}.influence:Influence", Needs(influence_ahead=True, map=True)),
+    "influence": (
+        f"{_HOME}.influence:Influence",
+        Needs(influence_ahead=True, map=True, whole_batch=True),
+    ),
 }
 
 

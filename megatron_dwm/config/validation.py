@@ -131,6 +131,16 @@ def _problems(config: DWMConfig) -> list[str]:
     found += _guard_problems(config)
     if config.schedule == "frozen" and config.learned and not config.load:
         found.append("--dwm-schedule frozen needs --dwm-load DIR, the weights to be used")
+    if config.schedule == "frozen" and config.needs.influence and not config.learned:
+        found.append(
+            f"--dwm-schedule frozen: --dwm-policy {config.policy} takes over nothing that another "
+            "run has learned, and would learn nothing; leave it out"
+        )
+    if config.load and config.learned and "domains" in config.parts:
+        found.append(
+            f"--dwm-load {config.load}: what --dwm-policy domains has learned is of its own run's "
+            "data sets; load the learned policy alone"
+        )
     return found
 
 
@@ -143,10 +153,15 @@ def _form_problems(config: DWMConfig) -> list[str]:
                 "--dwm-rule chain is the rule of a separate model, but --dwm-form is head; "
                 "add --dwm-form model, or leave it out"
             )
-        if config.map == "softmax":
+    for part in config.policies.split("+") if config.map == "softmax" else []:
+        needs = policy_needs(config.form if part == "shuffled" else part)
+        if needs.map and not needs.whole_batch:
+            what = f"--dwm-policy {part}"
+            if config.learned and part in (config.form, "shuffled"):
+                what = f"--dwm-form {config.form}"
             found.append(
                 "--dwm-map softmax needs the scores of the whole batch before the step, but "
-                "--dwm-form head makes them inside it; use sigmoid, or --dwm-form model"
+                f"{what} makes them inside it; use sigmoid, or --dwm-form model"
             )
     others = {"slope": "sigmoid", "temperature": "softmax"}
     for name, wanted in others.items():
@@ -182,6 +197,12 @@ def _combination_problems(config: DWMConfig) -> list[str]:
     return found
 
 
+def _learns(config: DWMConfig) -> bool:
+    """Whether settings about learning have a reader: the learned policy, or one of one's own."""
+    own = any(":" in part for part in config.parts)
+    return config.learned or (own and config.needs.influence)
+
+
 def _unread_problems(config: DWMConfig) -> list[str]:
     """Returns one line for each kind of settings that were given and that nothing reads."""
     # Map and gate follow from form and rule where they are not given.
@@ -190,7 +211,7 @@ def _unread_problems(config: DWMConfig) -> list[str]:
     needs, found = config.needs, []
     for need, (about, way_out, names) in READ_BY.items():
         given = [name for name in names if getattr(config, name) != usual[name]]
-        if not given or getattr(needs, need):
+        if not given or (_learns(config) if need == "learned" else getattr(needs, need)):
             continue
         which = f"--dwm-policy is {config.policy}"
         if config.learned:

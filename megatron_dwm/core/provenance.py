@@ -11,7 +11,7 @@ from megatron.core.datasets.utils import Split
 from megatron_dwm.core.batches import document_field
 from megatron_dwm.data.index import documents_of
 
-# Of the config of data sets: by setting, what returns the documents' numbers of a data set's path.
+# Of the config of data sets: by setting and data set's path, what gives documents their numbers.
 DOCUMENT_NUMBERS = "dwm_document_numbers"
 
 
@@ -27,8 +27,8 @@ class Provenance:
 
     document_ids    [s] int64, the document that each token is from (-1: padding)
     dwm_<setting>   [] float64, the mean over tokens of the documents' numbers, for each setting
-                    in `config.dwm_document_numbers`, a dictionary of functions of the data set's
-                    path that return `[D]` numbers
+                    in `config.dwm_document_numbers`: by data set's path a function from documents
+                    `[k]` int64 to their numbers `[k]`
     """
 
     # Of GPTDataset and its base classes.
@@ -51,7 +51,8 @@ class Provenance:
         ids[: len(per_token)] = per_token
         sample["document_ids"] = torch.from_numpy(ids)
         for setting, numbers in getattr(self.config, DOCUMENT_NUMBERS, {}).items():
-            of_tokens = numbers(self.dataset_path)[per_token].astype(numpy.float64)
+            of_documents = numpy.asarray(numbers[self.dataset_path](documents), numpy.float64)
+            of_tokens = numpy.repeat(of_documents, counts)[:length]
             mean = of_tokens.mean() if len(of_tokens) else 0.0
             sample[document_field(setting)] = torch.tensor(mean, dtype=torch.float64)
         return sample

@@ -7,6 +7,7 @@ Shapes: D documents, K domains.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -83,24 +84,44 @@ def keep_top_fraction(weights: np.ndarray, fraction: float) -> np.ndarray:
     return result
 
 
-def mean_ranks(numbers: Sequence[np.ndarray], tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Returns where each document lies among those of all data sets, by its number.
+@dataclass(frozen=True)
+class Ranks:
+    """Where a number lies among those of all documents: a table, interpolated between its rows.
+
+    Attributes:
+        values: `[k]` ascending numbers.
+        places: `[k]` float64 in [0, 1]: the share of all tokens that are of documents with a
+            smaller number, and half of the share of those with the same.
+    """
+
+    values: np.ndarray
+    places: np.ndarray
+
+    def __call__(self, numbers: np.ndarray) -> np.ndarray:
+        """Returns the places of numbers, float64 in their shape."""
+        return np.interp(numbers, self.values, self.places)
+
+
+def ranks_of(numbers: Sequence[np.ndarray], tokens: Sequence[np.ndarray], rows: int) -> Ranks:
+    """Returns the places of numbers among all documents of some data sets.
 
     Args:
         numbers: of each data set `[D]` finite numbers.
         tokens: of each data set `[D]` lengths of the documents.
-
-    Returns:
-        Of each data set `[D]` float32 in [0, 1]: the share of all tokens that are of documents
-        with a smaller number, and half of the share of those with the same.
+        rows: k at most. Exact where no more numbers differ, else to within 1 / k.
     """
     values = np.concatenate([np.asarray(part, np.float64) for part in numbers])
     sizes = np.concatenate([np.asarray(part, np.float64) for part in tokens])
     distinct, place = np.unique(values, return_inverse=True)
     share = np.bincount(place, weights=sizes, minlength=len(distinct))
     share /= max(share.sum(), 1.0)
-    ranks = (np.cumsum(share) - share / 2)[place].astype(np.float32)
-    return np.split(ranks, np.cumsum([len(part) for part in numbers])[:-1])
+    places = np.cumsum(share) - share / 2
+    if len(distinct) > rows:
+        # Evenly spaced in tokens, and both ends.
+        kept = np.searchsorted(places, np.linspace(places[0], places[-1], rows))
+        kept = np.unique(kept.clip(max=len(places) - 1))
+        distinct, places = distinct[kept], places[kept]
+    return Ranks(distinct, places)
 
 
 def weights_by_sequence(

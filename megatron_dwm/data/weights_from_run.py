@@ -77,10 +77,11 @@ def write_from_run(
         prior: see `weights_of_documents`.
 
     Raises:
-        DWMError: a data set has fewer documents than were seen, or none has a weight above 0.
+        DWMError: a data set has fewer documents than were seen, or none that is drawn from has a
+            weight above 0. No file is written then.
     """
-    means, files, coverage = [], [], []
-    for k, (prefix, output) in enumerate(zip(prefixes, outputs, strict=True)):
+    means, arrays, indices, coverage = [], [], [], []
+    for k, prefix in enumerate(prefixes):
         index = read_index(prefix)
         last = numpy.flatnonzero(seen.tokens[k])
         if len(last) and last[-1] >= index.documents:
@@ -94,12 +95,17 @@ def write_from_run(
         if not (weights > 0).any():
             # All of it was dropped: its share says so, and a file of zeros draws nothing.
             weights = numpy.ones_like(weights)
-        files.append(write_weights(output, weights, index))
+        arrays.append(weights)
+        indices.append(index)
         means.append(mean)
         coverage.append(len(last) / max(1, index.documents))
     whole = sum(share * mean for share, mean in zip(shares, means, strict=True))
     if not whole > 0:
-        raise DWMError("the run has given every document it has read a weight of 0")
+        raise DWMError(
+            "the run has given every document it has read, of the data sets that have a share, a "
+            "weight of 0"
+        )
+    files = [write_weights(*one) for one in zip(outputs, arrays, indices, strict=True)]
     return [
         Found(file, part, mean, share * mean / whole)
         for file, part, mean, share in zip(files, coverage, means, shares, strict=True)

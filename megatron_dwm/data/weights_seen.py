@@ -3,8 +3,9 @@
 No pass of its own: the run has weighed every sample anyway. Of each document that a sample is of
 its tokens there count at the sample's weight. What a rank has seen is kept in
 `SAVE/dwm_document_weights/iter_NNNNNNN/rank_K.npz`, written before the checkpoint of that
-iteration is, so that a run that goes on from there goes on with what belongs to it. `megatron-dwm
-weights from-run` adds the ranks up.
+iteration is, so that a run that goes on from there goes on with what belongs to it. Each file says
+how many there are, so that a set that was cut short is known. `megatron-dwm weights from-run` adds
+the ranks up.
 
 Shapes: n samples on this rank, s tokens in a sample, D documents of a data set.
 """
@@ -26,6 +27,7 @@ from megatron_dwm.errors import DWMError
 
 FOLDER = "dwm_document_weights"
 _ITERATION = re.compile(r"iter_(\d{7})")
+_DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 class DocumentWeightsSeen:
@@ -74,14 +76,21 @@ class DocumentWeightsSeen:
 
     # ------------------------------------------------------------------ files
 
-    def save(self, run: str, iteration: int, rank: int) -> None:
+    def save(self, run: str, iteration: int, rank: int, ranks: int) -> None:
         """Writes what this rank has seen in the first `iteration` steps.
+
+        Args:
+            run: the run's folder.
+            iteration: how many steps were taken.
+            rank: of this process.
+            ranks: how many processes write what they have seen.
 
         Raises:
             DWMError: it cannot be written.
         """
         folder = _folder(run, iteration)
         arrays: dict[str, Any] = {"prefixes": numpy.array(json.dumps(self.prefixes))}
+        arrays["ranks"] = numpy.array(ranks)
         arrays |= {f"tokens_{k}": sums for k, sums in enumerate(self.tokens)}
         arrays |= {f"weighted_{k}": sums for k, sums in enumerate(self.weighted)}
         path = folder / f"rank_{rank}.npz"
@@ -112,30 +121,45 @@ class DocumentWeightsSeen:
         self.tokens, self.weighted = found.tokens, found.weighted
 
 
-def forget(run: str, kept: int) -> None:
-    """Removes what was written for iterations whose checkpoints are gone; on one rank.
+def make_room(run: str, iteration: int) -> None:
+    """Removes what is not of a checkpoint, and what an earlier save of `iteration` has left.
+
+    That save may have been of other ranks, whose files would be counted too. On one rank, before
+    the others write.
 
     Args:
         run: the run's folder.
-        kept: an iteration that stays whatever is there of it.
+        iteration: that is about to be written.
+
+    Raises:
+        DWMError: an earlier save's files cannot be removed.
     """
     for folder in Path(run, FOLDER).glob("iter_*"):
         number = _ITERATION.fullmatch(folder.name)
-        if number and int(number[1]) != kept and not Path(run, folder.name).is_dir():
+        if number and int(number[1]) != iteration and not Path(run, folder.name).is_dir():
             shutil.rmtree(folder, ignore_errors=True)
+    try:
+        shutil.rmtree(_folder(run, iteration))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise DWMError(
+            f"--dwm-document-weights: an earlier {_folder(run, iteration)} cannot be removed "
+            f"({error}); remove it, or leave the flag out"
+        ) from error
 
 
 def iterations(run: str) -> list[int]:
-    """Returns the iterations of which there is something, ascending."""
+    """Returns the iterations of which the files of all ranks are there, ascending."""
     found = (_ITERATION.fullmatch(folder.name) for folder in Path(run, FOLDER).glob("iter_*"))
-    return sorted(int(match[1]) for match in found if match)
+    return sorted(int(match[1]) for match in found if match and _is_whole(run, int(match[1])))
 
 
 def read(run: str, iteration: int) -> DocumentWeightsSeen:
     """Returns what all ranks had seen in the first `iteration` steps, summed up.
 
     Raises:
-        DWMError: there is nothing, or it is damaged.
+        DWMError: there is nothing, or it is damaged, or some ranks' files are missing.
     """
     folder = _folder(run, iteration)
     paths = sorted(folder.glob("rank_*.npz"))
@@ -151,8 +175,14 @@ def read(run: str, iteration: int) -> DocumentWeightsSeen:
                 one = DocumentWeightsSeen(json.loads(str(found["prefixes"])))
                 one.tokens = [found[f"tokens_{k}"] for k in range(len(one.prefixes))]
                 one.weighted = [found[f"weighted_{k}"] for k in range(len(one.prefixes))]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                ranks = int(found["ranks"])
+        except _DAMAGE as error:
             raise DWMError(f"{path}: damaged ({error}); take another iteration") from error
+        if ranks != len(paths):
+            raise DWMError(
+                f"{folder} has the files of {len(paths)} ranks, but {ranks} were to write one: the "
+                "save was cut short; take another iteration"
+            )
         if whole is None:
             whole = one
             continue
@@ -161,6 +191,18 @@ def read(run: str, iteration: int) -> DocumentWeightsSeen:
                 sums[k] = _added(sums[k], values)
     assert whole is not None
     return whole
+
+
+def _is_whole(run: str, iteration: int) -> bool:
+    """Whether every rank's file is there; one that is damaged is found when it is read."""
+    paths = list(_folder(run, iteration).glob("rank_*.npz"))
+    if not paths:
+        return False
+    try:
+        with numpy.load(paths[0]) as found:
+            return int(found["ranks"]) == len(paths)
+    except _DAMAGE:
+        return True
 
 
 def _as_long_as(sums: numpy.ndarray, size: int) -> numpy.ndarray:

@@ -196,6 +196,11 @@ class WeightPolicy(abc.ABC):
         return False
 
     @property
+    def opening(self) -> float:
+        """How far weights may leave 1 yet, from 0 to 1: less than 1 where a gate holds them."""
+        return 1.0
+
+    @property
     def synchronous(self) -> bool:
         """Whether `bad_scores` must be looked at in every step, at the price of a wait."""
         return False

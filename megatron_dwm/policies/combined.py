@@ -102,6 +102,11 @@ class Combined(WeightPolicy):
         return found
 
     @property
+    def opening(self) -> float:
+        """As `WeightPolicy.opening`, of the one that is held back most."""
+        return min(policy.opening for policy in self.policies)
+
+    @property
     def synchronous(self) -> bool:
         """As `WeightPolicy.synchronous`."""
         return any(policy.synchronous for policy in self.policies)
@@ -154,7 +159,8 @@ class Combined(WeightPolicy):
     def load_common_state(self, state: dict[str, Any]) -> None:
         """As `WeightPolicy.load_common_state`."""
         for k, policy in enumerate(self.policies):
-            policy.load_common_state(state.get(str(k), {}))
+            if str(k) in state:
+                policy.load_common_state(state[str(k)])
 
     def forget_evidence(self) -> None:
         """As `WeightPolicy.forget_evidence`."""
@@ -169,7 +175,8 @@ class Combined(WeightPolicy):
     def load_local_state_dict(self, state: dict[str, Any]) -> None:
         """As `WeightPolicy.load_local_state_dict`."""
         for k, policy in enumerate(self.policies):
-            policy.load_local_state_dict(state.get(str(k), {}))
+            if str(k) in state:
+                policy.load_local_state_dict(state[str(k)])
 
     def _settle(self) -> None:
         sums = self._sums.take()

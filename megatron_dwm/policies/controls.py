@@ -93,6 +93,11 @@ class Shuffled(WeightPolicy):
         return self.inner.bad_scores()
 
     @property
+    def opening(self) -> float:
+        """As `WeightPolicy.opening`."""
+        return self.inner.opening
+
+    @property
     def synchronous(self) -> bool:
         """As `WeightPolicy.synchronous`."""
         return self.inner.synchronous

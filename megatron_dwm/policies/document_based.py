@@ -5,7 +5,8 @@ a quality score, a perplexity, the importance under a target (DSIR), the loss of
 A sample's number is the mean over its tokens of their documents' numbers.
 
     static      w = number / running mean
-    curriculum  w = 1 / c for the share c of the samples that are easiest, else 0; c grows from
+    curriculum  w = 1 / c for the share c of the samples that are easiest, else 0 (of samples whose
+                numbers are alike, where the share ends, all count in part); c grows from
                 `--dwm-curriculum-start` to 1 over `--dwm-curriculum-share` of the training, by
                 the pacing functions of Bengio et al. (ICML 2009) and Platanios et al. (NAACL 2019):
                     linear  c = c0 + (1 - c0) t      t from 0 to 1
@@ -32,7 +33,7 @@ import torch
 from megatron_dwm.config.policy_table import Needs
 from megatron_dwm.policies.base import PolicyContext, SampleView, StepView, WeightPolicy
 from megatron_dwm.policies.features import mean_losses
-from megatron_dwm.policies.maps import DECAY, build_map
+from megatron_dwm.policies.maps import DECAY, build_map, newest
 from megatron_dwm.policies.running import StepSums, share_of_new
 
 _BINS = 256
@@ -131,18 +132,19 @@ class Curriculum(_Running):
         # The histogram, and last its age.
         self.running = torch.zeros(_BINS + 1, dtype=torch.float64, device=context.device)
         self._share = 1.0
-        self._edge = 1.0
+        # The bin in which the share ends, and how much samples in it count.
+        self._edge = torch.zeros((), dtype=torch.int64, device=context.device)
+        self._part = torch.ones((), dtype=torch.float64, device=context.device)
 
     def begin(self, step: StepView) -> None:
-        """Finds the number up to which samples count."""
+        """Finds the bin up to which samples count."""
         super().begin(step)
         self._share = self.share(step.iteration)
         histogram = self.running[:-1]
         below = torch.cumsum(histogram, 0) - histogram
-        # The bin in which the share ends, and where in it, as if it were evenly filled.
-        k = (below < self._share).sum().clamp(min=1) - 1
-        inside = (self._share - below[k]) / histogram[k].clamp(min=1e-12)
-        self._edge = (k + inside.clamp(max=1)) / _BINS
+        self._edge = (below < self._share).sum().clamp(min=1) - 1
+        inside = (self._share - below[self._edge]) / histogram[self._edge].clamp(min=1e-12)
+        self._part = inside.clamp(max=1)
 
     def share(self, iteration: int) -> float:
         """Returns the share c of the samples that count in a step."""
@@ -161,14 +163,15 @@ class Curriculum(_Running):
         if self.context.config.curriculum_order == "descending":
             numbers = 1 - numbers
         self._numbers[view.index] = numbers
-        counts = (numbers <= self._edge).float() / self._share
+        bins = _bins(numbers)
+        counts = torch.where(bins == self._edge, self._part, (bins < self._edge).double())
         known = (self.running[-1] > 0) & (self._share < 1)
-        return torch.where(known, counts, 1.0).float()
+        return torch.where(known, counts / self._share, 1.0).float()
 
     def sums(self, numbers: torch.Tensor) -> torch.Tensor:
         """As `_Running.sums`: how many samples are in each bin."""
-        bins = (numbers * _BINS).long().clamp(max=_BINS - 1)
-        return torch.zeros_like(self.running[:-1]).index_add_(0, bins, torch.ones_like(numbers))
+        ones = torch.ones_like(numbers)
+        return torch.zeros_like(self.running[:-1]).index_add_(0, _bins(numbers), ones)
 
     def update(self, sums: torch.Tensor) -> None:
         """As `_Running.update`."""
@@ -192,14 +195,25 @@ class Curriculum(_Running):
         self.running, self._share = state["running"].to(self.running.device), state["share"]
 
 
+def _bins(numbers: torch.Tensor) -> torch.Tensor:
+    return (numbers * _BINS).long().clamp(max=_BINS - 1)
+
+
 class ExcessLoss(_Running):
-    """The map of a sample's mean token loss over that of a reference model."""
+    """The map of a sample's mean token loss over that of a reference model.
+
+    Weights are 1 for two steps: the first says where excess losses lie, the second what weights
+    they come to. They go back to 1 while all losses fall faster than that is followed.
+    """
 
     needs = Needs(losses=True, map=True, documents=("reference_losses",))
 
     def __init__(self, context: PolicyContext) -> None:
         super().__init__(context)
-        self.map = build_map(context.config, False, context.device)
+        self.map = build_map(context.config, True, context.device, drifts=True)
+        # Mean and variance of a step's excess losses, of the last samples, see `maps.RECENT`.
+        self.running = torch.tensor([0.0, 1.0], dtype=torch.float64, device=context.device)
+        self._steps = 0
         self._bad: torch.Tensor | bool = False
 
     def weights(self, view: SampleView) -> torch.Tensor:
@@ -208,15 +222,26 @@ class ExcessLoss(_Running):
         excess = self._numbers[view.index] = losses - view.documents["reference_losses"].double()
         found = self.map.weights(excess)
         self._bad = found.bad | self._bad
-        return found.weights
+        return found.weights if self._steps > 1 else torch.ones_like(found.weights)
 
     def sums(self, numbers: torch.Tensor) -> torch.Tensor:
-        """As `_Running.sums`."""
-        return self.map.sums(numbers)
+        """As `_Running.sums`: count, sum and sum of squares, and what the map needs."""
+        finite = torch.isfinite(numbers)
+        kept = torch.where(finite, numbers, 0.0)
+        own = torch.stack([finite.double().sum(), kept.sum(), kept.square().sum()])
+        return torch.cat([own, self.map.sums(numbers)])
 
     def update(self, sums: torch.Tensor) -> None:
         """As `_Running.update`."""
-        self.map.update(sums)
+        count, total, squares = sums[:3]
+        mean = total / count.clamp(min=1)
+        step = torch.stack([mean, squares / count.clamp(min=1) - mean.square()])
+        self._steps += 1
+        new = newest(count.clamp(min=1)).clamp(min=1 / self._steps)
+        self.running = self.running + new * (step - self.running)
+        if self._steps > 1:  # the first step finds where the map lies, and says nothing else
+            self.map.update(sums[3:])
+        self.map.place(*self.running)
 
     def bad_scores(self) -> torch.Tensor | bool:
         """As `WeightPolicy.bad_scores`."""
@@ -232,8 +257,10 @@ class ExcessLoss(_Running):
     def state_dict(self) -> dict[str, Any]:
         """As `WeightPolicy.state_dict`."""
         self._settle()
-        return {"map": self.map.state_dict()}
+        return {"map": self.map.state_dict(), "running": self.running.cpu(), "steps": self._steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As `WeightPolicy.load_state_dict`."""
+        self._steps = state["steps"]
         self.map.load_state_dict(state["map"])
+        self.running = state["running"].to(self.running.device)

@@ -25,7 +25,7 @@ class Influence(WeightPolicy):
         context: what it is built from.
     """
 
-    needs = Needs(influence_ahead=True, map=True)
+    needs = Needs(influence_ahead=True, map=True, whole_batch=True)
 
     def __init__(self, context: PolicyContext) -> None:
         super().__init__(context)

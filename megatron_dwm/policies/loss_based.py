@@ -136,7 +136,8 @@ class LossShape(LossPolicy):
         """As `LossPolicy.raw`."""
         smallest, largest = self.running[2], self.running[3]
         u = 2 * (losses - smallest) / (largest - smallest).clamp(min=1e-12) - 1
-        return torch.exp(self.shape(u.clamp(-1, 1)) / self.context.config.loss_temperature)
+        # At most 1, whatever the temperature: the normaliser takes the factor out.
+        return torch.exp((self.shape(u.clamp(-1, 1)) - 1) / self.context.config.loss_temperature)
 
 
 class LinUpper(LossShape):

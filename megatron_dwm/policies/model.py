@@ -38,7 +38,7 @@ class Model(LearnedPolicy):
         context: what it is built from; its `scorer` builds the transformer.
     """
 
-    needs = Needs(tokens=True, influence=True, model=True, map=True)
+    needs = Needs(tokens=True, influence=True, model=True, map=True, whole_batch=True)
 
     def __init__(self, context: PolicyContext) -> None:
         super().__init__(context, standard=False)

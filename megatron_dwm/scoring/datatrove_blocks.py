@@ -135,5 +135,7 @@ class MergeScores(_Scoring):
         if world_size > 1:
             raise DWMError(f"{self.name}: run it in an executor with tasks=1, not {world_size}")
         corpus, scorer, folder = self._begin(True)
-        temperature = self.temperature or scorer.temperature or 1.0
+        temperature = self.temperature
+        if temperature is None:
+            temperature = 1.0 if scorer.temperature is None else scorer.temperature
         write([corpus], [folder], temperature, self.top_fraction, keep_scores=False)

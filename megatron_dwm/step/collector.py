@@ -18,10 +18,11 @@ class Collector:
 
     Args:
         seen: gets them.
+        ranks: how many ranks have one.
     """
 
-    def __init__(self, seen: DocumentWeightsSeen) -> None:
-        self.seen = seen
+    def __init__(self, seen: DocumentWeightsSeen, ranks: int) -> None:
+        self.seen, self.ranks = seen, ranks
         self._waiting: deque[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = deque()
 
     def note(self, batches: list[Any], weights: torch.Tensor) -> None:

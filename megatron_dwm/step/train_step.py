@@ -269,7 +269,7 @@ class DWMTrainStep:
         weights, chunk = self.influence.applied.weights, batches.last()
         if self.collector is None or weights is None or chunk is None or not plan.weighted:
             return
-        if getattr(self.policy, "opening", 1.0) >= _OPEN:
+        if self.policy.opening >= _OPEN:
             self.collector.note(chunk, weights)
 
     def _record(

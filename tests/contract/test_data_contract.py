@@ -200,7 +200,7 @@ def test_samples_say_what_is_known_of_their_documents(prefix, tmp_path, base):
     numbers = np.arange(40, dtype=np.float32) ** 2
     train, valid, _ = build(prefix, tmp_path, weights, with_provenance(base))
     for part in (train, valid):
-        setattr(part.config, DOCUMENT_NUMBERS, {"static_weights": {prefix: numbers}.__getitem__})
+        setattr(part.config, DOCUMENT_NUMBERS, {"static_weights": {prefix: numbers.__getitem__}})
     stock, _, _ = build(prefix, tmp_path, weights, base)
     for k in range(0, len(train), 3):
         sample, other = train[k], stock[k]

@@ -78,6 +78,7 @@ CASES = {
     "head-ungated": {"policy": "head", "gate": "off"},
     "own": {"policy": f"{__name__}:Own"},
     "extremes-sharp": {"policy": "extremes", "loss_temperature": 0.4},
+    "linupper-cold": {"policy": "linupper", "loss_temperature": 1e-3},
     "curriculum-root": {
         "policy": "curriculum", "curriculum_pacing": "root", "curriculum_order": "descending",
     },
@@ -254,6 +255,41 @@ def test_a_curriculum_begins_with_the_easiest_and_ends_with_all(topology, pacing
     assert shares[40] == 1.0 and torch.equal(weights, torch.ones(N))
 
 
+@pytest.mark.parametrize("ties", ["all alike", "two numbers", "close"])
+def test_a_curriculum_of_ties_keeps_the_mean_at_one(topology, ties):
+    """Where the share ends among samples whose numbers are alike, they count in part."""
+    driver = Driver(topology, {"policy": "curriculum", "curriculum_share": 1.0})
+    weights = []
+    for number in range(60):
+        batch = Batch(number)
+        numbers = batch.documents["curriculum_by"]
+        if ties == "all alike":
+            numbers[:] = 0.5
+        elif ties == "two numbers":
+            numbers[:] = torch.where(numbers < 0.6, 0.3, 0.8)
+        else:
+            numbers[:] = 0.5 + 1e-4 * numbers
+        weights.append(driver.step(number, batch))
+    if ties != "two numbers":  # a sample of another bin is none
+        assert torch.allclose(torch.stack(weights), torch.ones(60, N), atol=1e-6)
+    assert abs(torch.stack(weights).mean() - 1) < 0.03
+    assert max(one.max() for one in weights) < 1 / 0.2 + 1e-6
+
+
+def test_excess_losses_that_fall_keep_the_mean_at_one(topology):
+    """Of a model that has begun to train: everything falls, far above the reference's losses."""
+    driver, means = Driver(topology, {"policy": "rho"}), []
+    for number in range(140):
+        batch = Batch(number)
+        batch.losses += max(0.0, 8 - 0.2 * number)
+        weights = driver.step(number, batch)
+        means.append(weights.mean().item())
+        if number < 2:
+            assert torch.equal(weights, torch.ones(N))
+    assert 0.7 < min(means) and max(means) < 1.4
+    assert abs(sum(means[110:]) / 30 - 1) < 0.05 and weights.std() > 0.2
+
+
 def test_excess_losses_of_two_samples_say_which_counts_more(topology):
     driver = Driver(topology, {"policy": "rho"})
     driver.run(0, 20)
@@ -294,6 +330,16 @@ def test_shuffled_weights_know_nothing(topology):
     weights = Driver(topology, CASES["shuffled"]).run(0, 60)[20:]
     assert weights.std() > 0.2
     assert abs(weights[:, USEFUL].mean() - weights[:, ~USEFUL].mean()) < 0.1
+
+
+@pytest.mark.parametrize("name", ["shuffled", "head+curriculum", "head", "linupper"])
+def test_what_a_gate_holds_back_says_so(topology, name):
+    driver = Driver(topology, {"policy": name})
+    driver.run(0, 1)
+    gated = name != "linupper"
+    assert driver.policy.opening == (0.0 if gated else 1.0)
+    driver.run(1, 40)
+    assert driver.policy.opening == 1.0
 
 
 def test_a_sample_that_is_not_finite_spoils_no_other(topology, values):

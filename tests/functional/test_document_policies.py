@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy
 import pytest
 
+from megatron_dwm.data import weights_seen
 from megatron_dwm.data.index import read_index
 from megatron_dwm.data.weight_file import read_weights, write_weights
-from megatron_dwm.data.weights_seen import iterations, read
+from megatron_dwm.data.weights_seen import read
 from megatron_dwm.logs.log_file import FILE_NAME, read_log
 from tests.functional.corpus import write_dataset
 from tests.functional.harness import TINY, Results, Run, run_all
@@ -55,6 +56,12 @@ def results(folder: Path) -> Results:
     for name, flags in RESUMED.items():
         # What was seen of documents lies in the run's own folder.
         stopped = name == "kept-dp2"
+        if stopped:
+            # Of earlier runs in the same folder: at an iteration that is saved, on more ranks, and
+            # at one that is not.
+            for iteration, rank in ((STOP, 5), (STOP - 1, 0)):
+                seen = weights_seen.DocumentWeightsSeen([data["good"], data["odd"]])
+                seen.save(str(folder / f"{name}-parts"), iteration, rank, 6)
         runs += whole_and_resumed(name, [*base, *flags.split()], folder, STOP, stopped)
     kept = RESUMED["kept-dp2"].replace(DP2, "--tensor-model-parallel-size 2 --lr 1e-2")
     source = ["--load", str(folder / "kept-dp2-whole"), "--ckpt-step", str(STOP)]
@@ -138,9 +145,13 @@ def test_what_is_kept_of_documents_is_what_they_weighed(
         assert whole.weighted[k].sum() == pytest.approx(by_hand[domain], rel=1e-4)
 
 
-def test_files_of_checkpoints_that_are_gone_are_removed(results: Results, folder: Path) -> None:
+def test_only_files_of_checkpoints_and_of_their_ranks_stay(results: Results, folder: Path) -> None:
+    """Files of an iteration without checkpoint are removed, and those of more ranks at one."""
     results.succeeded("kept-dp2-second")
-    assert iterations(str(folder / "kept-dp2-parts")) == [STOP, STEPS]
+    kept = folder / "kept-dp2-parts" / weights_seen.FOLDER
+    assert sorted(path.name for path in kept.iterdir()) == [f"iter_{k:07d}" for k in (STOP, STEPS)]
+    for part in kept.iterdir():
+        assert sorted(path.name for path in part.iterdir()) == ["rank_0.npz", "rank_1.npz"]
 
 
 def test_a_run_draws_by_what_another_has_learned(

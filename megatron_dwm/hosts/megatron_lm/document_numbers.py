@@ -2,9 +2,8 @@
 
 A setting such as `--dwm-static-weights NAME` names a weight file beside each training data set, or
 the documents' length. Each training sample then has the mean over its tokens, see
-`core.provenance.Provenance`; samples and their order stay as they are.
-
-Shapes: D documents of a data set.
+`core.provenance.Provenance`; samples and their order stay as they are. Files are mapped and numbers
+looked up by sample: only rank 0 goes through all documents, and only where their places count.
 """
 
 from __future__ import annotations
@@ -23,13 +22,16 @@ from megatron_dwm.config import DWMConfig, flag
 from megatron_dwm.config.choices import RANKED
 from megatron_dwm.core.agreement import on_each_rank, on_first_rank
 from megatron_dwm.core.provenance import DOCUMENT_NUMBERS, Provenance, with_provenance
-from megatron_dwm.data.document_weights import mean_ranks
+from megatron_dwm.data.document_weights import Ranks, ranks_of
 from megatron_dwm.data.index import IndexSummary, read_index
-from megatron_dwm.data.weight_file import read_weights
+from megatron_dwm.data.weight_file import document_chunks, read_weights
 from megatron_dwm.errors import DWMError
 from megatron_dwm.hosts.megatron_lm.rebind import rebound
 
 LENGTH = "length"
+# From documents `[k]` int64 to their numbers `[k]`.
+Numbers = Callable[[numpy.ndarray], numpy.ndarray]
+_ROWS = 65_536  # of the table by which documents have their places
 
 
 def file_of(prefix: str, name: str) -> str:
@@ -75,15 +77,15 @@ class DocumentNumbers:
         self.settings = {name: getattr(config, name) for name in config.needs.documents}
         found = on_first_rank(lambda: {p: _digests(self.settings, p) for p in prefixes})
         opened = on_each_rank(lambda: {p: _opened(self.settings, p, found[p]) for p in prefixes})
-        self.numbers: dict[str, dict[str, numpy.ndarray]] = {
+        self.numbers: dict[str, dict[str, Numbers]] = {
             name: {p: numbers[name] for p, numbers in opened.items()} for name in self.settings
         }
         self.first_flag = flag(next(iter(self.settings), "document_weights"))
         for name in RANKED:
             if name in self.numbers:
-                lengths = [_tokens(read_index(p, verify=False)) for p in prefixes]
-                ranked = mean_ranks([self.numbers[name][p] for p in prefixes], lengths)
-                self.numbers[name] = dict(zip(prefixes, ranked, strict=True))
+                raw = self.numbers[name]
+                ranks = on_first_rank(partial(_ranks, raw))
+                self.numbers[name] = {p: partial(_ranked, ranks, raw[p]) for p in raw}
 
     @contextlib.contextmanager
     def in_batches(self) -> Iterator[None]:
@@ -101,33 +103,42 @@ class DocumentNumbers:
     ) -> None:
         if isinstance(cls, type) and issubclass(cls, GPTDataset):
             _check_class(cls, self.first_flag)
-            numbers: dict[str, Callable[[str], numpy.ndarray]] = {
-                name: partial(_of_path, of_prefix) for name, of_prefix in self.numbers.items()
-            }
-            setattr(config, DOCUMENT_NUMBERS, numbers)
+            setattr(config, DOCUMENT_NUMBERS, self.numbers)
             cls = with_provenance(cls)
         stock(builder, cls, sizes, is_built_on_rank, config)
 
 
-def _of_path(of_prefix: dict[str, numpy.ndarray], path: str) -> numpy.ndarray:
-    return of_prefix[path]
+def _ranks(numbers: dict[str, Numbers]) -> Ranks:
+    """Returns the places of the documents' numbers among those of all data sets, by prefix."""
+    values, tokens = [], []
+    for prefix, of_prefix in numbers.items():
+        index = read_index(prefix, verify=False)
+        for chunk in document_chunks(index.documents):
+            values.append(of_prefix(numpy.arange(chunk.start, chunk.stop)))
+            tokens.append(index.document_tokens(chunk.start, chunk.stop))
+    return ranks_of(values, tokens, _ROWS)
+
+
+def _ranked(ranks: Ranks, numbers: Numbers, documents: numpy.ndarray) -> numpy.ndarray:
+    return ranks(numbers(documents))
 
 
 def _digests(settings: dict[str, str], prefix: str) -> dict[str, bytes]:
     """Returns the header of each file, by which another rank knows that it has the same."""
     index = read_index(prefix, verify=False)
     names = {name: value for name, value in settings.items() if value != LENGTH}
-    return {n: read_weights(file_of(prefix, value), index).header for n, value in names.items()}
+    return {
+        n: read_weights(file_of(prefix, value), index, verify=False).header
+        for n, value in names.items()
+    }
 
 
-def _opened(
-    settings: dict[str, str], prefix: str, headers: dict[str, bytes]
-) -> dict[str, numpy.ndarray]:
-    """Returns `[D]` numbers by setting."""
-    found = {}
+def _opened(settings: dict[str, str], prefix: str, headers: dict[str, bytes]) -> dict[str, Numbers]:
+    """Returns what gives documents their numbers, by setting."""
+    found: dict[str, Numbers] = {}
     for setting, name in settings.items():
         if name == LENGTH:
-            found[setting] = _tokens(read_index(prefix, verify=False))
+            found[setting] = partial(_lengths, read_index(prefix, verify=False))
             continue
         file = read_weights(file_of(prefix, name), verify=False)
         if file.header != headers[setting]:
@@ -135,15 +146,17 @@ def _opened(
                 f"{flag(setting)} {name}: {file.path} is not what rank 0 has read; give all ranks "
                 "the same files"
             )
-        found[setting] = file.weights
+        found[setting] = file.weights.__getitem__
     return found
 
 
-def _tokens(index: IndexSummary) -> numpy.ndarray:
-    """Returns `[D]` int64 lengths of the documents, of all their sequences."""
-    bounds = index.document_indices
-    before = numpy.concatenate([[0], numpy.cumsum(index.sequence_lengths, dtype=numpy.int64)])
-    return before[bounds[1:]] - before[bounds[:-1]]
+def _lengths(index: IndexSummary, documents: numpy.ndarray) -> numpy.ndarray:
+    """Returns `[k]` int64 lengths of documents `[k]`, of all their sequences."""
+    bounds, lengths = index.document_indices, index.sequence_lengths
+    first, last = bounds[documents], bounds[documents + 1]
+    if (last == first + 1).all():
+        return lengths[first].astype(numpy.int64)
+    return numpy.array([lengths[a:b].sum() for a, b in zip(first, last, strict=True)])
 
 
 def _check_class(cls: type, asking: str) -> None:

@@ -238,7 +238,10 @@ class Session:
         assert self.step is not None
         reads = groups.tp.rank() == 0 and groups.cp.rank() == 0
         mine = self.step.sees_losses and reads
-        kept = Collector(DocumentWeightsSeen(training_prefixes(run))) if mine else None
+        kept = None
+        if mine:
+            seen = DocumentWeightsSeen(training_prefixes(run))
+            kept = Collector(seen, groups.dp.size())
 
         def resume() -> None:
             if kept is not None and groups.dp.rank() == 0 and run.iteration > 0:
@@ -257,9 +260,9 @@ class Session:
         def write() -> None:
             if kept is not None:
                 kept.settle()
-                kept.seen.save(run.save, done, run.rank)
+                kept.seen.save(run.save, done, run.rank, kept.ranks)
 
-        on_first_rank(partial(weights_seen.forget, run.save, done))
+        on_first_rank(partial(weights_seen.make_room, run.save, done))
         on_each_rank(write)
 
     def _look_for_weights(self, iteration: int, data_iterator: Any) -> None:

@@ -14,6 +14,7 @@ from megatron_dwm.config.validation import head_dim_problems, raise_all
 from megatron_dwm.errors import DWMError
 from megatron_dwm.policies.base import Needs, WeightPolicy
 
+SOFTMAX = "--dwm-map softmax needs the scores of the whole batch before the step, but"
 FIELDS = {spec.name: spec for spec in dataclasses.fields(DWMConfig)}
 
 BAD_VALUES = [
@@ -155,7 +156,7 @@ class ReadsNothing(WeightPolicy):
 class ReadsAll(ReadsNothing):
     """One that is built of all that there is."""
 
-    needs = Needs(influence=True, model=True, map=True)
+    needs = Needs(influence=True, model=True, map=True, whole_batch=True)
 
 
 def config_with(**values) -> DWMConfig:
@@ -322,7 +323,11 @@ class TestProblems:
     def test_settings_are_taken_by_the_policies_that_read_them(self, policy, need):
         """As the table of needs says; and settings that are left alone are never refused."""
         config = DWMConfig(policy=policy)
-        reads = getattr(policy_needs("head" if policy == "shuffled" else policy), need)
+        inner = "head" if policy == "shuffled" else policy
+        if need == "learned":
+            reads = inner in ("head", "model")
+        else:
+            reads = getattr(policy_needs(inner), need)
         about, _, names = READ_BY[need]
         values = {**OTHER_VALUES, "gate": "off"}
         for name in names:
@@ -385,6 +390,19 @@ class TestProblems:
         [
             ({"rule": "chain"}, "--dwm-rule chain is the rule of a separate model"),
             ({"map": "softmax"}, "--dwm-map softmax needs the scores of the whole batch"),
+            (
+                {"policy": "rho", "map": "softmax"},
+                f"{SOFTMAX} --dwm-policy rho makes them inside it",
+            ),
+            ({"policy": "domains", "map": "softmax"}, f"{SOFTMAX} --dwm-policy domains makes them"),
+            ({"policy": "model+rho", "map": "softmax"}, f"{SOFTMAX} --dwm-policy rho makes them"),
+            ({"policy": "domains", "form": "model"}, "--dwm-form model: about the learned policy"),
+            (
+                {"policy": "domains", "schedule": "frozen"},
+                "--dwm-schedule frozen: --dwm-policy domains takes over nothing",
+            ),
+            ({"policy": "linupper", "load": "x"}, "--dwm-load x: about the learned policy"),
+            ({"policy": "head+domains", "load": "x"}, "--dwm-load x: what --dwm-policy domains"),
             ({"temperature": 2.0}, "--dwm-temperature is about --dwm-map softmax, but the map is"),
             (
                 {"form": "model", "rule": "chain", "slope": 2.0},

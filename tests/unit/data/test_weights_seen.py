@@ -5,7 +5,7 @@ import pytest
 
 from megatron_dwm.cli import weights as command
 from megatron_dwm.data import weights_seen
-from megatron_dwm.data.document_weights import mean_ranks
+from megatron_dwm.data.document_weights import ranks_of
 from megatron_dwm.data.index import read_index
 from megatron_dwm.data.weight_file import read_weights
 from megatron_dwm.data.weights_from_run import weights_of_documents, write_from_run
@@ -59,12 +59,12 @@ def test_ranks_are_added_up_and_a_resumed_run_goes_on(tmp_path, samples):
     tokens, weighted = by_hand(samples)
     run = str(tmp_path)
     for rank, part in enumerate((slice(0, 11), slice(11, 25))):
-        filled(samples, part).save(run, 7, rank)
+        filled(samples, part).save(run, 7, rank, 2)
     resumed = DocumentWeightsSeen(["a", "b"])
     resumed.load(run, 7)
     rest = tuple(values[25:] for values in samples)
     resumed.add(*rest)
-    resumed.save(run, 9, 0)
+    resumed.save(run, 9, 0, 1)
     whole = weights_seen.read(run, 9)
     for k in range(2):
         assert np.array_equal(padded(whole.tokens[k]), tokens[k])
@@ -74,16 +74,36 @@ def test_ranks_are_added_up_and_a_resumed_run_goes_on(tmp_path, samples):
 
 def test_what_belongs_to_no_checkpoint_any_more_is_removed(tmp_path, samples):
     for iteration in (3, 5, 7):
-        filled(samples).save(str(tmp_path), iteration, 0)
+        filled(samples).save(str(tmp_path), iteration, 0, 1)
     (tmp_path / "iter_0000005").mkdir()
-    weights_seen.forget(str(tmp_path), kept=7)
-    assert weights_seen.iterations(str(tmp_path)) == [5, 7]
+    weights_seen.make_room(str(tmp_path), 9)
+    assert weights_seen.iterations(str(tmp_path)) == [5]
+
+
+def test_an_earlier_save_of_the_same_iteration_counts_no_more(tmp_path, samples):
+    """A run of two ranks that was killed in its save goes on on one."""
+    run = str(tmp_path)
+    for rank in range(2):
+        filled(samples).save(run, 7, rank, 2)
+    weights_seen.make_room(run, 7)
+    assert weights_seen.iterations(run) == []
+    filled(samples).save(run, 7, 0, 1)
+    assert np.array_equal(weights_seen.read(run, 7).tokens[0], filled(samples).tokens[0])
+
+
+def test_a_set_with_a_rank_missing_is_not_taken(tmp_path, samples):
+    run = str(tmp_path)
+    filled(samples).save(run, 3, 0, 1)
+    filled(samples).save(run, 7, 1, 2)
+    assert weights_seen.iterations(run) == [3]
+    with pytest.raises(DWMError, match="files of 1 ranks, but 2 were to write one"):
+        weights_seen.read(run, 7)
 
 
 def test_what_cannot_be_read_is_one_line(tmp_path, samples):
     with pytest.raises(DWMError, match="--dwm-document-weights"):
         weights_seen.read(str(tmp_path), 1)
-    filled(samples).save(str(tmp_path), 1, 0)
+    filled(samples).save(str(tmp_path), 1, 0, 1)
     with pytest.raises(DWMError, match="is of the data a, b, not of a, c"):
         DocumentWeightsSeen(["a", "c"]).load(str(tmp_path), 1)
     path = tmp_path / weights_seen.FOLDER / "iter_0000001" / "rank_0.npz"
@@ -118,7 +138,7 @@ class TestCommand:
         prefix = write_dataset(tmp_path / "data", 1, 10)
         seen = DocumentWeightsSeen([prefix])
         seen.add(np.arange(8)[None], np.array([0]), np.array([0.5]))
-        seen.save(str(tmp_path / "run"), 4, 0)
+        seen.save(str(tmp_path / "run"), 4, 0, 1)
         return tmp_path / "run", prefix
 
     def test_it_makes_the_files_of_the_runs_own_data(self, run, capsys):
@@ -131,11 +151,12 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("words", "part"),
         [
-            (["{run}", "--iteration", "3"], "no document weights of iteration 3; found 4"),
-            (["{run}x"], "no document weights; found none"),
+            (["{run}", "--iteration", "3"], "of iteration 3 of all ranks; found 4"),
+            (["{run}x"], "no document weights of all ranks; found none"),
             (["{run}", "{prefix}", "{prefix}"], "PREFIX: 2 given, but the run has read 1"),
             (["{run}", "--shares", "1", "2"], "--shares: 2 given"),
             (["{run}", "--shares", "-1"], "--shares -1.0: must be finite"),
+            (["{run}", "--shares", "0"], "--shares 0.0: must be finite and at least 0, one"),
             (["{run}", "--prior-tokens", "0"], "--prior-tokens 0: must be above 0"),
             (["{run}", "{small}"], "has 3 documents, but the run has read its document 7"),
         ],
@@ -152,8 +173,15 @@ def test_ranks_are_places_among_all_tokens():
     """Documents of 1, 2 and 3 tokens in one data set, 4 in another, numbers 5, 1, 1 and 9."""
     numbers = [np.array([5.0, 1.0, 1.0]), np.array([9.0])]
     tokens = [np.array([1, 2, 3]), np.array([4])]
-    found = mean_ranks(numbers, tokens)
-    assert [part.tolist() for part in found] == [
-        pytest.approx([0.55, 0.25, 0.25]),
-        pytest.approx([0.8]),
-    ]
+    ranks = ranks_of(numbers, tokens, 4)
+    assert ranks(numbers[0]).tolist() == pytest.approx([0.55, 0.25, 0.25])
+    assert ranks(numbers[1]).tolist() == pytest.approx([0.8])
+
+
+def test_many_numbers_have_places_to_within_a_row():
+    rng = np.random.default_rng(1)
+    numbers, tokens = rng.lognormal(size=20_000), rng.integers(1, 50, 20_000)
+    exact = ranks_of([numbers], [tokens], 20_000)
+    few = ranks_of([numbers], [tokens], 500)
+    assert len(exact.values) == 20_000 and len(few.values) <= 500
+    assert np.abs(few(numbers) - exact(numbers)).max() < 1 / 500

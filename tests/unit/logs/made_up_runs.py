@@ -92,7 +92,7 @@ def write_seen(run: Path, prefixes: list[str], weights: list[list[float]], saves
             now = values if save < saves else values[::-1]
             ids = numpy.repeat(numpy.arange(len(values)), 50).reshape(len(values), 50)
             seen.add(ids, numpy.full(len(values), k), numpy.array(now, dtype=float))
-        seen.save(str(run), 20 * save, 0)
+        seen.save(str(run), 20 * save, 0, 1)
 
 
 def whole_run(folder: Path, domain: str = "books") -> Path:

@@ -259,6 +259,11 @@ class DWMConfig:
         "another run draws",
     )
     log_samples: bool = _option(False, "write every sample's weight to the step log as well")
+    log_expert_load: int = _option(
+        0,
+        "every so many steps, write to the step log how evenly the samples of each domain use the "
+        "experts of the MoE layers of the last pipeline stage; 0: never",
+    )
 
     @property
     def trains(self) -> bool:

@@ -48,3 +48,29 @@ class Stopwatch:
         self._seconds = 0.0
         self._events.clear()
         return seconds
+
+
+class PassTimes:
+    """Times the passes of one meta step, each by a `Stopwatch`.
+
+    Args:
+        device: where the work is done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._watches: dict[str, Stopwatch] = {}
+
+    def __call__(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Within it, time counts as that pass's."""
+        if name not in self._watches:
+            self._watches[name] = Stopwatch(self.device)
+        return self._watches[name]()
+
+    def start(self) -> None:
+        """Forgets what was timed: a step that came to nothing is no one's."""
+        self._watches.clear()
+
+    def take(self) -> dict[str, float]:
+        """Returns the seconds of each pass since `start`; the device must be done."""
+        return {name: watch.take() for name, watch in self._watches.items()}

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from megatron_dwm.config import DWMConfig
 from megatron_dwm.core.agreement import on_each_rank
+from megatron_dwm.core.expert_load import ExpertLoad
 from megatron_dwm.core.random_states import seeded
 from megatron_dwm.core.state_tap import StateTap
 from megatron_dwm.core.topology import Megatron
@@ -121,6 +122,8 @@ def assemble(config: DWMConfig, host: TrainerHost) -> DWMTrainStep:
     taps = policy.needs.states and context.sees_losses
     # Only the last pipeline stage has an output layer, or lacks one.
     tap = on_each_rank(lambda: StateTap(host.model[-1]) if taps else None)
+    wanted = config.log_expert_load if context.sees_losses else 0
+    load = on_each_rank(lambda: ExpertLoad(host.model[-1], wanted) if wanted else None)
     warm_start = None if policy.scorer is None else host.warm_start(policy.scorer, config)
     return DWMTrainStep(
         config=config,
@@ -129,6 +132,7 @@ def assemble(config: DWMConfig, host: TrainerHost) -> DWMTrainStep:
         policy=policy,
         tap=tap,
         warm_start=warm_start,
+        expert_load=load,
     )
 
 

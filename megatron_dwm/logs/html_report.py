@@ -17,12 +17,21 @@ import numpy
 from megatron_dwm.errors import DWMError
 from megatron_dwm.logs.charts import Chart, against, number, over_steps
 from megatron_dwm.logs.html_page import charts, heading, page, paragraph, quotes, table
+from megatron_dwm.logs.log_file import PASS_SECONDS
 from megatron_dwm.logs.passages import STATISTICS, DocumentSample, passages
 from megatron_dwm.logs.run_log import RunLog, WeightByRank
 from megatron_dwm.logs.text_statistics import binned
 
 MOST_RUNS = 8  # as many as there are dash patterns
 MOST_BYTES = 5 << 20
+# In the order of a step that looks from where the model is; `influence` has a pass of its own with
+# `--dwm-lookahead next` only.
+_PASSES = {
+    "meta_gradient": "C, meta gradient",
+    "inner": "B, weighted step",
+    "influence": "D, influence",
+    "learn": "E, what the policy learns",
+}
 _DOMAINS_DRAWN, _DOMAINS_LISTED = 8, 100
 _BINS = 10
 
@@ -225,12 +234,36 @@ def _cost(runs: Sequence[RunLog], pictures: list[Chart]) -> list[str]:
     found = [heading(2, "Cost"), table("Time that weighting takes", header, rows)]
     found.append(
         paragraph(
-            "The log times a meta step as a whole (passes B to E: the weighted step, the meta "
-            "gradient, each sample's influence, what the policy learns) and no pass by itself. The "
-            "share is what meta steps take beyond plain ones, over all time."
+            "A meta step has passes B to E: the weighted step, the meta gradient, each sample's "
+            "influence, what the policy learns. The share is what meta steps take beyond plain "
+            "ones, over all time."
         )
     )
+    found += _cost_by_pass(runs)
     return found + ([charts(drawn)] if drawn else [])
+
+
+def _cost_by_pass(runs: Sequence[RunLog]) -> list[str]:
+    """Returns a table of median seconds and shares of a meta step, where a log has them."""
+    timed = [run for run in runs if len(run.series(PASS_SECONDS["inner"])[0])]
+    if not timed:
+        return [paragraph("Not in the log: what each pass of a meta step takes.")]
+    rows = []
+    for key, label in _PASSES.items():
+        cells = []
+        for run in timed:
+            _, seconds = run.series(PASS_SECONDS[key])
+            _, whole = run.series("meta_seconds")
+            if len(seconds):
+                median = float(numpy.median(seconds))
+                cells += [number(median), _share(median / max(float(numpy.median(whole)), 1e-9))]
+            else:
+                cells += ["with the weighted step", ""]
+        rows.append([label, *cells])
+    header = ["pass"]
+    for run in timed:
+        header += [f"seconds, {run.name}", f"share, {run.name}"]
+    return [table("Time by pass of a meta step (medians)", header, rows)]
 
 
 # ------------------------------------------------------------------ run by run

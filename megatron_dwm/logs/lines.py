@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megatron_dwm.core.expert_load import load_by_domain
+from megatron_dwm.logs.log_file import PASS_SECONDS
 from megatron_dwm.meta_gradient import finite_difference
 from megatron_dwm.policies.softmax import weight_statistics
 
@@ -40,6 +42,8 @@ def describe(record: StepRecord, domains: list[str], samples: bool = False) -> d
             dwm_updated=int(record.meta.updated),
             meta_seconds=round(record.meta.seconds, 4),
         )
+        by_pass = record.meta.seconds_by_pass
+        line.update({PASS_SECONDS[name]: round(s, 4) for name, s in by_pass.items()})
         line.update({name: _finite(value) for name, value in record.meta.quality.items()})
     line.update({name: _finite(float(value)) for name, value in record.figures.items()})
     line.update(_guards(record))
@@ -52,6 +56,8 @@ def describe(record: StepRecord, domains: list[str], samples: bool = False) -> d
         line["overhead_budget"] = record.overhead.budget
         if record.overhead.put_off:
             line["meta_put_off"] = 1
+    if record.expert_load is not None:
+        line["expert_load"] = load_by_domain(record.expert_load, domains)
     if record.time_share is not None:
         line["weighting_time_share"] = round(record.time_share, 6)
     notices = _notices(record)

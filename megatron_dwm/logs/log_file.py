@@ -15,8 +15,15 @@ from typing import Any, BinaryIO
 from megatron_dwm.files.json_files import JsonError, parse_object
 
 FILE_NAME = "dwm_log.jsonl"
+# What a meta step's passes take, in seconds: by the pass's name.
+PASS_SECONDS = {
+    "meta_gradient": "seconds_meta_gradient",
+    "inner": "seconds_inner",
+    "influence": "seconds_influence",
+    "learn": "seconds_learn",
+}
 # Figures that differ from run to run of the same training.
-CLOCK_FIGURES = ("meta_seconds", "weighting_time_share")
+CLOCK_FIGURES = ("meta_seconds", *PASS_SECONDS.values(), "weighting_time_share")
 # What is read at once on the way back from the end.
 _BLOCK = 1 << 16
 

@@ -24,6 +24,10 @@ NAMES = {
     "dwm_grad_norm": "learning/grad_norm",
     "dwm_updated": "learning/updated",
     "meta_seconds": "time/meta_seconds",
+    "seconds_meta_gradient": "time/meta_gradient",
+    "seconds_inner": "time/inner_step",
+    "seconds_influence": "time/influence",
+    "seconds_learn": "time/learning",
     "weighting_time_share": "time/weighting_share",
     "dwm_time_share": "time/budget_spent",
     "overhead_budget": "time/budget",
@@ -35,13 +39,38 @@ _GROUPS = {"fd_": "evidence/", "verify_": "evidence/"}
 _OTHERS = ("iteration", "stage")
 DOMAIN_WEIGHT = "dwm/domain_weight/"
 NOTICES = "dwm/notices"
+# TensorBoard's tab "Custom Scalars": chart -> how it is drawn, and figures by regular expressions.
+LAYOUT = {
+    "Data weighting": {
+        "loss and meta loss": ["Multiline", ["dwm/loss/lm", "dwm/loss/meta"]],
+        "is it right: score against influence, out of sample, and the gate": [
+            "Multiline",
+            ["dwm/evidence/score_correlation_mean", "dwm/evidence/gate", "dwm/evidence/steadiness"],
+        ],
+        "mean weight by domain": ["Multiline", [f"{DOMAIN_WEIGHT}.*"]],
+        "how unlike the weights are": [
+            "Multiline",
+            ["dwm/weights/effective_sample_size", "dwm/weights/max", "dwm/weights/min"],
+        ],
+        "seconds of a meta step, by pass": [
+            "Multiline",
+            ["dwm/time/meta_gradient", "dwm/time/inner_step", "dwm/time/influence"],
+        ],
+        "experts: the busiest one's tokens over the mean, by domain": [
+            "Multiline",
+            ["dwm/expert_imbalance/.*"],
+        ],
+        "share of the time": ["Multiline", ["dwm/time/weighting_share", "dwm/time/budget_spent"]],
+    }
+}
 
 
 def scalars_of(line: dict[str, Any]) -> dict[str, float]:
     """Returns a line's figures under the names of the table, those that are numbers.
 
     Figures of a policy that are not in the table are under `dwm/policy/`, the counts of bad steps
-    under `dwm/bad_steps/CAUSE`. Domains are left to `DomainMeans`.
+    under `dwm/bad_steps/CAUSE`, the load of experts under `dwm/expert_imbalance/DOMAIN` and
+    `dwm/expert_distance/DOMAIN`. Weights by domain are left to `DomainMeans`.
 
     Args:
         line: of the step log.
@@ -51,8 +80,11 @@ def scalars_of(line: dict[str, Any]) -> dict[str, float]:
         for key, value in line.items()
         if key not in _OTHERS and isinstance(value, int | float)
     }
-    counts = line.get("bad_steps", {}).items()
-    return found | {f"dwm/bad_steps/{cause}": count for cause, count in counts}
+    for cause, count in line.get("bad_steps", {}).items():
+        found[f"dwm/bad_steps/{cause}"] = count
+    for domain, figures in line.get("expert_load", {}).items():
+        found |= {f"dwm/expert_{name}/{domain}": value for name, value in figures.items()}
+    return found
 
 
 def _name(key: str) -> str:

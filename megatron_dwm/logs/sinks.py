@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from megatron_dwm.logs.console import Notices, console_line
 from megatron_dwm.logs.log_file import FILE_NAME, cut_after, next_part, older_parts
-from megatron_dwm.logs.names import DOMAIN_WEIGHT, NOTICES, scalars_of
+from megatron_dwm.logs.names import DOMAIN_WEIGHT, LAYOUT, NOTICES, scalars_of
 
 PART_BYTES = 256 << 20  # size limit of a file of the JSONL log
 PARTS_KEPT = 16  # finished files of it that are kept, beside the newest one
@@ -161,6 +161,8 @@ class _Figures:
 class TensorBoardSink:
     """Figures as scalars, notices as text, by the writer of `--tensorboard-dir`.
 
+    The tab "Custom Scalars" has them side by side, see `names.LAYOUT`.
+
     Args:
         writer: a `SummaryWriter`; stays open.
         log_interval: steps between two sets of domain weights.
@@ -170,6 +172,7 @@ class TensorBoardSink:
 
     def __init__(self, writer: Any, log_interval: int) -> None:
         self.writer, self.figures = writer, _Figures(log_interval)
+        writer.add_custom_scalars(LAYOUT)
 
     def write(self, line: dict[str, Any], iteration: int) -> None:
         """As `LogSink.write`."""

@@ -13,6 +13,7 @@ Shapes: n samples on this data-parallel rank, N in the global batch.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ from megatron_dwm.core.batches import StepBatches
 from megatron_dwm.core.contexts import gathered_parameters, quiet
 from megatron_dwm.core.optimizers import learning_rates
 from megatron_dwm.core.random_states import random_states, restore_random_states
+from megatron_dwm.core.stopwatch import PassTimes
 from megatron_dwm.core.trainee import StepOutcome, Trainee, loss_scale
 from megatron_dwm.meta_gradient import finite_difference
 from megatron_dwm.meta_gradient.ghost import recording as ghost
@@ -77,6 +79,9 @@ class InfluencePasses:
         self._ghost: ghost.Ghost | None = None
         self._has_stepped = False
         self.applied = Applied()
+        self.times = PassTimes(passes.shape.device)
+        # What else looks on at the trainer's own pass of a step.
+        self.watching: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     def step(
         self,
@@ -87,6 +92,9 @@ class InfluencePasses:
         estimator: str | None = None,
     ) -> tuple[StepOutcome, Influence | None]:
         """Takes one weighted step of the trainer with passes C and D.
+
+        `times` has what its passes took: `meta_gradient` (C), `inner` (B, and with `current` D) and
+        `influence` (D).
 
         Args:
             stock_step: runs the trainer's own step on the data iterator it is given.
@@ -118,7 +126,8 @@ class InfluencePasses:
             local = weights
             if isinstance(weights, torch.Tensor):
                 local = self.passes.local_part(weights).view(get_num_microbatches(), -1)
-        with self.passes.forward_step.weighted(local, get_num_microbatches()) as self.applied:
+        weighted = self.passes.forward_step.weighted(local, get_num_microbatches())
+        with weighted as self.applied, self.watching():
             result = stock_step(batches.replay(RerunDataIterator))
         return result, self.applied
 
@@ -137,7 +146,8 @@ class InfluencePasses:
         theta = [p.detach().clone() for p in parameters]
         lrs, rng = learning_rates(trainee.optimizer), random_states()
         # B
-        result, _ = self.weighted_step(stock_step, batches, weights)
+        with self.times("inner"):
+            result, _ = self.weighted_step(stock_step, batches, weights)
         if result.skipped:
             return result, None
         # C: h at theta+, and what it is in terms of the step's gradient
@@ -146,17 +156,19 @@ class InfluencePasses:
             # kept: the step's gradient, until v is there.
             inner = InnerStep.capture(trainee.optimizer, lrs, result.grad_norm)
         with quiet(trainee):
-            loss = self.passes.meta_loss_gradient(trainee)
-            if inner is not None:
-                inner.pull_back(trainee.model, self.passes.shape.device)
-            else:
-                pull_back_identity(max(lrs.values(), default=0.0), trainee.model)
+            with self.times("meta_gradient"):
+                loss = self.passes.meta_loss_gradient(trainee)
+                if inner is not None:
+                    inner.pull_back(trainee.model, self.passes.shape.device)
+                else:
+                    pull_back_identity(max(lrs.values(), default=0.0), trainee.model)
             # D: <v, g_i> at theta, with the step's own dropout masks
             rng_after = random_states()
-            if estimator == "ghost":
-                local, quality = self._by_ghost(trainee, batches, parameters, theta, rng)
-            else:
-                local, quality = self._by_difference(trainee, batches, parameters, theta, rng)
+            with self.times("influence"):
+                if estimator == "ghost":
+                    local, quality = self._by_ghost(trainee, batches, parameters, theta, rng)
+                else:
+                    local, quality = self._by_difference(trainee, batches, parameters, theta, rng)
             restore_random_states(rng_after)
         return result, self._influence(local, loss, lrs, quality)
 
@@ -229,7 +241,7 @@ class InfluencePasses:
         if self.config.jacobian == "exact" and not self._optimizer_has_stepped(trainee):
             return self.weighted_step(stock_step, batches, weights)[0], None
         # C: h at theta, and v with the Jacobian that the step is expected to have
-        with quiet(trainee):
+        with quiet(trainee), self.times("meta_gradient"):
             loss = self._direction_ahead(trainee, lrs)
             # kept: v, as the step needs the gradient buffers for its own gradient.
             v = {id(p): p.main_grad.clone() for p in trainable_parameters(trainee.model)}
@@ -240,7 +252,8 @@ class InfluencePasses:
         def direction(parameter: torch.nn.Parameter) -> torch.Tensor | None:
             return v.get(id(parameter))
 
-        with layers.recording(direction, get_num_microbatches()) as total:
+        watch = self.times("inner")
+        with watch, layers.recording(direction, get_num_microbatches()) as total:
             result, applied = self.weighted_step(stock_step, batches, weights)
             recorded = total()
         if result.skipped:

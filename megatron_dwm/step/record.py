@@ -22,6 +22,7 @@ class MetaResult:
         grad_norm: of a weighting model that learns by gradient, before clipping; else NaN.
         updated: whether the policy has learned from it.
         seconds: what the step took beyond scoring: passes B to E.
+        seconds_by_pass: the same by pass, see `InfluencePasses.step`; `learn` is E.
         quality: what the estimator said of itself.
     """
 
@@ -31,6 +32,7 @@ class MetaResult:
     updated: bool
     seconds: float
     quality: dict[str, float] = field(default_factory=dict)
+    seconds_by_pass: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -52,6 +54,7 @@ class StepRecord:
         notices: lines for the user.
         scores: `[N]` that the weights were made of, where samples are logged and there are any.
         losses: `[N]` mean token losses, where samples are logged and the policy asks for losses.
+        expert_load: `[L, D + 1, E]` tokens by MoE layer, domain and expert, see `ExpertLoad`.
         time_share: estimate of the weighting's share of the time, at meta steps, see `TimeShare`.
     """
 
@@ -70,3 +73,4 @@ class StepRecord:
     time_share: float | None = None
     scores: torch.Tensor | None = None
     losses: torch.Tensor | None = None
+    expert_load: torch.Tensor | None = None

@@ -14,8 +14,10 @@ Shapes: m micro-batches of b samples on this rank (n = m b), N samples in the gl
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from megatron_dwm.core import collectives
 from megatron_dwm.core.agreement import agreed
 from megatron_dwm.core.batches import StepBatches, document_field
 from megatron_dwm.core.contexts import gathered_parameters, quiet
+from megatron_dwm.core.expert_load import ExpertLoad
 from megatron_dwm.core.random_states import random_states, restore_random_states
 from megatron_dwm.core.state_tap import StateTap
 from megatron_dwm.core.trainee import Trainee
@@ -57,6 +60,7 @@ class DWMTrainStep:
         policy: weighs the samples.
         tap: reads the LLM's final hidden states, where the policy needs them.
         warm_start: copies the LLM's layers into the weighting model (`--dwm-init llm:K`), or None.
+        expert_load: counts which experts domains use, on ranks that see losses, or None.
     """
 
     def __init__(
@@ -67,12 +71,14 @@ class DWMTrainStep:
         policy: WeightPolicy,
         tap: StateTap | None = None,
         warm_start: Callable[[], None] | None = None,
+        expert_load: ExpertLoad | None = None,
     ) -> None:
         self.config, self.schedule, self.passes = config, schedule, passes
         self.forward_step, self.groups = passes.forward_step, passes.groups
         self.shape, self.meta_data = passes.shape, passes.meta_data
         self.sees_losses = passes.sees_losses
         self.policy, self.tap, self.warm_start = policy, tap, warm_start
+        self.expert_load = expert_load
         self.forward_step.keeps_losses = config.log_samples
         self.influence = InfluencePasses(config, passes)
         self.budget = OverheadBudget.from_config(config)
@@ -120,11 +126,16 @@ class DWMTrainStep:
 
         # B: the trainer's own step, weighted; on meta steps C and D: each sample's influence
         influence: Influence | None = None
+        if self.expert_load is not None and step.domains is not None:
+            listening = self.expert_load.listening
+            self.influence.watching = partial(listening, step.domains, step.num_microbatches)
         start = now() if plan.meta_step else 0.0
         if plan.meta_step:
+            self.influence.times.start()
             result, influence = self.influence.step(stock_step, trainee, batches, weighing)
         else:
             result, _ = self.influence.weighted_step(stock_step, batches, weighing)
+        self.influence.watching = contextlib.nullcontext
         loss = _first_loss(result.losses)
 
         # E: the policy learns, unless something is NaN or infinite
@@ -132,8 +143,10 @@ class DWMTrainStep:
         ahead = plan.weighted and self.policy.needs.influence_ahead
         late: list[str] = []
         if influence is not None:
-            meta, causes = self._learn(step, influence, loss)
+            with self.influence.times("learn"):
+                meta, causes = self._learn(step, influence, loss)
             meta.seconds = now() - start
+            meta.seconds_by_pass = self.influence.times.take()
         elif plan.weighted and (self.policy.synchronous or self._look_is_due(iteration)):
             causes += agreed({"scores": self.policy.bad_scores()}, self.shape.device)
             causes += self._broken() if "scores" in causes else []
@@ -149,6 +162,8 @@ class DWMTrainStep:
         overhead = meter.finish(meta is not None)
         record = self._record(step, plan, meta, loss, overhead, causes)
         record.time_share = self.time_share.end(meta is not None)
+        if self.expert_load is not None and record.iteration % self.expert_load.interval == 0:
+            record.expert_load = self.expert_load.take(self.groups)
         return result.own, record
 
     # ------------------------------------------------------------------ A

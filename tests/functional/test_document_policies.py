@@ -90,6 +90,18 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(
     assert max(line["max_weight"] for line in expected) > 1.005
 
 
+def test_a_meta_step_says_what_its_passes_take(results: Results, folder: Path) -> None:
+    results.succeeded("domains-dp2-whole")
+    lines = [x for x in read_log(str(folder / "domains-dp2-whole" / FILE_NAME)) if "gate" in x]
+    timed = [line for line in lines if "meta_seconds" in line]
+    assert len(timed) >= 5
+    for line in timed:
+        parts = [line[f"seconds_{name}"] for name in ("meta_gradient", "inner", "learn")]
+        assert min(parts[:2]) > 0
+        assert 0.5 * line["meta_seconds"] < sum(parts) < 1.001 * line["meta_seconds"] + 1e-3
+        assert "seconds_influence" not in line  # it is read in the inner step
+
+
 def test_a_static_weight_is_what_the_file_says(results: Results, folder: Path) -> None:
     """Documents of one data set weigh three times those of the other, in every step."""
     results.succeeded("static-tp2-whole")

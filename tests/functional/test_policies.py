@@ -32,7 +32,8 @@ RESUMED = {
     "model-pp2": f"{' '.join(MODEL)} --pipeline-model-parallel-size 2 --dwm-meta-interval 2 "
     "--dwm-meta-dense-steps 0 --dwm-gate off --dwm-map softmax",
     "head-moe-dp2": f"--dwm {DP2} --dwm-meta-interval 2 --dwm-gate off --num-experts 4 "
-    "--moe-router-topk 2 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2",
+    "--moe-router-topk 2 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2 "
+    "--dwm-log-expert-load 4",
     "head-bf16": f"--dwm --bf16 {DP2} --dwm-meta-interval 2 --dwm-gate off",
 }
 # What balances the experts is updated once a step, by the trainer's own tokens.
@@ -69,12 +70,13 @@ def results(folder: Path) -> Results:
         Run("other-form", [*base, *MODEL, *DP2.split(), "--load", str(folder / "head-dp2-whole")]),
         Run("own", [*head, "--dwm-policy", "tests.functional.own_policy:ByDomain"]),
         Run("own-missing", [*head, "--dwm-policy", "tests.functional.own_policy:Nobody"]),
+        Run("no-experts", [*head, "--dwm-log-expert-load", "1"]),
         Run("model-flag", [*head, "--dwm-init", "llm:2"]),
         Run("bias-stock", [*base[: base.index("--save-interval")], *BIAS]),
         Run("bias-head", [*head, *BIAS, "--dwm-meta-interval", "1"]),
         Run("uniform-start", [*head, "--dwm-policy", "uniform"]),
     ]
-    runs[-6].args += ["--save", str(folder / "own")]
+    runs[-7].args += ["--save", str(folder / "own")]
     return run_all(2, runs, folder)
 
 
@@ -99,6 +101,19 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(
 def test_experts_are_covered_by_the_hooks(results: Results) -> None:
     out = results.succeeded("head-moe-dp2-whole")[0]["stdout"]
     assert "DWM: estimator ghost: auto; it covers every trained parameter" in out
+
+
+def test_the_load_of_experts_is_in_the_log_by_domain(results: Results, folder: Path) -> None:
+    results.succeeded("head-moe-dp2-whole")
+    lines = {line["iteration"]: line for line in log_of(folder, "head-moe-dp2-whole")}
+    assert [k for k, line in lines.items() if "expert_load" in line] == [
+        k for k in lines if k % 4 == 0
+    ]
+    last = lines[max(k for k in lines if k % 4 == 0)]["expert_load"]
+    assert list(last) == ["good", "odd"]
+    for figures in last.values():
+        # Two of four experts for each token: the busiest has at most twice the mean.
+        assert 1 < figures["imbalance"] <= 2 and 0 < figures["distance"] < 1
 
 
 def test_meta_steps_leave_the_balance_of_experts_alone(results: Results) -> None:
@@ -141,6 +156,7 @@ def test_own_policy_by_its_path(results: Results, folder: Path) -> None:
         ("other-form", ["of the form head", "this run's is model", "--dwm-form"]),
         ("own-missing", ["tests.functional.own_policy has no Nobody"]),
         ("model-flag", ["--dwm-init", "--dwm-form is head", "--dwm-form model"]),
+        ("no-experts", ["--dwm-log-expert-load is about MoE layers"]),
     ],
 )
 def test_what_does_not_fit_is_one_line(results: Results, name: str, words: list[str]) -> None:

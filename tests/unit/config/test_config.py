@@ -30,6 +30,7 @@ BAD_VALUES = [
     ("forgetting", 1.5),
     ("ridge", -0.1),
     ("replay", -1),
+    ("log_expert_load", -1),
     ("replay_steps", -1),
     ("schedule", "cosine"),
     ("estimator", "magic"),
@@ -142,6 +143,7 @@ OTHER_VALUES = {
     "seed": 7,
     "document_weights": True,
     "log_samples": True,
+    "log_expert_load": 5,
 }
 
 

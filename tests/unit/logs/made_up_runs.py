@@ -39,6 +39,8 @@ def log_lines(
             line |= {
                 "meta_loss": 3 + 3 / i,
                 "meta_seconds": 0.25,
+                "seconds_meta_gradient": 0.1,
+                "seconds_inner": 0.125,
                 "score_correlation": 0.3,
                 "score_correlation_mean": 0.4,
                 "score_correlation_error": 0.05,

@@ -38,6 +38,9 @@ class Backend:
         if self.error is not None:
             raise self.error
 
+    def add_custom_scalars(self, layout):
+        self.layout = layout
+
     def add_scalar(self, name, value, iteration):
         self._work()
         self.scalars.setdefault(iteration, {})[name] = value
@@ -401,6 +404,7 @@ META = {
     "fd_signal_to_noise": 7.0, "verify_correlation": 0.99, "bad_step": ["loss"],
     "bad_steps": {"loss": 2}, "notices": ["DWM: gate open", "DWM: more"],
     "weights": [1.0], "domains": [0], "influence": [0.1],
+    "expert_load": {"books": {"imbalance": 1.5, "distance": 0.25}},
 }  # fmt: skip
 
 
@@ -408,11 +412,23 @@ class TestFigures:
     def test_names_are_grouped(self):
         found = scalars_of(line_of(7, **META))
         groups = {name.split("/")[1] for name in found}
-        assert groups == {"loss", "weights", "evidence", "learning", "time", "bad_steps"}
+        groups_of_experts = {"expert_imbalance", "expert_distance"}
+        figures = {"loss", "weights", "evidence", "learning", "time", "bad_steps"}
+        assert groups == figures | groups_of_experts
+        assert found["dwm/expert_distance/books"] == 0.25
         assert found["dwm/loss/lm"] == 10.0 and found["dwm/evidence/gate"] == 0.5
         assert found["dwm/evidence/fd_signal_to_noise"] == 7.0
         assert found["dwm/bad_steps/loss"] == 2
         assert "dwm/learning/grad_norm" not in found, "it is missing in this step"
+
+    def test_the_layout_shows_figures_that_there_are(self):
+        backend = Backend()
+        TensorBoardSink(backend, 2)
+        (charts,) = backend.layout.values()
+        known = {f"dwm/{name}" for name in NAMES.values()}
+        shown = [pattern for _, patterns in charts.values() for pattern in patterns]
+        by_domain = {"dwm/domain_weight/.*", "dwm/expert_imbalance/.*"}
+        assert set(shown) - known == by_domain and len(set(shown)) == len(shown)
 
     def test_no_two_figures_share_a_name(self):
         assert len(set(NAMES.values())) == len(NAMES)

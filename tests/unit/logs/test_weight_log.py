@@ -44,6 +44,9 @@ class Writer:
     def __init__(self):
         self.scalars, self.texts = {}, {}
 
+    def add_custom_scalars(self, layout):
+        pass
+
     def add_scalar(self, name, value, iteration):
         self.scalars[name, iteration] = value
 

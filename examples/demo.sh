@@ -6,7 +6,7 @@
 # `make demo` calls it; a second call goes on where the first one stopped.
 #
 #   DEMO_DIR=demo_out     where everything goes
-#   DEMO_ITERS=300        steps of each run
+#   DEMO_ITERS=400        steps of each run
 #   DEMO_SEED=1234        of the models and of the data's order; another one has a folder of its own
 #   DEMO_APT=1            add the domains that come from Debian packages
 
@@ -15,7 +15,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${PYTHON:-.venv/bin/python}
 OUT=${DEMO_DIR:-demo_out}
-ITERS=${DEMO_ITERS:-300}
+ITERS=${DEMO_ITERS:-400}
 SEED=${DEMO_SEED:-1234}
 CORPUS=$OUT/corpus
 DATA=$OUT/data
@@ -108,9 +108,9 @@ step "5/7 the same samples, weighted by their loss (--dwm-policy truncation)"
 DWM=1 DWM_POLICY=truncation run loss_based
 
 step "6/7 the same samples, weighted by the data weighting model"
-# So short a run begins to weigh early, and spends its dense meta steps in its first quarter.
+# So short a run begins to weigh early, and has its dense meta steps in its first eighth.
 DWM=1 DWM_WARMUP_STEPS=$LR_WARMUP_ITERS DWM_META_BATCH_SIZE=16 DWM_META_INTERVAL=16 \
-    DWM_META_DENSE_STEPS=64 DWM_SEED=$SEED run dwm
+    DWM_META_DENSE_STEPS=32 DWM_SEED=$SEED run dwm
 
 step "7/7 export to Hugging Face, and a sample"
 "$PYTHON" -m megatron_dwm convert export --megatron-path "$RUNS/dwm" --hf-path "$RUNS/hf" --force

@@ -88,8 +88,7 @@ def _problems(config: DWMConfig) -> list[str]:
             f"{flag('meta_dense_steps')} is {config.meta_dense_steps}; it must not be negative"
         )
     not_negative = ("warmup_steps", "backbone_lr", "weight_decay", "clip_grad", "seed")
-    not_negative += ("log_expert_load",)
-    for name in (*not_negative, "ridge", "replay", "replay_steps"):
+    for name in (*not_negative, "ridge", "replay", "replay_steps", "log_expert_load"):
         if (getattr(config, name) or 0) < 0:
             found.append(f"{flag(name)} is {getattr(config, name)}; it must not be negative")
     for name in (

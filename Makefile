@@ -7,10 +7,10 @@ PYTEST_SHARE ?= -n 2 --dist loadscope
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-gpu test-faults coverage lint clean
+.PHONY: help setup demo test test-unit test-gpu test-faults test-megatron coverage lint clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
 
 setup: ## make .venv with all packages and build the data engine
 	@bash tools/setup_env.sh
@@ -35,11 +35,15 @@ test-gpu: setup ## run the GPU tests; without a GPU say so and succeed
 		echo 'test-gpu: skipped, no GPU was found'; \
 	fi
 
-# Another seed: make test-faults FAULTS=500 FAULT_SEED=7
+# Another seed: make test-faults FAULTS=500 FAULT_SEED=7; saves in the background: FAULT_ASYNC=1
 FAULTS ?= 200
 FAULT_SEED ?= 20250711
 test-faults: setup ## kill a real run at 200 random instants and compare (FAULTS=n, FAULT_SEED=n)
-	FAULTS=$(FAULTS) FAULT_SEED=$(FAULT_SEED) $(PYTEST) -s $(PYTEST_ARGS) tests/functional/test_faults.py
+	FAULTS=$(FAULTS) FAULT_SEED=$(FAULT_SEED) FAULT_ASYNC=$(FAULT_ASYNC) $(PYTEST) -s $(PYTEST_ARGS) tests/functional/test_faults.py
+
+MEGATRON ?= 0.19.0
+test-megatron: setup ## run the contract tests against another Megatron (MEGATRON=release or checkout)
+	bash tools/test_megatron.sh $(MEGATRON)
 
 coverage: setup ## run all tests, and report which lines of the package they reach
 	.venv/bin/coverage erase
@@ -56,6 +60,6 @@ lint: setup ## check style, spelling, types and layers
 
 clean: ## remove .venv, builds, caches and the examples' output
 	rm -rf .venv .venv.lock build dist demo_out smollm2_out *.egg-info
-	rm -rf .coverage .coverage.* .import_linter_cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .megatron .coverage .coverage.* .import_linter_cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	rm -f megatron_dwm/_data_engine.*.so megatron_dwm/_version.py
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -132,6 +132,11 @@ ARMS = {
 }
 # Arms beyond those, taken with --more. Those of RECIPES need something made before them.
 DRAWN = "--dwm --dwm-policy uniform --dwm-sampling weights"
+MOE_ARM = "moe-"
+MOE = (
+    "--num-experts 4 --moe-router-topk 2 --moe-router-load-balancing-type aux_loss "
+    "--moe-aux-loss-coeff 1e-2"
+)
 MORE = {
     "quadratic": "--dwm --dwm-policy quadratic",
     "extremes": "--dwm --dwm-policy extremes",
@@ -144,6 +149,9 @@ MORE = {
     "dsir": DRAWN,
     "dsir+head": f"--dwm --dwm-sampling weights {META}",
     "frozen": "--dwm --dwm-schedule frozen --dwm-load {made}",
+    "moe-uniform": MOE,
+    "moe-oracle": f"{ARMS['oracle']} {MOE}",
+    "moe-head": f"{ARMS['head']} {MOE}",
 }
 # What is made: documents drawn by what a smaller model has learned; the half of them that DSIR
 # selects by n-grams of the meta set; a head learned with another model.

@@ -7,7 +7,7 @@ from typing import Any
 
 from quality import figures
 from quality.figures import Results, Seeds
-from quality.plan import ARMS, MORE, REGIMES
+from quality.plan import ARMS, MOE_ARM, MORE, REGIMES
 
 QUARTERS = ("useful", "effective", "correlation", "gate")
 
@@ -19,7 +19,8 @@ run itself; on a CPU processor time). *Equal time*: the curve read when the run 
 spent uniform's time, at a learning rate that has not come to its end; *longer uniform*: the final
 loss against that of a uniform run as long as this one took, both with their schedules completed.
 *Multiplier*: tokens that uniform needs for the same loss over tokens spent, cost counted in; beyond
-the longest uniform run it is extrapolated (~).
+the longest uniform run it is extrapolated (~). Arms `moe-` have four experts a layer, and are
+compared with `moe-uniform`.
 """.strip()
 
 
@@ -71,14 +72,15 @@ def ordered(arms: list[str]) -> list[str]:
 
 def row_of_losses(results: Results, regime: str, arm: str) -> list[str]:
     """Returns an arm's row of the first table."""
-    ours, uniform = results.seeds(regime, arm), results.seeds(regime, "uniform")
+    kind = MOE_ARM if arm.startswith(MOE_ARM) else ""  # compared with what has the same layers
+    ours, uniform = results.seeds(regime, arm), results.seeds(regime, f"{kind}uniform")
     final = figures.finals(ours)
-    base, oracle = figures.finals(uniform), figures.finals(results.seeds(regime, "oracle"))
+    base, oracle = figures.finals(uniform), figures.finals(results.seeds(regime, f"{kind}oracle"))
     row = [arm, str(len(ours)), plus_minus(*figures.mean_and_spread(list(final.values())))]
-    if arm == "uniform":
+    if arm == f"{kind}uniform":
         return [*row, "0", "0%" if oracle else "", "1.000", "0", "", "0", "1"]
     early = {seed: figures.loss_at_equal_time(result) for seed, result in ours.items()}
-    ladder = results.ladder(regime)
+    ladder = [] if kind else results.ladder(regime)
     pairs = [(ours[seed], uniform[seed]) for seed in sorted(ours) if seed in uniform]
     longer = [figures.against_longer_uniform(ladder, *pair) for pair in pairs]
     multipliers = [figures.multiplier(ladder, *pair) for pair in pairs]

@@ -77,7 +77,8 @@ def observed(args, path, saves, limit):
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     # The trainer's is in a helper process, which would import everything once more. Only a save
     # in the background needs it there.
-    filesystem_async._results_queue = queue.Queue()
+    if "--async-save" not in args:
+        filesystem_async._results_queue = queue.Queue()
     kept = {"save": 0}
     step, read, save = DWMTrainStep.__call__, StepBatches.__init__, training.save_checkpoint
     setup = Session.setup_model_and_optimizer

@@ -7,7 +7,7 @@ PYTEST_SHARE ?= -n 2 --dist loadscope
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-gpu test-faults test-megatron coverage lint clean
+.PHONY: help setup demo test test-unit test-extended test-gpu test-faults test-megatron coverage lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
@@ -23,6 +23,9 @@ test: setup ## run all tests (GPU tests are skipped, see test-gpu)
 
 test-unit: setup ## run the quick tests only
 	$(PYTEST) $(PYTEST_SHARE) $(PYTEST_ARGS) tests/unit
+
+test-extended: setup ## run what `make test` leaves out, as it takes long
+	MEGATRON_DWM_TEST_EXTENDED=1 $(PYTEST) -m extended --durations=10 $(PYTEST_ARGS) tests
 
 # A GPU that the driver lists and torch cannot use is a broken machine, not a reason to skip.
 test-gpu: setup ## run the GPU tests; without a GPU say so and succeed

@@ -40,18 +40,21 @@ def repo_root() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks each test by its folder, and skips those that need a GPU where none was asked for."""
+    """Marks each test by its folder; skips those that need a GPU, or time, if not asked for."""
     for item in items:
         folder = item.path.relative_to(REPO_ROOT / "tests").parts[0]
         item.add_marker(folder)
         if item.nodeid.startswith(SPAWN_RANKS):
             item.add_marker("ranks")
-    if os.environ.get("MEGATRON_DWM_TEST_GPU") == "1":
-        return
-    skip = pytest.mark.skip(reason="needs a GPU: run `make test-gpu` on a machine that has one")
+    missing = {}
+    if os.environ.get("MEGATRON_DWM_TEST_GPU") != "1":
+        missing["gpu"] = "needs a GPU: run `make test-gpu` on a machine that has one"
+    if os.environ.get("MEGATRON_DWM_TEST_EXTENDED") != "1":
+        missing["extended"] = "takes long: run `make test-extended`"
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        for mark, reason in missing.items():
+            if mark in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -64,7 +64,11 @@ def found(folder: Path) -> dict:
         *f"--data-cache-path FOLDER-cache --dwm-meta-data-path {data['meta']}".split(),
         *(*DWM, "--dwm-num-layers", "1", "--dwm-hidden-size", "32", "--dwm-log-samples"),
         *"--dwm-schedule staged --dwm-stages 2 --dwm-sampling weights --dwm-head-lr 0.03".split(),
-        *("--async-save --use-persistent-ckpt-worker --async-strategy mcore".split() if ASYNC else []),
+        *(
+            "--async-save --use-persistent-ckpt-worker --async-strategy mcore".split()
+            if ASYNC
+            else []
+        ),
     ]
     plan = {
         "args": args,

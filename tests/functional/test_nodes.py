@@ -1,4 +1,4 @@
-"""Two hosts train through the SLURM script; one dies, comes back, and the end is the same bit for bit.
+"""Two hosts train by the SLURM script; one dies, comes back, and the end is the same bit for bit.
 
 Hosts are network namespaces with an address each, where this machine lets us make them (Linux, as
 root); elsewhere two launchers on one address. `srun` and `scontrol` are stand-ins that do what the
@@ -29,9 +29,9 @@ from tests.functional.resuming import log_of
 
 STEPS, INTERVAL, KILLED_AFTER = 8, 3, 4
 PATIENCE = 400.0  # seconds
-PREFIX = ["10.231.77.1", "10.231.77.2"]
+ADDRESSES = ["10.231.77.1", "10.231.77.2"]
 
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = [pytest.mark.timeout(1500), pytest.mark.extended]
 
 # Starts the command once for each node, as `srun --ntasks-per-node=1 --kill-on-bad-exit=1` does.
 SRUN = """
@@ -72,11 +72,19 @@ def namespaces() -> Iterator[list[list[str]]]:
             ip("-n", name, "link", "set", "lo", "up")
         ip("link", "add", links[0], "netns", names[0], "type", "veth", "peer", "name", links[1],
            "netns", names[1])  # fmt: skip
-        for name, link, address in zip(names, links, PREFIX, strict=True):
+        for name, link, address in zip(names, links, ADDRESSES, strict=True):
             ip("-n", name, "addr", "add", f"{address}/24", "dev", link)
             ip("-n", name, "link", "set", link, "up")
         yield [
-            ["ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME={link}", f"TP_SOCKET_IFNAME={link}"]
+            [
+                "ip",
+                "netns",
+                "exec",
+                name,
+                "env",
+                f"GLOO_SOCKET_IFNAME={link}",
+                f"TP_SOCKET_IFNAME={link}",
+            ]
             for name, link in zip(names, links, strict=True)
         ]
     finally:
@@ -94,7 +102,7 @@ def hosts() -> Iterator[tuple[list[list[str]], str]]:
         print(f"no network namespaces ({error}): two launchers on one address")
         yield [[], []], "127.0.0.1"
         return
-    yield prefixes, PREFIX[0]
+    yield prefixes, ADDRESSES[0]
     next(made, None)
 
 

@@ -276,14 +276,25 @@ def uncovered_parameters(model: list[Any]) -> list[str]:
                 if not parameter.requires_grad:
                     continue
                 why = next((layers[layer] for layer in layers if full.startswith(layer)), None)
-                if why is not None:
-                    found.append(
-                        f"the parameter {full} (in a mixture-of-experts layer, where tokens are no "
-                        f"longer in the order of the samples: {why})"
-                    )
-                elif not known:
-                    found.append(f"the parameter {full} (of a {type(module).__name__})")
+                if why is not None or not known:
+                    found.append(not_covered(full, type(module).__name__, why))
     return found
+
+
+def not_covered(parameter: str, layer: str, why: str | None) -> str:
+    """Returns the words for a parameter that no formula covers.
+
+    Args:
+        parameter: its name.
+        layer: the class of its layer.
+        why: what is against the mixture-of-experts layer that it is in; None: it is in none.
+    """
+    if why is None:
+        return f"the parameter {parameter} (of a {layer})"
+    return (
+        f"the parameter {parameter} (in a mixture-of-experts layer, where tokens are no "
+        f"longer in the order of the samples: {why})"
+    )
 
 
 def refusal(uncovered: list[str]) -> str:

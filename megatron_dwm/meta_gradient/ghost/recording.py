@@ -110,7 +110,7 @@ class Ghost:
             handles += rows.hooks(chunk)
         passes, seen = [0] * len(self.chunks), [0] * len(self.layers)
         for row, (_, _, module, rule) in enumerate(self.layers):
-            hook = self._hook(row, rule, v, found, seen, num_microbatches, rows)
+            hook = self._hook(row, rule, v, found, seen, num_microbatches, rows, handles)
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
         for number, chunk in enumerate(self.chunks):
             handles.append(chunk.register_forward_pre_hook(_counter(passes, number)))
@@ -155,6 +155,7 @@ class Ghost:
         seen: list[int],
         num_microbatches: int,
         rows: experts.Rows,
+        handles: list[Any],
     ) -> Callable[..., None]:
         """Returns a forward hook that hangs the layer's formula on its output's gradient.
 
@@ -191,7 +192,9 @@ class Ghost:
                     found[row, k] = rule.formula(call, grad, v, self.share)
                 seen[row] += 1
 
-            output.register_hook(record)
+            # To be removed with the others: a graph may outlive the step (that of an MoE layer's
+            # probabilities does, in its dispatcher), and would keep v and the layers' inputs.
+            handles.append(output.register_hook(record))
 
         return hook
 

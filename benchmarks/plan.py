@@ -25,10 +25,12 @@ import contextlib
 import gc
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,7 +40,7 @@ LIMIT = 0.15
 # Below this a group's bytes are scalars that ranks agree by.
 LEAST_BYTES = 1024
 COMMON = """
---num-layers 4 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4
+--num-layers 4 --hidden-size 128 --ffn-hidden-size 256 --num-attention-heads 4
 --seq-length 32 --max-position-embeddings 32 --normalization RMSNorm --disable-bias-linear --swiglu
 --position-embedding-type rope --hidden-dropout 0 --attention-dropout 0 --mock-data
 --tokenizer-type NullTokenizer --vocab-size 255 --micro-batch-size 2 --global-batch-size 16
@@ -47,8 +49,8 @@ COMMON = """
 """.split()
 LLAMA = "--untie-embeddings-and-output-weights --group-query-attention --num-query-groups 2"
 MOE = """
---num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 64 --moe-layer-freq [0,1,1,1]
---moe-shared-expert-intermediate-size 64 --moe-token-dispatcher-type alltoall
+--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 128 --moe-layer-freq [0,1,1,1]
+--moe-shared-expert-intermediate-size 128 --moe-token-dispatcher-type alltoall
 --moe-aux-loss-coeff 0.01
 """
 ALL = ["ghost current", "ghost next", "finite_difference next"]
@@ -132,7 +134,12 @@ def worker() -> None:
             for method in methods:
                 estimator, lookahead = method.split()
                 chosen = ["--dwm-estimator", estimator, "--dwm-lookahead", lookahead]
-                found["plans"][method] = planned([*words, *chosen], world).plan()
+                plan = planned([*words, *chosen], world)
+                found["plans"][method] = plan.plan()
+            found["planned_layers"] = [
+                sorted({f"{part.name} {part.layer}" for part in (*stage.weights, *stage.norms)})
+                for stage in plan.run.model.stages
+            ]
         path = os.path.join(os.environ["OUT"], f"{name}.{rank}.json")
         with open(path, "w") as file:
             json.dump(found, file)
@@ -160,9 +167,7 @@ def measured(words: list[str], methods: list[str]) -> dict[str, Any]:
         kind, warm = plan[done[0]], done[0] < 2
         done[0] += 1
         if not found:
-            from megatron.core import mpu
-
-            found["stage"] = mpu.get_pipeline_model_parallel_rank()
+            found.update(held(args[2]))
         name = kind.removeprefix("memory ")
         self.step.schedule = Always(name in methods)
         if name in methods:
@@ -192,6 +197,25 @@ def measured(words: list[str], methods: list[str]) -> dict[str, Any]:
     finally:
         Session.train_step = attached  # type: ignore[method-assign]
     return found
+
+
+def held(model: list[Any]) -> dict[str, Any]:
+    """Returns this rank's stage, its trained elements, and the layers that have them."""
+    from megatron.core import mpu
+    from megatron.core.utils import unwrap_model
+
+    layers = []
+    for chunk in unwrap_model(model):
+        for name, module in chunk.named_modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                name = re.sub(r"^decoder\.layers\.\d+\.|^decoder\.|^embedding\.", "", name)
+                name = re.sub(r"local_experts\.\d+\.", "", name)
+                layers.append(f"{name} {type(module).__name__}")
+    return {
+        "stage": mpu.get_pipeline_model_parallel_rank(),
+        "parameters": sum(p.numel() for chunk in model for p in chunk.parameters()),
+        "layers": sorted(set(layers)),
+    }
 
 
 def with_method(config: Any, method: str) -> Any:
@@ -247,6 +271,8 @@ def sending(sent: dict[str, float]) -> Iterator[None]:
 
         def call(group: Any, *args: Any, **kwargs: Any) -> Any:
             name = names.get(group.group_name, group.group_name)
+            if kind == "send":  # of two stages, one direction goes by the group of all ranks
+                name = traffic.PP
             count = traffic.sent(kind, size(args[argument]), group.size())
             if kind == "all_to_all" and args[3]:
                 row = args[1].nbytes / max(1, args[1].size(0))
@@ -324,6 +350,7 @@ def live_bytes() -> int:
     """Returns the bytes of all tensors that are alive, each storage once."""
     import torch
 
+    time.sleep(0.05)  # until threads of gloo have let go of what they have sent
     storages = {}
     for thing in gc.get_objects():
         # `isinstance` would ask every object for its class.
@@ -343,6 +370,9 @@ def compared(folder: str, name: str) -> list[tuple[str, str, float, float]]:
         with open(os.path.join(folder, f"{name}.{rank}.json")) as file:
             ranks.append(json.load(file))
     methods, plans, rows = CASES[name][1], ranks[0]["plans"], []
+    sizes = plans[methods[0]]["model"]["parameters_by_stage"]
+    for rank in ranks:
+        rows.append(("model", "parameters", sizes[rank["stage"]], rank["parameters"]))
     stock = sum(r["stock"]["flops"] for r in ranks)
     rows.append(("stock", "FLOPs", plans[methods[0]]["stock"]["flops"], stock))
     for step in ("plain", *methods):

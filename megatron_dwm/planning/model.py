@@ -169,10 +169,13 @@ class Stage:
         return [*found, self.final_norm] if self.final_norm is not None else found
 
     def parameters(self, layout: Layout) -> tuple[int, int]:
-        """Returns trained elements on one rank: those outside experts, and those of experts."""
-        dense = sum(m.local(layout) for m in self.weights if not m.expert)
-        dense += sum(n.size for n in self.norms)
-        return dense, sum(m.local(layout) for m in self.weights if m.expert)
+        """Returns trained elements on one rank: all but, and those that are experts shared out.
+
+        The latter have data-parallel groups of their own, where there is expert parallelism.
+        """
+        shared_out = sum(m.local(layout) for m in self.weights if m.expert and layout.ep > 1)
+        found = sum(m.local(layout) for m in self.weights) + sum(n.size for n in self.norms)
+        return found - shared_out, shared_out
 
 
 @dataclass(frozen=True)

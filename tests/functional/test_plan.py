@@ -20,8 +20,8 @@ import pytest
 from tests.functional.harness import ROOT, host_flags, torchrun
 
 BENCHMARK = runpy.run_path(str(ROOT / "benchmarks" / "plan.py"), run_name="benchmark")
-# Tensor, pipeline and data parallel with both estimators; a mixture of experts over ranks.
-CASES = ["tp2-pp2", "pp2-dp2-bf16", "moe-ep2"]
+# Tensor, pipeline and data parallel with both estimators; experts on one rank and over ranks.
+CASES = ["tp2-pp2", "moe-pp2-dp2", "moe-ep2"]
 
 
 @pytest.fixture(scope="module")

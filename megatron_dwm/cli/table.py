@@ -33,6 +33,7 @@ COMMANDS = (
     Command("dsir", "dsir", "weigh and select documents by how they are like a target text"),
     Command("inspect", "inspect", "check a data set and print what is in it"),
     Command("train", "train", "run your Megatron script with the weighting attached"),
+    Command("plan", "plan", "what weighting will cost a run, before it is started"),
     Command("report", "report", "tables and plots of what a run preferred, and of runs compared"),
     Command("probe", "probe", "is the meta-gradient of a saved run right? (brute force)"),
     Command("score", "score", "score every document of a corpus, as a weight file"),

@@ -23,8 +23,11 @@ from megatron_dwm.core.state_tap import StateTap
 from megatron_dwm.core.topology import Megatron
 from megatron_dwm.core.trainee import RunShape
 from megatron_dwm.data.meta_dataset import MetaData
-from megatron_dwm.errors import DWMError
-from megatron_dwm.meta_gradient.estimators import choose_estimator, choose_lookahead
+from megatron_dwm.meta_gradient.estimators import (
+    check_ahead,
+    choose_estimator,
+    choose_lookahead,
+)
 from megatron_dwm.meta_gradient.optimizers.optimizer_rules import check_supported
 from megatron_dwm.policies.base import PolicyContext
 from megatron_dwm.policies.combined import build_policy
@@ -103,8 +106,7 @@ def assemble(config: DWMConfig, host: TrainerHost) -> DWMTrainStep:
         host.say(f"DWM: estimator {estimator}: {reason}")
         lookahead = choose_lookahead(config, estimator)
         config = dataclasses.replace(config, estimator=estimator, lookahead=lookahead)
-        if config.needs.influence_ahead and estimator != "ghost":
-            raise DWMError(f"--dwm-policy {config.policy} needs the ghost estimator ({reason})")
+        check_ahead(config, estimator, reason)
         with seeded(config.seed):
             meta_data = host.meta_data(config)
     context = PolicyContext(

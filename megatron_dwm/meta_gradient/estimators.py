@@ -34,8 +34,21 @@ def choose_estimator(
     # Pipeline stages hold different layers, and all must use one estimator.
     found: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(found, uncovered_parameters(model))
-    uncovered = [name for part in found for name in part]
-    uncovered += [f"{flag} ({why})" for flag, why in _unusable(llm_config, config.lookahead)]
+    return decide(config, [name for part in found for name in part], llm_config)
+
+
+def decide(config: DWMConfig, uncovered: list[str], llm_config: Any = None) -> tuple[str, str]:
+    """As `choose_estimator`, once it is known what the ghost estimator does not cover.
+
+    Args:
+        config: settings.
+        uncovered: parameters of any rank, each with the reason.
+        llm_config: what has the flags that stand against the hooks.
+    """
+    if config.estimator == "finite_difference":
+        return "finite_difference", "asked for by --dwm-estimator"
+    against = [f"{flag} ({why})" for flag, why in _unusable(llm_config, config.lookahead)]
+    uncovered = [*uncovered, *against]
     if not uncovered:
         why = "asked for by --dwm-estimator" if config.estimator == "ghost" else "auto"
         return "ghost", f"{why}; it covers every trained parameter"
@@ -47,6 +60,21 @@ def choose_estimator(
             "not covered by it; use --dwm-lookahead next"
         )
     return "finite_difference", f"auto; ghost does not cover {uncovered[0]}"
+
+
+def check_ahead(config: DWMConfig, estimator: str, reason: str) -> None:
+    """Refuses a policy that wants influence ahead of the step, where hooks cannot find it.
+
+    Args:
+        config: settings.
+        estimator: what `choose_estimator` returned.
+        reason: as well.
+
+    Raises:
+        DWMError: it names the policy.
+    """
+    if config.needs.influence_ahead and estimator != "ghost":
+        raise DWMError(f"--dwm-policy {config.policy} needs the ghost estimator ({reason})")
 
 
 def choose_lookahead(config: DWMConfig, estimator: str) -> str:

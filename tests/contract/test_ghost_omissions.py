@@ -7,6 +7,9 @@ What these tests do not exercise: a weight that is used by its own layer, once, 
 no hook sees that, and `--dwm-verify-meta-gradient` is there to find out.
 """
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,13 +41,23 @@ class Odd(torch.nn.Module):
         return self.use(self.two, self.one(x))
 
 
-def record(model, groups, m, runs=1, micro_batch_size=B, calls=1):
+class Wanted:
+    """A `Direction` that can be referred to weakly."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def __call__(self, parameter):
+        return self.call(parameter)
+
+
+def record(model, groups, m, runs=1, micro_batch_size=B, calls=1, v=torch.ones_like):
     """Records m micro-batches, each its forward (or `calls` of them) and backward in turn."""
     config = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1)
     layers = ghost.Ghost([model], config, groups, micro_batch_size, torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
     inputs = [torch.randn(5, B, 4, generator=generator) for _ in range(m)]
-    with layers.recording(lambda p: torch.ones_like(p), m) as total:
+    with layers.recording(v, m) as total:
         for _ in range(runs):
             for x in inputs:
                 sum(model(x).tanh().sum() for _ in range(calls)).backward()
@@ -73,6 +86,29 @@ class TestOmissions:
     def test_a_model_that_is_run_twice_in_a_micro_batch(self, groups, m):
         with pytest.raises(DWMError, match=f"ran {2 * m} times in {m} micro-batches"):
             record(Odd(lambda layer, x: layer(x)), groups, m, calls=2)
+
+    def test_a_graph_that_outlives_the_step_keeps_nothing_of_it(self, groups):
+        """As an MoE layer's probabilities have; the directions are as large as the model."""
+        outputs, kept = [], []
+
+        def keep(layer, x):
+            outputs.append(layer(x))
+            return outputs[-1]
+
+        def direction(parameter):
+            v = torch.ones_like(parameter)
+            kept.append(weakref.ref(v))
+            return v
+
+        def step():
+            wanted = Wanted(direction)
+            kept.append(weakref.ref(wanted))
+            record(Odd(keep), groups, 2, v=wanted)
+
+        step()
+        gc.collect()
+        assert outputs[0].grad_fn is not None and len(kept) > 4
+        assert not any(alive() for alive in kept)
 
     @pytest.mark.parametrize("m", [1, 2])
     def test_passes_that_the_rerun_machine_takes_again_count_once(self, groups, m):

@@ -21,6 +21,7 @@ from megatron_dwm.hosts.unsupported import REFUSED, refusals, unsupported
 
 __all__ = [
     "REFUSED",
+    "argument_problems",
     "blend_of",
     "check_arguments",
     "check_data",
@@ -39,6 +40,16 @@ def check_arguments(config: DWMConfig, args: Any) -> None:
 
     Raises:
         DWMError: lists every problem with its flag.
+    """
+    raise_all(argument_problems(config, args))
+
+
+def argument_problems(config: DWMConfig, args: Any) -> list[str]:
+    """Returns one line for each problem of the arguments, with its flag.
+
+    Args:
+        config: the settings, shapes not yet taken over from the LLM.
+        args: Megatron's parsed and validated arguments.
     """
     problems = [*config.problems(), *_share_problems(args)]
     if args.sft and not config.scores:
@@ -67,7 +78,7 @@ def check_arguments(config: DWMConfig, args: Any) -> None:
         )
     if config.sampling == "weights":
         problems += _sampling_problems(args)
-    raise_all(problems)
+    return problems
 
 
 def _sampling_problems(args: Any) -> list[str]:

@@ -45,6 +45,9 @@ _OFF = (
     "fp4",
 )
 
+SPREAD_EXPERTS = "its experts are spread over ranks"
+SPREAD_TOKENS = "its tokens are spread over tensor-parallel ranks"
+
 
 def reason_against(layer: torch.nn.Module) -> str | None:
     """Returns why the rows of a mixture-of-experts layer are not known; None if they are."""
@@ -58,9 +61,18 @@ def reason_against(layer: torch.nn.Module) -> str | None:
     for name in ("ep_group", "tp_group"):
         group = getattr(layer.experts, name, None)
         if group is not None and group.size() > 1:
-            return "its experts are spread over ranks"
+            return SPREAD_EXPERTS
     if layer.tp_group.size() > 1:
-        return "its tokens are spread over tensor-parallel ranks"
+        return SPREAD_TOKENS
+    return reason_by_settings(config)
+
+
+def reason_by_settings(config: Any) -> str | None:
+    """Returns which setting stands against it; None where none does.
+
+    Args:
+        config: the LLM's `TransformerConfig`, or what has its fields.
+    """
     found = config.moe_router_load_balancing_type
     kinds = set(found if isinstance(found, list) else [found])
     if not kinds <= _BALANCING:

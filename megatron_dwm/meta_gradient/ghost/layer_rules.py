@@ -71,3 +71,14 @@ def rule_of(module: torch.nn.Module) -> GhostRule | None:
     if kind in _BY_TYPE:
         return _BY_TYPE[kind]
     return _BY_NAME.get(kind.__name__) if kind.__module__.split(".")[0] in _PACKAGES else None
+
+
+def is_known_by_name(name: str) -> bool:
+    """Returns whether a layer class of torch, Megatron, Transformer Engine or Apex has a rule.
+
+    For a model that is not built, so that `rule_of` has no module to look at.
+
+    Args:
+        name: of the class.
+    """
+    return name in _BY_NAME or any(kind.__name__ == name for kind in _BY_TYPE)

@@ -110,7 +110,7 @@ class Ghost:
             handles += rows.hooks(chunk)
         passes, seen = [0] * len(self.chunks), [0] * len(self.layers)
         for row, (_, _, module, rule) in enumerate(self.layers):
-            hook = self._hook(row, rule, v, found, seen, num_microbatches, rows)
+            hook = self._hook(row, rule, v, found, seen, num_microbatches, rows, handles)
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
         for number, chunk in enumerate(self.chunks):
             handles.append(chunk.register_forward_pre_hook(_counter(passes, number)))
@@ -155,6 +155,7 @@ class Ghost:
         seen: list[int],
         num_microbatches: int,
         rows: experts.Rows,
+        handles: list[Any],
     ) -> Callable[..., None]:
         """Returns a forward hook that hangs the layer's formula on its output's gradient.
 
@@ -191,7 +192,9 @@ class Ghost:
                     found[row, k] = rule.formula(call, grad, v, self.share)
                 seen[row] += 1
 
-            output.register_hook(record)
+            # To be removed with the others: a graph may outlive the step (that of an MoE layer's
+            # probabilities does, in its dispatcher), and would keep v and the layers' inputs.
+            handles.append(output.register_hook(record))
 
         return hook
 
@@ -276,14 +279,25 @@ def uncovered_parameters(model: list[Any]) -> list[str]:
                 if not parameter.requires_grad:
                     continue
                 why = next((layers[layer] for layer in layers if full.startswith(layer)), None)
-                if why is not None:
-                    found.append(
-                        f"the parameter {full} (in a mixture-of-experts layer, where tokens are no "
-                        f"longer in the order of the samples: {why})"
-                    )
-                elif not known:
-                    found.append(f"the parameter {full} (of a {type(module).__name__})")
+                if why is not None or not known:
+                    found.append(not_covered(full, type(module).__name__, why))
     return found
+
+
+def not_covered(parameter: str, layer: str, why: str | None) -> str:
+    """Returns the words for a parameter that no formula covers.
+
+    Args:
+        parameter: its name.
+        layer: the class of its layer.
+        why: what is against the mixture-of-experts layer that it is in; None: it is in none.
+    """
+    if why is None:
+        return f"the parameter {parameter} (of a {layer})"
+    return (
+        f"the parameter {parameter} (in a mixture-of-experts layer, where tokens are no "
+        f"longer in the order of the samples: {why})"
+    )
 
 
 def refusal(uncovered: list[str]) -> str:

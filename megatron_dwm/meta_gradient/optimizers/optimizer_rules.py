@@ -104,15 +104,29 @@ def check_supported(optimizer: Any, kind: str) -> None:
             raise DWMError("--fp16 is not supported with a learned --dwm-policy; use --bf16")
         problem = None if kind == "identity" else _why_unknown(leaf)
         if problem:
-            raise DWMError(
-                f"{problem}; use --dwm-jacobian identity (the optimizer taken for plain SGD) or "
-                "--dwm-policy uniform"
-            )
+            raise DWMError(f"{problem}; {_WAY_OUT}")
 
 
-def _why_unknown(leaf: Any) -> str | None:
-    """Returns why the Jacobian of a Megatron optimizer is not known, None where it is."""
-    config = leaf.config
+_WAY_OUT = "use --dwm-jacobian identity (the optimizer taken for plain SGD) or --dwm-policy uniform"
+
+
+def refused_settings(settings: Any, kind: str) -> str | None:
+    """Returns the line of `check_supported` that settings alone call for; None: none.
+
+    Args:
+        settings: what has `optimizer` and `optimizer_cpu_offload`, as Megatron's arguments have.
+        kind: `--dwm-jacobian`.
+    """
+    problem = None if kind == "identity" else _why_settings(settings)
+    return None if problem is None else f"{problem}; {_WAY_OUT}"
+
+
+def needs_gradient(name: str) -> bool:
+    """Returns whether the Jacobian of `--optimizer name` needs the step's gradient."""
+    return name not in _RULES or _RULES[name].needs_gradient
+
+
+def _why_settings(config: Any) -> str | None:
     rule = _RULES.get(config.optimizer)
     if rule is None:
         known = " and ".join(sorted(_RULES))
@@ -125,7 +139,16 @@ def _why_unknown(leaf: Any) -> str | None:
             "--optimizer-cpu-offload keeps gradients and states where the meta-gradient cannot "
             "read them"
         )
-    problem = rule.refusal(leaf)
+    return None
+
+
+def _why_unknown(leaf: Any) -> str | None:
+    """Returns why the Jacobian of a Megatron optimizer is not known, None where it is."""
+    config = leaf.config
+    problem = _why_settings(config)
+    if problem is not None:
+        return problem
+    problem = _RULES[config.optimizer].refusal(leaf)
     if problem is not None or config.use_precision_aware_optimizer:
         return problem
     if hasattr(leaf, "fp32_from_float16_groups") or is_distributed(leaf):

@@ -1,0 +1,377 @@
+"""A run of Megatron-LM's trainer, planned from its flags: nothing is built, and no rank started."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer, vocab_size_with_padding
+from megatron.training.arguments import parse_args, validate_args
+
+from megatron_dwm.config.flags import add_dwm_args
+from megatron_dwm.config.schema import DWMConfig
+from megatron_dwm.errors import DWMError, in_short
+from megatron_dwm.hosts.megatron_lm.build import resolve_shapes
+from megatron_dwm.hosts.megatron_lm.checks import argument_problems
+from megatron_dwm.hosts.megatron_lm.planned_model import (
+    language_model,
+    layout_of,
+    weighting_model,
+)
+from megatron_dwm.meta_gradient.estimators import check_ahead, choose_lookahead, decide
+from megatron_dwm.meta_gradient.ghost import experts
+from megatron_dwm.meta_gradient.ghost.layer_rules import is_known_by_name
+from megatron_dwm.meta_gradient.ghost.recording import not_covered
+from megatron_dwm.meta_gradient.optimizers.optimizer_rules import needs_gradient, refused_settings
+from megatron_dwm.planning.model import (
+    DIFFERENCE,
+    GHOST_CURRENT,
+    GHOST_NEXT,
+    Batch,
+    Matrix,
+    Method,
+    Model,
+    Norm,
+    Precision,
+    Run,
+    Weighting,
+)
+from megatron_dwm.planning.plan import plan_of
+from megatron_dwm.policies.head import LIMIT
+from megatron_dwm.step.plan import Schedule
+from megatron_dwm.weighting_model.scorer import micro_batches_at_once
+
+# Where some flags are allowed only on recent GPUs, the run is taken to have them.
+_HOPPER = (9, 0)
+
+
+@dataclass
+class Planned:
+    """What the flags come to.
+
+    Attributes:
+        run: as the formulas take it.
+        methods: by which influence may be found, the run's own first; empty: no meta steps.
+        reason: why the first one.
+        refused: the lines with which the run would end; empty: it would start.
+        left: flags that neither Megatron nor the weighting knows.
+    """
+
+    run: Run
+    methods: list[Method]
+    reason: str
+    refused: list[str]
+    left: list[str]
+
+    def plan(self) -> dict[str, Any]:
+        """Returns the whole plan as plain values."""
+        return {
+            **plan_of(self.run, self.methods),
+            "chosen": self.reason,
+            "refused": self.refused,
+            "left_to_the_script": self.left,
+        }
+
+
+def planned(words: list[str], world_size: int) -> Planned:
+    """Reads the flags of a run.
+
+    Call `cpu.install()` before importing this module.
+
+    Args:
+        words: the script's flags.
+        world_size: ranks of the run.
+
+    Raises:
+        DWMError: flags that Megatron refuses, or a model that cannot be planned.
+    """
+    with _started_as(words, world_size):
+        return _planned(words)
+
+
+def _planned(words: list[str]) -> Planned:
+    args, left = _arguments(words)
+    config = DWMConfig.from_args(args)
+    if not config.enabled:
+        raise DWMError("--dwm is missing, and without it the run is stock training; add --dwm")
+    config = config.with_defaults()
+    refused = argument_problems(config, args)
+    refused += _of_this_machine(args)
+    vocabulary = _vocabulary(args)
+    model = language_model(args, vocabulary)
+    config = resolve_shapes(config, args)
+    methods, reason, more = _methods(config, args, model)
+    run = Run(
+        model=model,
+        layout=layout_of(args),
+        batch=Batch(
+            args.micro_batch_size, args.seq_length, args.global_batch_size, _meta_batch(config)
+        ),
+        precision=_precision(args),
+        weighting=_weighting(config, args, model, vocabulary),
+        per_token=args.calculate_per_token_loss,
+        mask_in_batches=args.create_attention_mask_in_dataloader,
+        notes=tuple(_notes(config, args)),
+    )
+    return Planned(run, methods, reason, [*refused, *more], left)
+
+
+# ------------------------------------------------------------------------------------ arguments
+
+
+@contextlib.contextmanager
+def _started_as(words: list[str], world_size: int) -> Iterator[None]:
+    """Makes this process look like rank 0 of the run, on a GPU, to Megatron's parser."""
+    given, before = sys.argv, dict(os.environ)
+    capability = torch.cuda.get_device_capability
+    torch.cuda.get_device_capability = lambda *_: _HOPPER  # type: ignore[assignment]
+    logging.disable(logging.WARNING)
+    sys.argv = ["plan", *words]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world_size))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+        torch.cuda.get_device_capability = capability
+        sys.argv = given
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _arguments(words: list[str]) -> tuple[Any, list[str]]:
+    """Returns Megatron's parsed and validated arguments, and the flags that are not known.
+
+    Raises:
+        DWMError: in the words of Megatron.
+    """
+    parsers: list[Any] = []
+
+    def provider(parser: Any) -> Any:
+        parsers.append(add_dwm_args(parser))
+        return parsers[-1]
+
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            args = parse_args(provider, ignore_unknown_args=True)
+            left = [w for w in parsers[-1].parse_known_args(words)[1] if w.startswith("--")]
+            unknown = [word for word in left if word.startswith("--dwm")]
+            if unknown:
+                raise DWMError(f"{unknown[0]}: no such flag; megatron-dwm train --help lists them")
+            validate_args(args)
+    except DWMError:
+        raise
+    except (Exception, SystemExit) as error:
+        said = printed.getvalue().strip().splitlines()
+        if isinstance(error, SystemExit) and said:
+            reason = said[-1].split("error: ")[-1]
+        elif isinstance(error, AssertionError) and str(error):
+            reason = " ".join(str(error).split())
+        else:
+            reason = in_short(error)
+        raise DWMError(f"Megatron refuses the flags: {reason}") from None
+    return args, left
+
+
+def _vocabulary(args: Any) -> int:
+    """Returns the rows of the word embedding, as the trainer pads them.
+
+    Raises:
+        DWMError: nothing says how many.
+    """
+    if args.padded_vocab_size:
+        return int(args.padded_vocab_size)
+    model = args.tokenizer_model
+    null = (args.tokenizer_type or "").startswith("Null")
+    if args.vocab_size and not null:
+        return int(vocab_size_with_padding(args.vocab_size, args, logging_enabled=False))
+    if null or (model is not None and os.path.exists(model)):
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                build_tokenizer(args)
+        except Exception as error:
+            raise DWMError(
+                f"--tokenizer-type {args.tokenizer_type}: it cannot be built here "
+                f"({in_short(error)}); give --padded-vocab-size N"
+            ) from None
+        return int(args.padded_vocab_size)
+    found = f"--tokenizer-type {args.tokenizer_type}"
+    if model is not None:
+        found = f"--tokenizer-model {model}"
+    raise DWMError(
+        f"{found}: there is no such file here to count its vocabulary; give --padded-vocab-size N, "
+        "or --vocab-size N"
+    )
+
+
+def _of_this_machine(args: Any) -> list[str]:
+    """Returns what would be refused by the number of samples alone."""
+    unit = args.micro_batch_size * args.data_parallel_size
+    if args.global_batch_size % unit == 0:
+        return []
+    return [
+        f"--global-batch-size {args.global_batch_size} is not divisible by --micro-batch-size "
+        f"{args.micro_batch_size} times data parallel size {args.data_parallel_size}"
+    ]
+
+
+# ------------------------------------------------------------------------------------ what costs
+
+
+def _meta_batch(config: DWMConfig) -> int:
+    return config.meta_batch_size or 0
+
+
+def _precision(args: Any) -> Precision:
+    half = bool(args.bf16 or args.fp16)
+    return Precision(
+        parameter=2 if half else 4,
+        gradient=4 if not half or args.accumulate_allreduce_grads_in_fp32 else 2,
+        distributed=bool(args.use_distributed_optimizer),
+        overlap_gather=bool(args.overlap_param_gather),
+    )
+
+
+def _weighting(config: DWMConfig, args: Any, model: Model, vocabulary: int) -> Weighting:
+    steps = _steps(args)
+    interval = config.meta_interval or 1
+    share = 1 / interval if config.trains else 0.0
+    if steps and config.trains:
+        share = Schedule(config, steps).meta_steps() / steps
+    taught = config.has_model and config.rule == "regression" and config.teacher == "head"
+    taught = taught and config.trains
+    head = 2 * args.hidden_size + 2 if taught or "head" in config.policies.split("+") else 0
+    if config.learned and config.form == "head":
+        head = 2 * args.hidden_size + 2
+    dwm = None
+    if config.has_model:
+        dwm = weighting_model(config, args, model, vocabulary)
+    regression = config.rule == "regression"
+    return Weighting(
+        weighs=config.scores,
+        trains=config.trains,
+        ahead=config.needs.influence_ahead,
+        exact=config.jacobian == "exact",
+        keeps_gradient=needs_gradient(args.optimizer) or args.clip_grad > 0,
+        head=head,
+        regression=min(head, LIMIT),
+        dwm=dwm,
+        together=1 if dwm is None else _together(config, args),
+        updates=0 if dwm is None else 1 + regression * config.replay_steps,
+        scorings=0 if dwm is None else regression * config.replay_steps,
+        taught=taught,
+        whole_batch=config.has_model and config.map == "softmax",
+        share=share,
+        interval=interval,
+    )
+
+
+def _together(config: DWMConfig, args: Any) -> int:
+    shape = {"ffn_hidden_size": config.resolved_ffn_hidden_size}
+    return micro_batches_at_once(args, _Shape({**config.shape(), **shape}))
+
+
+class _Shape:
+    """Sizes as attributes."""
+
+    def __init__(self, sizes: dict[str, Any]) -> None:
+        vars(self).update(sizes)
+
+
+def _steps(args: Any) -> int | None:
+    if args.train_iters:
+        return int(args.train_iters)
+    if args.train_samples:
+        return int(args.train_samples) // int(args.global_batch_size)
+    return None
+
+
+# ------------------------------------------------------------------------------------ estimators
+
+
+def _methods(config: DWMConfig, args: Any, model: Model) -> tuple[list[Method], str, list[str]]:
+    """Returns how influence may be found, why so, and what the run would be refused for.
+
+    The method that the run takes comes first; where `auto` chooses, the other estimator follows.
+    """
+    if not config.uses_meta_set:
+        return [], "no meta steps", []
+    refused = []
+    problem = refused_settings(args, config.jacobian)
+    if problem is not None:
+        refused.append(problem)
+    uncovered = uncovered_parameters(args, model)
+    try:
+        estimator, reason = decide(config, uncovered, args)
+        check_ahead(config, estimator, reason)
+    except DWMError as error:
+        asked = GHOST_CURRENT if config.lookahead in ("current", "auto") else GHOST_NEXT
+        return [asked, DIFFERENCE], "refused", [*refused, str(error)]
+    own = Method(estimator, choose_lookahead(config, estimator))
+    if config.estimator != "auto" or not config.trains:
+        return [own] if config.trains else [], reason, refused
+    if estimator == "ghost":
+        return [own, DIFFERENCE], reason, refused
+    other = GHOST_NEXT if config.lookahead == "next" else GHOST_CURRENT
+    return [own, other], reason, refused
+
+
+def uncovered_parameters(args: Any, model: Model) -> list[str]:
+    """Returns what `ghost.recording.uncovered_parameters` would find, rank after rank.
+
+    Args:
+        args: Megatron's.
+        model: the language model.
+    """
+    against = _against_experts(args) if args.num_experts else None
+    found = []
+    for stage in model.stages:
+        for number, layer in enumerate(stage.layers):
+            parts: list[Matrix | Norm] = [*layer.norms, *layer.matrices]
+            for part in parts:
+                why = against if layer.routed and part.name.startswith("mlp.") else None
+                if why is not None or not is_known_by_name(part.layer):
+                    name = f"decoder.layers.{number}.{part.name}.weight"
+                    found.append(not_covered(name, part.layer, why))
+    return found
+
+
+def _against_experts(args: Any) -> str | None:
+    """Returns why the rows of an MoE layer's experts are not known, as `experts` finds it."""
+    if args.moe_grouped_gemm and args.transformer_impl != "local":
+        return "its experts are a TEGroupedMLP"
+    layout = layout_of(args)
+    if layout.ep > 1 or layout.etp > 1:
+        return experts.SPREAD_EXPERTS
+    if layout.tp > 1:
+        return experts.SPREAD_TOKENS
+    return experts.reason_by_settings(args)
+
+
+def _notes(config: DWMConfig, args: Any) -> Iterator[str]:
+    """Yields what the figures leave out."""
+    if config.overhead_budget is not None:
+        yield (
+            f"--dwm-overhead-budget {config.overhead_budget} spaces meta steps by measured time; "
+            "the plan takes them as often as --dwm-meta-interval asks for"
+        )
+    if config.verify_meta_gradient:
+        yield "--dwm-verify-meta-gradient runs steps again now and then; they are left out"
+    if args.recompute_granularity == "selective":
+        others = set(args.recompute_modules or []) - {"core_attn", "layernorm", "moe_act"}
+        if others:
+            yield f"recomputation of {', '.join(sorted(others))} is left out"
+    if args.num_experts:
+        yield "tokens are taken to be spread evenly over experts"
+    if args.fp8 or args.fp4:
+        yield "products in fp8 or fp4 count as those of the parameters' precision"

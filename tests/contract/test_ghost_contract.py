@@ -87,12 +87,6 @@ CASES = {
         "moe_router_enable_expert_bias": True,
         "moe_router_dtype": "fp32",
     },
-    "moe-recompute-activations": {
-        **LLAMA,
-        **EXPERTS,
-        **SELECTIVE,
-        "recompute_modules": ["moe_act"],
-    },
     "softmax-offset": {**LLAMA, "softmax_type": "learnable"},
     "softmax-offset-recomputed": {**GPT, **SELECTIVE, "softmax_type": "learnable"},
     "moe-auxiliary-losses": {

@@ -2,12 +2,12 @@
 
 Transformer Engine's own Python classes run on the CPU (`tests/transformer_engine_cpu`), in ranks
 that are forked from a process of their own. Uniform weights must not change a bit of the stock run
-with the same layers. Checkpoints pass between such a process and one without Transformer Engine,
-whose optimizer is another, too; a run that changes sides must go on as the one that did not,
-within rounding. Under tensor and sequence parallelism `<v, g_i>` of a real step, read off by ghost,
-is compared with a backward pass for each sample.
-Not exercised here: the compiled kernels, GPUs, bfloat16, FP8, context parallelism, TE's fused
-attention (its unfused one runs in float32).
+with the same layers. Checkpoints pass between Transformer Engine's layers and Megatron's own, and
+to a process without Transformer Engine, whose optimizer is another, too: a run that changes sides
+must go on as the one that did not, within rounding. Under tensor and sequence parallelism
+`<v, g_i>` of a real step, read off by ghost, is compared with a backward pass for each sample.
+Not exercised here: the compiled kernels, GPUs, bfloat16, FP8, context parallelism, fused attention
+(in float32 the unfused one runs).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from tests.functional.harness import MOCK, TINY, Results, Run, host_flags, run_a
 STOP = 2
 COMMON = [
     *(*TINY, *MOCK, "--num-layers", "2", "--global-batch-size", "8", "--eval-iters", "0"),
-    *"--use-distributed-optimizer --ckpt-format torch_dist --no-load-rng".split(),
+    *"--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --no-load-rng".split(),
 ]
-TE = "--transformer-impl transformer_engine".split()
+FUSED = "--transformer-impl transformer_engine".split()
 DWM = ["--dwm", "--dwm-meta-batch-size", "8", *HEAD]
 FUSER = ["--use-transformer-engine-op-fuser"]
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel".split()
@@ -44,7 +44,7 @@ def loading(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("te")
+    return tmp_path_factory.mktemp("fused")
 
 
 def folder_for(folder: Path, name: str) -> Path:
@@ -55,22 +55,24 @@ def folder_for(folder: Path, name: str) -> Path:
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> Results:
     """Runs without Transformer Engine."""
-    runs = [Run("local", [*COMMON, *DWM, *saving(folder / "local")])]
+    runs = [Run("local", [*COMMON, *DWM])]
     return run_all(1, runs, folder_for(folder, "plain"))
 
 
 @pytest.fixture(scope="module")
-def one(folder: Path, plain: Results, transformer_engine: dict[str, str]) -> Results:
-    """Runs of one rank with it; one loads what was saved without it."""
-    words = [*COMMON, *TE]
+def one(folder: Path, transformer_engine: dict[str, str]) -> Results:
+    """Runs of one rank with it; some have Megatron's own layers all the same."""
+    words = [*COMMON, *FUSED]
     runs = [
         Run("stock", words),
         Run("uniform", [*words, "--dwm", "--dwm-policy", "uniform"]),
-        Run("head", [*words, *DWM, *saving(folder / "te")]),
+        Run("head", [*words, *DWM, *saving(folder / "fused")]),
         Run("fuser-stock", [*words, *FUSER]),
         Run("fuser-uniform", [*words, *FUSER, "--dwm", "--dwm-policy", "uniform"]),
         Run("fuser-head", [*words, *FUSER, *DWM]),
+        Run("local", [*COMMON, *DWM, *saving(folder / "local")]),
         Run("from-local", [*words, *DWM, *LENIENT, *loading(folder / "local")]),
+        Run("from-fused", [*COMMON, *DWM, *loading(folder / "fused")]),
         Run("refused", [*words, *DWM, *loading(folder / "local")]),
     ]
     return run_all(1, runs, folder_for(folder, "one"), **transformer_engine)
@@ -79,15 +81,15 @@ def one(folder: Path, plain: Results, transformer_engine: dict[str, str]) -> Res
 @pytest.fixture(scope="module")
 def back(folder: Path, one: Results) -> Results:
     """A run without it that loads what was saved with it."""
-    words = [*COMMON, *loading(folder / "te")]
-    runs = [Run("from-te", [*words, *DWM]), Run("unweighted", words)]
+    words = [*COMMON, *loading(folder / "fused")]
+    runs = [Run("from-fused", [*words, *DWM]), Run("unweighted", words)]
     return run_all(1, runs, folder_for(folder, "back"))
 
 
 @pytest.fixture(scope="module")
-def two(folder: Path, transformer_engine: dict[str, str]) -> Results:
-    """Runs of two tensor-parallel ranks with sequence parallelism."""
-    words = [*COMMON, *TE, *TP2]
+def two(folder: Path, one: Results, transformer_engine: dict[str, str]) -> Results:
+    """Runs of two tensor-parallel ranks with sequence parallelism, from what one rank saved."""
+    words = [*COMMON, *FUSED, *TP2, *loading(folder / "fused")]
     runs = [
         Run("stock", words),
         Run("uniform", [*words, "--dwm", "--dwm-policy", "uniform"]),
@@ -114,7 +116,9 @@ class TestOneRank:
         head, stock = one.succeeded(f"{kind}head")[0], one.succeeded(f"{kind}stock")[0]
         assert "estimator ghost: auto; it covers every trained parameter" in head["stdout"]
         assert head["parameters"] != stock["parameters"]
-        assert abs(losses(one, f"{kind}head")[-1] / losses(one, f"{kind}stock")[-1] - 1) > 1e-5
+        # Weights differ from the first meta step on, and gradients with them, by a tenth.
+        norms = [[norm for _, _, norm in rank["steps"]] for rank in (head, stock)]
+        assert abs(norms[0][-1] / norms[1][-1] - 1) > 0.05
 
     def test_fused_layers_train_as_those_one_by_one(self, one: Results) -> None:
         assert losses(one, "fuser-head") == pytest.approx(losses(one, "head"), rel=CLOSE)
@@ -125,16 +129,24 @@ class TestOneRank:
         assert one["head"][0]["parameters"] != plain["local"][0]["parameters"]
 
 
-class TestCheckpoints:
-    def test_a_run_goes_on_with_transformer_engine(self, one: Results, plain: Results) -> None:
-        expected = losses(plain, "local")[STOP:]
-        assert losses(one, "from-local") == pytest.approx(expected, rel=CLOSE)
+def measures(results: Results, name: str) -> list[float]:
+    """Returns losses and gradient norms, which the weights are in, of the steps after the stop."""
+    steps = [step for step in results.losses(name) if step[0] > STOP]
+    return [number for _, values, norm in steps for number in (values["lm loss"], norm)]
 
-    def test_and_without(self, one: Results, back: Results) -> None:
-        expected = losses(one, "head")[STOP:]
-        assert losses(back, "from-te") == pytest.approx(expected, rel=CLOSE)
+
+class TestCheckpoints:
+    def test_a_run_goes_on_with_transformer_engine(self, one: Results) -> None:
+        assert measures(one, "from-local") == pytest.approx(measures(one, "local"), rel=2e-5)
+
+    def test_and_with_the_layers_of_megatron(self, one: Results) -> None:
+        assert measures(one, "from-fused") == pytest.approx(measures(one, "head"), rel=2e-5)
+
+    def test_and_where_there_is_no_transformer_engine(self, one: Results, back: Results) -> None:
+        expected = measures(one, "head")
+        assert measures(back, "from-fused") == pytest.approx(expected, rel=2e-5)
         # Negative control: without the weighting that lies in the checkpoint.
-        assert losses(back, "unweighted")[-1] != pytest.approx(expected[-1], rel=5 * CLOSE)
+        assert measures(back, "unweighted") != pytest.approx(expected, rel=0.01)
 
     def test_where_megatron_would_ask_for_state_that_is_not_there_the_way_out_is_named(
         self, one: Results
@@ -145,14 +157,17 @@ class TestCheckpoints:
 
 
 class TestTensorAndSequenceParallel:
+    """Two ranks that load what one saved: a run with Transformer Engine resumes, in any layout."""
+
     def test_uniform_is_stock_bit_for_bit(self, two: Results) -> None:
         for stock, uniform in zip(two.succeeded("stock"), two.succeeded("uniform"), strict=True):
             assert uniform["steps"] == stock["steps"]
             assert uniform["parameters"] == stock["parameters"]
 
     def test_learned_weights_are_those_of_one_rank(self, one: Results, two: Results) -> None:
-        assert losses(two, "head") == pytest.approx(losses(one, "head"), rel=1e-5)
-        assert losses(two, "head") != losses(two, "stock")
+        expected = measures(one, "head")
+        assert measures(two, "head") == pytest.approx(expected, rel=2e-5)
+        assert measures(two, "stock") != pytest.approx(expected, rel=0.01)
 
 
 # --------------------------------------------------------------------------- ghost, on two ranks
@@ -176,7 +191,8 @@ def parallel_case(name: str, **more: Any) -> dict[str, Any]:
         words[at : at + 3] = MLA  # and its number of groups
     # As the recipes have it: weight gradients are added up inside the layers.
     flags = [f for f in host_flags() if f != "--no-gradient-accumulation-fusion"]
-    args = [*flags, *words, *TE, *TP2, *DWM, *PARALLEL[name].split()]
+    # The factor of clipping is not part of the reference.
+    args = [*flags, *words, *FUSED, *TP2, *DWM, "--clip-grad", "0", *PARALLEL[name].split()]
     return {"args": args, "after": 1, "estimators": ["ghost"], "reference": True, **more}
 
 

@@ -195,7 +195,9 @@ class Ghost:
             node, number = output.grad_fn, output.output_nr
             if self.config.recompute_granularity == "selective" and node is not None:
                 # A hook on this tensor may yet be added that makes the layer's input again.
-                node.register_prehook(lambda grads: record(grads[number]))
+                node.register_prehook(
+                    lambda grads: None if grads[number] is None else record(grads[number])
+                )
             else:
                 output.register_hook(record)
 

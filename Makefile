@@ -62,7 +62,7 @@ lint: setup ## check style, spelling, types and layers
 	.venv/bin/lint-imports
 
 clean: ## remove .venv, builds, caches and the examples' output
-	rm -rf .venv .venv.lock build dist demo_out smollm2_out *.egg-info
-	rm -rf .megatron .coverage .coverage.* .import_linter_cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv.lock .transformer_engine .megatron build dist demo_out smollm2_out *.egg-info
+	rm -rf .coverage .coverage.* .import_linter_cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	rm -f megatron_dwm/_data_engine.*.so megatron_dwm/_version.py
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -15,7 +15,9 @@ SPAWN_RANKS = (
     "tests/functional/",
     "tests/cases/test_checkpoint_formats.py",
     "tests/cases/test_ranks_that_act_alone.py",
+    "tests/contract/test_ghost_transformer_engine.py",
 )
+pytest_plugins = ["tests.transformer_engine_cpu.fixtures"]
 
 # tools/ and examples/ are not installed with the package, yet tests import from them.
 if str(REPO_ROOT) not in sys.path:

@@ -250,6 +250,42 @@ def test_what_megatron_cannot_load_is_refused_before(tmp_path, groups, saved, lo
     assert loads is not (loaded and not saved and strictness == "assume_ok_unexpected")
 
 
+ORDERED = {"use_distributed_optimizer": True, "transformer_impl": "local"}
+FUSED = {"transformer_impl": "transformer_engine"}
+
+
+@pytest.mark.parametrize(
+    ("saved", "run", "refused"),
+    [
+        ({}, FUSED, "--transformer-impl"),
+        (FUSED, {}, "--transformer-impl"),
+        ({}, {"moe_grouped_gemm": True}, "--moe-grouped-gemm"),
+        (FUSED, FUSED, ""),
+        ({"dist_ckpt_optim_fully_reshardable": True}, FUSED, ""),
+        ({"use_distributed_optimizer": False}, FUSED, ""),
+        ({}, {**FUSED, "use_distributed_optimizer": False}, ""),
+        ({}, {**FUSED, "no_load_optim": True}, ""),
+        ({}, {**FUSED, "finetune": True}, ""),
+    ],
+)
+def test_weights_that_lie_in_the_order_of_other_layers_are_refused(
+    monkeypatch, saved, run, refused
+):
+    """Megatron would load them one for another; test_transformer_engine.py has real runs."""
+    from megatron_dwm.hosts.megatron_lm import load_check
+
+    defaults = {**ORDERED, "moe_grouped_gemm": False}
+    stored = argparse.Namespace(**{**defaults, **saved})
+    monkeypatch.setattr(load_check, "common_state", lambda folder: {"args": stored})
+    plain = {"load": "run", "no_load_optim": None, "finetune": False}
+    built = argparse.Namespace(**{**defaults, **plain, **run})
+    if not refused:
+        load_check.check_order(built, "run")
+        return
+    with pytest.raises(DWMError, match=f"{refused} .* --dist-ckpt-optim-fully-reshardable"):
+        load_check.check_order(built, "run")
+
+
 # --------------------------------------------------------------------------- snapshots
 
 

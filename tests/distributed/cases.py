@@ -123,9 +123,12 @@ def layout_cases(folder: Path, ranks: int) -> list[dict[str, Any]]:
 
 
 def take_apart(
-    ranks: int, cases: list[dict[str, Any]], folder: Path, timeout: int = 900
+    ranks: int, cases: list[dict[str, Any]], folder: Path, timeout: int = 900, **variables: str
 ) -> dict[str, dict[str, Any]]:
-    """Spawns the worker once and returns what came out of each case, by name."""
+    """Spawns the worker once and returns what came out of each case, by name.
+
+    Variables as those of `torchrun`.
+    """
     path = folder / f"cases-{ranks}.json"
     path.write_text(json.dumps(cases))
     done = torchrun(
@@ -134,6 +137,7 @@ def take_apart(
         timeout=timeout,
         CASES=str(path),
         OUT=str(folder),
+        **variables,
     )
     found = {}
     for case in cases:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -66,9 +67,13 @@ def torchrun(
 
     On the CPU a script's ranks are forked from a process that has imported the trainer; a module
     (`-m`), and what is given a variable that counts at import, are started with torchrun.
+
+    Variables: TRANSFORMER_ENGINE, the folder of its Python files, for ranks that have it (on the
+    CPU only, see `tests.transformer_engine_cpu`).
     """
     if words[0].endswith(".py") and "TORCHDYNAMO_DISABLE" not in variables and host_flags():
-        return RankServer.running().run(ranks, words, timeout, environment(**variables))
+        server = RankServer.running(variables.get("TRANSFORMER_ENGINE", ""))
+        return server.run(ranks, words, timeout, environment(**variables))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     command += ["--master-port", str(free_port()), *words]
     return subprocess.run(
@@ -83,26 +88,31 @@ def torchrun(
 
 
 class RankServer:
-    """The process that ranks are forked from, `rank_server.py`; one for the test session."""
+    """The process that ranks are forked from, `rank_server.py`; one for the test session.
 
-    _running: RankServer | None = None
+    Args:
+        transformer_engine: as the variable of `torchrun`; a second process has it.
+    """
 
-    def __init__(self) -> None:
+    _running: ClassVar[dict[str, RankServer]] = {}
+
+    def __init__(self, transformer_engine: str) -> None:
+        self.transformer_engine = transformer_engine
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "tests" / "functional" / "rank_server.py")],
             cwd=ROOT,
-            env=environment(),
+            env=environment(TRANSFORMER_ENGINE=transformer_engine),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
 
     @classmethod
-    def running(cls) -> RankServer:
+    def running(cls, transformer_engine: str = "") -> RankServer:
         """Returns the session's server, started at the first call."""
-        if cls._running is None:
-            cls._running = cls()
-        return cls._running
+        if transformer_engine not in cls._running:
+            cls._running[transformer_engine] = cls(transformer_engine)
+        return cls._running[transformer_engine]
 
     def run(
         self, ranks: int, words: list[str], timeout: int, variables: dict[str, str]
@@ -130,7 +140,7 @@ class RankServer:
                 # Whatever it is still at is not the next request's.
                 self.process.kill()
                 self.process.wait()
-                type(self)._running = None
+                del type(self)._running[self.transformer_engine]
                 raise
             out, err = (Path(folder, f"rank.{name}").read_text() for name in ("out", "err"))
         if code is None:
@@ -164,8 +174,8 @@ class Results:
         return self.succeeded(name)[-1]["steps"]
 
 
-def run_all(ranks: int, runs: list[Run], folder: Path) -> Results:
-    """Takes all runs in one set of ranks."""
+def run_all(ranks: int, runs: list[Run], folder: Path, **variables: str) -> Results:
+    """Takes all runs in one set of ranks; variables as those of `torchrun`."""
     flags = host_flags()
     with open(folder / "runs.json", "w") as file:
         json.dump(
@@ -176,6 +186,7 @@ def run_all(ranks: int, runs: list[Run], folder: Path) -> Results:
         [str(ROOT / "tests" / "functional" / "run_many.py")],
         RUNS=str(folder / "runs.json"),
         OUT=str(folder),
+        **variables,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return Results(folder, ranks)

@@ -2,7 +2,8 @@
 
 Importing the trainer takes longer than most of what a test runs. So one process imports it for a
 whole test session and forks the ranks of every script that the tests would start with torchrun. It
-starts no thread and no process group, and touches no GPU.
+starts no thread and no process group, and touches no GPU. With a folder in TRANSFORMER_ENGINE it
+has Transformer Engine's Python classes too (`tests.transformer_engine_cpu`).
 
 Not exercised by scripts that run so: ranks whose sets differ in order, since all have one seed of
 Python's string hashes. Each rank that `harness.torchrun` starts by torchrun has its own.
@@ -206,6 +207,10 @@ def main():
     from megatron_dwm.hosts import cpu
 
     cpu.install()
+    if os.environ.get("TRANSFORMER_ENGINE"):
+        from tests.transformer_engine_cpu.install import install
+
+        install(os.environ["TRANSFORMER_ENGINE"])
     import torch
 
     runpy.run_path(os.path.join(ROOT, "examples", "pretrain_dwm.py"), run_name="imported")

@@ -22,6 +22,8 @@ from megatron_dwm.checkpoint.state import optimizer_is_sharded
 from megatron_dwm.errors import ConversionError, DWMError
 
 _SHOWN = 3
+# Linear layers keep a state whoever implements them.
+_OF_TRANSFORMER_ENGINE = re.compile(r"(norm|core_attention)\._extra_state")
 # With these, Megatron refuses a checkpoint that lacks something it asks for.
 _STRICT = ("assume_ok_unexpected", "raise_unexpected", "raise_all")
 
@@ -56,6 +58,7 @@ def check_checkpoint(run: Any) -> None:
             check_conversion(run, folder)
             check_extra_states(run, folder)
             check_optimizer(run, folder)
+            check_order(run, folder)
         return
     shown = "; ".join(problems[:_SHOWN])
     if len(problems) > _SHOWN:
@@ -138,7 +141,7 @@ def check_extra_states(run: Any, folder: str) -> None:
     names = load_sharded_metadata(folder)
     attention = "decoder.layers.self_attention."
     inside = [n for n in names if re.sub(r"layers\.\d+\.", "layers.", n).startswith(attention)]
-    if inside and not any("core_attention._extra_state" in n for n in inside):
+    if inside and not any(_OF_TRANSFORMER_ENGINE.search(n) for n in names):
         raise DWMError(
             f"--load {run.load}: the checkpoint was saved without Transformer Engine, whose layers "
             "ask for more; give --dist-ckpt-strictness log_unexpected to load it into them, or "
@@ -165,6 +168,38 @@ def check_optimizer(run: Any, folder: str) -> None:
             f"--load {run.load}: the optimizers were sharded over data parallelism when {folder} "
             "was saved; give --use-distributed-optimizer, or --no-load-optim to start them anew"
         )
+
+
+def check_order(run: Any, folder: str) -> None:
+    """Refuses an optimizer's shares that lie in the order of another implementation's layers.
+
+    Unless it was told to make them reshardable, Megatron stores a distributed optimizer's buffers
+    as they are, the weights among them, and loads them as they are. Transformer Engine's fused
+    layers, and grouped experts, hold their parameters in another order than the local ones, so
+    that weights would silently become those of other parameters.
+
+    Args:
+        run: Megatron's arguments.
+        folder: A whole checkpoint.
+
+    Raises:
+        DWMError: The run's layers are implemented otherwise than the checkpoint's.
+    """
+    saved = common_state(folder).get("args")
+    sharded = [getattr(a, "use_distributed_optimizer", False) for a in (saved, run)]
+    reshardable = getattr(saved, "dist_ckpt_optim_fully_reshardable", False)
+    if not all(sharded) or reshardable or run.no_load_optim or run.finetune:
+        return
+    for name in ("transformer_impl", "moe_grouped_gemm"):
+        stored, built = (getattr(a, name, None) for a in (saved, run))
+        if stored != built:
+            raise DWMError(
+                f"--load {run.load}: the optimizer's state is stored in the order of the layers' "
+                f"parameters, which depends on --{name.replace('_', '-')} ({stored} in the "
+                f"checkpoint, {built} in this run), and weights would be mixed up; give "
+                "--no-load-optim to start the optimizer anew, or load a checkpoint that was saved "
+                "with --dist-ckpt-optim-fully-reshardable"
+            )
 
 
 def _tokenizer_size() -> int | None:

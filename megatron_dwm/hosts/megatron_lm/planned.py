@@ -29,7 +29,7 @@ from megatron_dwm.hosts.megatron_lm.planned_model import (
 from megatron_dwm.meta_gradient.estimators import check_ahead, choose_lookahead, decide
 from megatron_dwm.meta_gradient.ghost import experts
 from megatron_dwm.meta_gradient.ghost.layer_rules import is_known_by_name
-from megatron_dwm.meta_gradient.ghost.recording import not_covered
+from megatron_dwm.meta_gradient.ghost.recording import in_experts, not_covered
 from megatron_dwm.meta_gradient.optimizers.optimizer_rules import needs_gradient, refused_settings
 from megatron_dwm.planning.model import (
     DIFFERENCE,
@@ -334,6 +334,7 @@ def uncovered_parameters(args: Any, model: Model) -> list[str]:
         model: the language model.
     """
     against = _against_experts(args) if args.num_experts else None
+    against = against and in_experts(against)
     found = []
     for stage in model.stages:
         for number, layer in enumerate(stage.layers):
@@ -348,8 +349,9 @@ def uncovered_parameters(args: Any, model: Model) -> list[str]:
 
 def _against_experts(args: Any) -> str | None:
     """Returns why the rows of an MoE layer's experts are not known, as `experts` finds it."""
-    if args.moe_grouped_gemm and args.transformer_impl != "local":
-        return "its experts are a TEGroupedMLP"
+    grouped = args.moe_grouped_gemm and args.transformer_impl != "local"
+    if grouped and args.use_transformer_engine_op_fuser:
+        return "--use-transformer-engine-op-fuser"
     layout = layout_of(args)
     if layout.ep > 1 or layout.etp > 1:
         return experts.SPREAD_EXPERTS

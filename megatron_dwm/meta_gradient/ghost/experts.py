@@ -5,7 +5,7 @@ it, in their order. Which sample a row is of follows from the routing map, which
 read while a pass is recorded; the layers themselves are ordinary linear ones.
 
     router    p = route(x W^T)    <v, g_i> = sum_t <d_t, V x_t>,  d = (dp/dlogits)^T dl/dp
-    expert    as any linear layer, row by row
+    expert    as any linear layer, row by row; the last bias is added times p
 
 Auxiliary losses are no part of the weighted loss. They are added behind the routing, so that the
 gradient of p has none of them; those below, in which it is mixed up with the loss's through the
@@ -17,10 +17,11 @@ Shapes: s tokens, b samples, t = s b, E experts, h hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 from megatron.core.transformer.moe.router import TopKRouter
@@ -41,6 +42,8 @@ _OFF = (
     "moe_latent_size",
     "moe_shared_expert_gate",
     "moe_router_fusion",
+    "moe_single_grouped_weight",
+    "moe_single_grouped_bias",
     "fp8",
     "fp4",
 )
@@ -56,8 +59,10 @@ def reason_against(layer: torch.nn.Module) -> str | None:
     config = layer.config
     if type(layer.router) is not TopKRouter:
         return f"its router is a {type(layer.router).__name__}"
-    if type(layer.experts) is not SequentialMLP:
+    if type(layer.experts) not in (SequentialMLP, TEGroupedMLP):
         return f"its experts are a {type(layer.experts).__name__}"
+    if type(layer.experts) is TEGroupedMLP and config.use_transformer_engine_op_fuser:
+        return "--use-transformer-engine-op-fuser"
     for name in ("ep_group", "tp_group"):
         group = getattr(layer.experts, name, None)
         if group is not None and group.size() > 1:
@@ -147,9 +152,22 @@ class Rows:
     def _routed(self, experts: Any) -> Callable[..., None]:
         def note(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             tokens = self._of[id(module)]
-            for k, expert in enumerate(experts.local_experts):
-                rows = ByRow(tokens.samples[output[1][:, k].bool()], tokens.count)
-                for layer in expert.modules():
-                    self._of[id(layer)] = rows
+            # Each expert's tokens in their order, expert by expert: [E, t].
+            chosen = output[1].bool().t()
+            samples = tokens.samples.expand_as(chosen)[chosen]
+            scale = output[0].detach().t()[chosen]
+            if type(experts) is TEGroupedMLP:
+                self._set(experts, ByRow(samples, tokens.count), scale)
+                return
+            sizes = chosen.sum(1).tolist()
+            each = zip(experts.local_experts, samples.split(sizes), scale.split(sizes), strict=True)
+            for expert, own, own_scale in each:
+                self._set(expert, ByRow(own, tokens.count), own_scale)
 
         return note
+
+    def _set(self, expert: Any, rows: ByRow, scale: torch.Tensor) -> None:
+        """Notes the rows of the layers of an expert, or of all experts at once."""
+        for layer in expert.modules():
+            self._of[id(layer)] = rows
+        self._of[id(expert.linear_fc2)] = replace(rows, bias_scale=scale)

@@ -8,9 +8,11 @@ from megatron.core.tensor_parallel import (
     RowParallelLinear,
     VocabParallelEmbedding,
 )
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_dwm.meta_gradient.ghost import experts
+from megatron_dwm.meta_gradient.ghost.attention import softmax_offset
 from megatron_dwm.meta_gradient.ghost.embeddings import (
     position_embedding,
     samples_of,
@@ -18,6 +20,7 @@ from megatron_dwm.meta_gradient.ghost.embeddings import (
 )
 from megatron_dwm.meta_gradient.ghost.linear import (
     column_linear,
+    grouped_linear,
     norm_column_linear,
     plain_linear,
     row_linear,
@@ -35,6 +38,7 @@ _BY_TYPE: dict[type, GhostRule] = {
     torch.nn.LayerNorm: _NORM,
     torch.nn.RMSNorm: _NORM,
     TopKRouter: GhostRule(experts.router),
+    DotProductAttention: GhostRule(softmax_offset),
 }
 # Layers of packages that need not be installed, by their class's name.
 _PACKAGES = ("megatron", "transformer_engine", "apex")
@@ -43,6 +47,11 @@ _BY_NAME: dict[str, GhostRule] = {
     "TELMHeadColumnParallelLinear": GhostRule(column_linear),
     "TERowParallelLinear": GhostRule(row_linear),
     "TELayerNormColumnParallelLinear": GhostRule(norm_column_linear),
+    "TELinear": GhostRule(plain_linear),
+    "TEColumnParallelGroupedLinear": GhostRule(grouped_linear),
+    "TERowParallelGroupedLinear": GhostRule(grouped_linear),
+    "TEDotProductAttention": GhostRule(softmax_offset),
+    "TEFusedResidualRMSNorm": _NORM,
     "LayerNorm": _NORM,
     "RMSNorm": _NORM,
     "FusedLayerNorm": _NORM,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from megatron_dwm.core import collectives
 from megatron_dwm.meta_gradient.ghost.norms import normaliser
 from megatron_dwm.meta_gradient.ghost.rule import (
+    ByRow,
     Call,
     Direction,
     SampleMap,
@@ -90,6 +93,24 @@ def plain_linear(call: Call, grad: torch.Tensor, v: Direction, share: Share) -> 
     part = share(call.weight)
     weight = _linear(call, call.x, grad, v) * part if part else call.samples.none(grad)
     return weight + bias_dot(call, grad, v, share)
+
+
+def grouped_linear(call: Call, grad: torch.Tensor, v: Direction, share: Share) -> torch.Tensor:
+    """Transformer Engine's grouped linear layer: experts' weights `[out, in]`, `weight0` and on.
+
+    Its second input is how many of the rows, which are in the experts' order, each expert has.
+    """
+    module, rows, total = call.module, call.samples, call.samples.none(grad)
+    assert isinstance(rows, ByRow)
+    sizes = [int(size) for size in call.inputs[1]]
+    first = 0
+    for k, size in enumerate(sizes):
+        part = slice(first, first + size)
+        first += size
+        own = replace(call, weight=getattr(module, f"weight{k}"), samples=rows.of(part))
+        total = total + _linear(own, call.x[part], grad[part], v)
+        total = total + bias_dot(own, grad[part], v, share, f"bias{k}")
+    return total
 
 
 def _linear(call: Call, x: torch.Tensor, grad: torch.Tensor, v: Direction) -> torch.Tensor:

@@ -19,7 +19,7 @@ from megatron.core.utils import unwrap_model
 from megatron_dwm.core import collectives
 from megatron_dwm.core.contexts import without_auxiliary_losses
 from megatron_dwm.errors import DWMError
-from megatron_dwm.meta_gradient.ghost import experts
+from megatron_dwm.meta_gradient.ghost import attention, experts, fused
 from megatron_dwm.meta_gradient.ghost.layer_rules import rule_of
 from megatron_dwm.meta_gradient.ghost.rule import Call, Direction, GhostRule
 
@@ -108,6 +108,7 @@ class Ghost:
         rows = experts.Rows()
         for chunk in self.chunks:
             handles += rows.hooks(chunk)
+            handles += fused.hooks(chunk)
         passes, seen = [0] * len(self.chunks), [0] * len(self.layers)
         for row, (_, _, module, rule) in enumerate(self.layers):
             hook = self._hook(row, rule, v, found, seen, num_microbatches, rows, handles)
@@ -172,11 +173,11 @@ class Ghost:
                 return  # not a tensor: a fused implementation that does not show it
             if not output.requires_grad:
                 return
-            x = args[0] if args else next(iter(kwargs.values()))
-            weight = args[1] if len(args) > 1 else kwargs.get("weight")
+            inputs = tuple(_detached(value) for value in args)
+            named = {name: _detached(value) for name, value in kwargs.items()}
+            x = inputs[0] if inputs else next(iter(named.values()))
             samples = rows.of(module) or rule.samples(module)
-            weight = module.weight if weight is None else weight
-            call = Call(module, x.detach(), weight, samples)
+            call = Call(module, x, _weight_of(module, args, kwargs), samples, inputs, named)
             k = calls % num_microbatches
             calls += 1
 
@@ -194,7 +195,16 @@ class Ghost:
 
             # To be removed with the others: a graph may outlive the step (that of an MoE layer's
             # probabilities does, in its dispatcher), and would keep v and the layers' inputs.
-            handles.append(output.register_hook(record))
+            node, number = output.grad_fn, output.output_nr
+            if self.config.recompute_granularity == "selective" and node is not None:
+                # A hook on this tensor may yet be added that makes the layer's input again.
+                handles.append(
+                    node.register_prehook(
+                        lambda grads: None if grads[number] is None else record(grads[number])
+                    )
+                )
+            else:
+                handles.append(output.register_hook(record))
 
         return hook
 
@@ -204,6 +214,18 @@ def _takes_part(module: torch.nn.Module) -> bool:
     if isinstance(module, ColumnParallelLinear) and getattr(module, "weight", None) is None:
         return True
     return any(p.requires_grad for p in module.parameters(recurse=False))
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+def _weight_of(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Returns the weight of a layer's call, which may be given (tied embeddings)."""
+    given = args[1] if len(args) > 1 else kwargs.get("weight")
+    if isinstance(module, ColumnParallelLinear) and given is not None:
+        return given
+    return getattr(module, "weight", None)
 
 
 def _begin_graph(module: Any, args: tuple, output: torch.Tensor) -> None:
@@ -267,18 +289,15 @@ def uncovered_parameters(model: list[Any]) -> list[str]:
     """Returns trained parameters of this rank that no formula covers, each with the reason."""
     found = []
     for chunk in unwrap_model(model):
-        layers = {
-            f"{name}.": experts.reason_against(module)
-            for name, module in chunk.named_modules()
-            if type(module).__name__.endswith("MoELayer")
-        }
+        reasons = {f"{name}.": _reason_against(module) for name, module in chunk.named_modules()}
+        reasons = {prefix: why for prefix, why in reasons.items() if why is not None}
         for prefix, module in chunk.named_modules():
             known = rule_of(module) is not None
             for name, parameter in module.named_parameters(recurse=False):
                 full = f"{prefix}.{name}" if prefix else name
                 if not parameter.requires_grad:
                     continue
-                why = next((layers[layer] for layer in layers if full.startswith(layer)), None)
+                why = next((why for p, why in reasons.items() if full.startswith(p)), None)
                 if why is not None or not known:
                     found.append(not_covered(full, type(module).__name__, why))
     return found
@@ -290,14 +309,29 @@ def not_covered(parameter: str, layer: str, why: str | None) -> str:
     Args:
         parameter: its name.
         layer: the class of its layer.
-        why: what is against the mixture-of-experts layer that it is in; None: it is in none.
+        why: what is against the module that it is in, see `reason_against`; None: nothing.
     """
-    if why is None:
-        return f"the parameter {parameter} (of a {layer})"
+    return f"the parameter {parameter} ({f'of a {layer}' if why is None else why})"
+
+
+def in_experts(why: str) -> str:
+    """Returns what is against a mixture-of-experts layer, in full."""
     return (
-        f"the parameter {parameter} (in a mixture-of-experts layer, where tokens are no "
-        f"longer in the order of the samples: {why})"
+        "in a mixture-of-experts layer, where tokens are no longer in the order of the samples: "
+        f"{why}"
     )
+
+
+def _reason_against(module: torch.nn.Module) -> str | None:
+    """Returns why the parameters below a module are not covered whatever their layers are."""
+    kind = type(module).__name__
+    if kind.endswith("MoELayer"):
+        why = experts.reason_against(module)
+        return why and in_experts(why)
+    why = fused.reason_against(module)
+    if why is None and rule_of(module) is not None:
+        why = attention.reason_against(module)
+    return why and f"of a {kind}: {why}"
 
 
 def refusal(uncovered: list[str]) -> str:

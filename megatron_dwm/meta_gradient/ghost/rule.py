@@ -13,7 +13,7 @@ embeddings `[b, s, h]`. Under sequence parallelism a norm sees `[s / tp, b, h]`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -66,10 +66,17 @@ class ByRow:
     Attributes:
         samples: `[rows]` integers, the sample of each row; -1 for rows of padding.
         count: b.
+        bias_scale: `[rows]`, what multiplies a bias that is added behind the layer; None: nothing.
     """
 
     samples: torch.Tensor
     count: int
+    bias_scale: torch.Tensor | None = None
+
+    def of(self, rows: slice) -> ByRow:
+        """Returns the map of some of the rows."""
+        scale = None if self.bias_scale is None else self.bias_scale[rows]
+        return ByRow(self.samples[rows], self.count, scale)
 
     def dot(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """As `SampleMap.dot`."""
@@ -96,14 +103,19 @@ class Call:
     Attributes:
         module: the layer.
         x: its first input.
-        weight: the weight that it used; not always its own (tied embeddings).
+        weight: the weight that it used; not always its own (tied embeddings), None for a layer
+            that has more than one.
         samples: which sample each entry of input and output belongs to.
+        inputs: all its positional inputs.
+        named_inputs: those by name.
     """
 
     module: Any
     x: torch.Tensor
-    weight: torch.nn.Parameter
+    weight: Any
     samples: SampleMap = ByDimension()
+    inputs: tuple[Any, ...] = ()
+    named_inputs: dict[str, Any] = field(default_factory=dict)
 
 
 Formula = Callable[[Call, torch.Tensor, Direction, Share], torch.Tensor]
@@ -144,12 +156,17 @@ def own_part(whole: torch.Tensor, group: Any) -> torch.Tensor:
     return whole if group is None else whole.chunk(group.size(), dim=-1)[group.rank()]
 
 
-def bias_dot(call: Call, grad: torch.Tensor, v: Direction, share: Share) -> torch.Tensor:
+def bias_dot(
+    call: Call, grad: torch.Tensor, v: Direction, share: Share, name: str = "bias"
+) -> torch.Tensor:
     """Returns the term of a bias, which has the output's gradient, even if it is added later."""
-    bias = getattr(call.module, "bias", None)
+    bias = getattr(call.module, name, None)
     # Transformer Engine keeps an empty tensor where there is no bias.
     direction = v(bias) if isinstance(bias, torch.nn.Parameter) and bias.numel() else None
     part = 0.0 if direction is None else share(bias)
     if direction is None or not part:
         return call.samples.none(grad)
+    scale = getattr(call.samples, "bias_scale", None)
+    if scale is not None:
+        grad = grad * scale.unsqueeze(-1)
     return part * call.samples.dot(grad, direction)

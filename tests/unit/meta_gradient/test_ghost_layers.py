@@ -4,15 +4,14 @@ For each sample i alone, `<v, dl_i/dp>` summed over the layer's parameters, with
 loss that is not linear in the layer's output, so that no term can vanish or cancel unseen. Shapes:
 s tokens, b samples; hidden states `[s, b, h]`, heads `[s, b, heads, d]`, ids `[b, s]`.
 
-Transformer Engine needs a GPU to be installed. Its layers are imitated here in plain torch, with
-the names and attributes of its public source (2.x: `layernorm_linear.py`, `linear.py`,
-`ops/basic/rmsnorm.py`) and of Megatron's wrappers: names of classes and packages,
-`layer_norm_weight [h]`, `layer_norm_bias` (None with RMSNorm), `normalization`, `eps`,
-`zero_centered_gamma`, `sequence_parallel`, `tp_group`, where there is no bias an empty tensor that
-is no parameter, outputs `(out, bias or None)`.
-What this does NOT show: that Transformer Engine's own kernels and autograd functions call hooks as
-plain torch does, skip weight gradients of frozen parameters, or compute these very functions; its
-fused operations, FP8, and tensor or sequence parallelism.
+Transformer Engine's layers are imitated here in plain torch, with the names and attributes of its
+public source (2.x: `layernorm_linear.py`, `linear.py`, `ops/basic/rmsnorm.py`) and of Megatron's
+wrappers: names of classes and packages, `layer_norm_weight [h]`, `layer_norm_bias` (None with
+RMSNorm), `normalization`, `eps`, `zero_centered_gamma`, `sequence_parallel`, `tp_group`, where
+there is no bias an empty tensor that is no parameter, outputs `(out, bias or None)`.
+What this does NOT show: that Transformer Engine's own classes do as these do (for which there is
+tests/contract/test_ghost_transformer_engine.py), its kernels, FP8, and tensor or sequence
+parallelism.
 """
 
 from types import SimpleNamespace

@@ -1,0 +1,58 @@
+"""Modules that run their layers as one fused operation, in which no hook sees a layer's input.
+
+They hold the layers all the same, and can run them one by one. So when the gradient of such a
+module's output is known, its layers are run again, forward and backward, where their own hooks are
+at work. That costs the module's arithmetic once more, without the weight gradients.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from megatron_dwm.core import fused_layers
+
+
+def reason_against(module: torch.nn.Module) -> str | None:
+    """Returns why a module's layers cannot be run one by one; None if they can, or need not."""
+    if fused_layers.is_quantising_mlp(module):
+        return "its layers are one quantised operation"
+    return None
+
+
+def hooks(model: torch.nn.Module) -> Iterator[Any]:
+    """Registers what runs the layers of fused modules again; yields the handles."""
+    for module in model.modules():
+        if fused_layers.is_fused_mlp(module):
+            yield module.register_forward_hook(_run_again)
+
+
+def _run_again(module: Any, args: tuple, output: Any) -> None:
+    # The fused operation calls the hooks of its layers as well, without an output.
+    if output is None or not torch.is_grad_enabled() or not output[0].requires_grad:
+        return
+    x = args[0].detach()
+
+    def run(grad: torch.Tensor) -> None:
+        leaf = x.requires_grad_()
+        with torch.enable_grad(), _frozen(module):
+            again = fused_layers.run_layers(module, leaf)
+            torch.autograd.grad(again, leaf, grad)
+
+    output[0].register_hook(run)
+
+
+@contextlib.contextmanager
+def _frozen(module: torch.nn.Module) -> Iterator[None]:
+    """Within it, the parameters get no gradients."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -20,18 +20,19 @@ from megatron_dwm.logs.compare import read_run
 cpu.install()  # on a machine with a GPU it does nothing
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "pretrain_dwm.py"
-# A Llama of 2 layers of 64 that reads 16 samples of 32 tokens a step.
+# A Llama of 2 layers of 64 that reads 32 samples of 32 tokens a step.
 MODEL = """
 --num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4
 --swiglu --normalization RMSNorm --disable-bias-linear --position-embedding-type rope
 --untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0
---seq-length 32 --max-position-embeddings 32 --micro-batch-size 16 --global-batch-size 16
+--seq-length 32 --max-position-embeddings 32 --micro-batch-size 32 --global-batch-size 32
 --lr 5e-3 --lr-decay-style constant --clip-grad 1.0 --seed 1 --num-workers 0
 --no-create-attention-mask-in-dataloader --tokenizer-type SentencePieceTokenizer
 --tokenizer-model tokenizer.model --log-interval 10 --eval-interval 20 --eval-iters 4
+--save-interval 1000
 """.split()
 _SYLLABLES = ["ka", "lo", "mi", "ren", "tu", "sal", "ver", "po", "nim", "da"]
-_WORDS = ["".join(random.Random(k).choices(_SYLLABLES, k=3)) for k in range(60)]
+_WORDS = ["".join(random.Random(k).choices(_SYLLABLES, k=3)) for k in range(24)]
 
 
 def text(documents: int, seed: int, shuffled: bool = False) -> list[dict[str, str]]:
@@ -39,20 +40,19 @@ def text(documents: int, seed: int, shuffled: bool = False) -> list[dict[str, st
 
     Args:
         documents: how many.
-        seed: of the text. A word's successors are among the three that follow on 7 times its
-            number, so that there is something to learn.
-        shuffled: put the letters of each document in a random order, of which there is not.
+        seed: of the text. A word is followed by one of two others, so that there is something to
+            learn.
+        shuffled: put the words of each document in a random order, of which there is not.
     """
     draw, found, at = random.Random(seed), [], seed % len(_WORDS)
     for _ in range(documents):
         words = []
         for _ in range(draw.randint(30, 60)):
-            at = (7 * at + draw.choice([1, 2, 3])) % len(_WORDS)
+            at = (7 * at + draw.choice([1, 2])) % len(_WORDS)
             words.append(_WORDS[at])
-        letters = list(" ".join(words))
         if shuffled:
-            draw.shuffle(letters)
-        found.append({"text": "".join(letters) + "."})
+            draw.shuffle(words)
+        found.append({"text": " ".join(words) + "."})
     return found
 
 

@@ -11,15 +11,15 @@ them. What is made up here is the text; all else is what you do with yours.
 # %% [markdown]
 # ## 1. Text and tokenizer
 #
-# `good.jsonl` is in a made-up language whose words follow each other by a rule. Below, the noise is
-# the same text with the letters of each document shuffled: a language model can learn nothing from
-# it that helps with the good text.
+# `good.jsonl` is in a made-up language in which each word is followed by one of two others. Below,
+# the noise is such text with the words of each document shuffled: to a language model that is
+# misinformation about what follows what.
 
 # %%
 from _toy import command, data_set, log_of, text, train, validation_losses, write
 
-write("good.jsonl", text(300, seed=1))
-command("tokenizer --input good.jsonl --out tokenizer --vocab-size 320")
+write("good.jsonl", text(200, seed=1))
+command("tokenizer --input good.jsonl --out tokenizer --vocab-size 300")
 
 # %% [markdown]
 # ## 2. Megatron data sets
@@ -31,8 +31,8 @@ command("tokenizer --input good.jsonl --out tokenizer --vocab-size 320")
 # refused.
 
 # %%
-good = data_set("good", text(300, seed=1))
-noise = data_set("noise", text(300, seed=2, shuffled=True))
+good = data_set("good", text(200, seed=1))
+noise = data_set("noise", text(200, seed=2, shuffled=True))
 meta = data_set("meta", text(100, seed=3))
 valid = data_set("valid", text(60, seed=4))
 
@@ -40,27 +40,30 @@ valid = data_set("valid", text(60, seed=4))
 # ## 3. Two runs
 #
 # `train(NAME, FLAGS)` is `megatron-dwm train examples/pretrain_dwm.py MODEL FLAGS`. The model is a
-# tiny Llama, and both runs read the same samples in the same order. The second one saves, and has
-# two flags more: `--dwm` and the meta set.
+# tiny Llama, and both runs read the same samples in the same order. The second one saves its log,
+# and has three flags more: `--dwm`, the meta set, and how much of it a meta step reads.
 
 # %%
-data = f"--train-data-path 0.5 {good} 0.5 {noise} --valid-data-path {valid} --train-iters 100"
-train("stock", data)
-saved = "--save weighted --save-interval 100"
-train("weighted", f"{data} {saved} --dwm --dwm-meta-data-path {meta}")
+data = f"--train-data-path 0.5 {good} 0.5 {noise} --valid-data-path {valid}"
+train("stock", f"{data} --train-iters 100")
+weighted = f"--save weighted --dwm --dwm-meta-data-path {meta} --dwm-meta-batch-size 32"
+train("weighted", f"{data} --train-iters 100 {weighted}")
 
 # %% [markdown]
 # ## 4. What came of it
 #
 # The step log `dwm_log.jsonl` has one line per step. Weights begin at 1: the **gate** opens only
-# once the head's scores have proved that they predict which samples help. Then the noise loses its
-# weight. See [Read the log](../reading_the_log.md) for all the figures.
+# once the head's scores have proved that they predict which samples help, and weights also wait
+# until the scores of all samples have stopped moving alike (`steadiness`). Then the noise loses its
+# weight, and the loss on good text falls faster. See [Read the log](../reading_the_log.md) for all
+# the figures.
 
 # %%
 lines = log_of("weighted")
-for line in lines[::25] + lines[-1:]:
-    weights = {name: round(w, 2) for name, w in sorted(line["domain_weight"].items())}
-    print(f"step {line['iteration']:3d}   gate {line['gate']:.2f}   mean weights {weights}")
+for line in lines[19::20]:
+    by_name = sorted(line["domain_weight"].items())
+    weights = "   ".join(f"{name.split('_')[0]} {w:.2f}" for name, w in by_name)
+    print(f"step {line['iteration']:3d}   gate {line['gate']:.2f}   {weights}")
 for name in ("stock", "weighted"):
     print(f"{name:8s} validation loss {validation_losses(name)[1][-1]:.3f}")
 

@@ -19,7 +19,7 @@ The text is that of [A first weighted run](first_weighted_run.py): half good, ha
 from _toy import command, data_set, log_of, text, train, validation_losses, write
 
 write("good.jsonl", text(200, seed=1))
-command("tokenizer --input good.jsonl --out tokenizer --vocab-size 320")
+command("tokenizer --input good.jsonl --out tokenizer --vocab-size 300")
 good = data_set("good", text(200, seed=1))
 noise = data_set("noise", text(200, seed=2, shuffled=True))
 meta = data_set("meta", text(100, seed=3))
@@ -27,11 +27,8 @@ valid = data_set("valid", text(60, seed=4))
 
 held_out = f"--valid-data-path {valid}"
 data = f"--train-data-path 0.5 {good} 0.5 {noise} {held_out}"
-train(
-    "small",
-    f"{data} --train-iters 80 --save small --save-interval 80"
-    f" --dwm --dwm-meta-data-path {meta} --dwm-document-weights",
-)
+weighted = f"--dwm --dwm-meta-data-path {meta} --dwm-meta-batch-size 32"
+train("small", f"{data} --train-iters 120 --save small {weighted} --dwm-document-weights")
 weights = log_of("small")[-1]["domain_weight"]
 print("last mean weights:", {name: round(w, 2) for name, w in sorted(weights.items())})
 
@@ -50,23 +47,18 @@ print(blend)
 # %% [markdown]
 # ## 3. Three large runs
 #
-# Twice the layers, otherwise the same flags. The first one is stock. The second one is stock
+# One layer more, otherwise the same flags. The first one is stock. The second one is stock
 # training on documents drawn by weight. The third one reads what the first one reads, and weighs by
 # the small run's snapshots: `frozen` takes no meta steps. (Depth may differ; the width must not, as
 # a head reads hidden states.)
 
 # %%
-large = f"--train-iters 60 --num-layers 4 {held_out}"
+large = f"--train-iters 60 --num-layers 3 {held_out}"
 half = f"--train-data-path 0.5 {good} 0.5 {noise}"
 train("large stock", f"{large} {half}")
-train(
-    "large drawn",
-    f"{large} --train-data-path {blend} --dwm --dwm-policy uniform --dwm-sampling weights",
-)
-train(
-    "large frozen",
-    f"{large} {half} --save frozen --save-interval 60 --dwm --dwm-schedule frozen --dwm-load small",
-)
+drawn = f"--train-data-path {blend} --dwm --dwm-policy uniform --dwm-sampling weights"
+train("large drawn", f"{large} {drawn}")
+train("large frozen", f"{large} {half} --dwm --dwm-schedule frozen --dwm-load small")
 for name in ("large stock", "large drawn", "large frozen"):
     print(f"{name:12s} validation loss {validation_losses(name)[1][-1]:.3f}")
 

@@ -67,11 +67,11 @@ def numbers(text: str, before: str) -> list[float]:
 
 def test_noise_loses_its_weight_and_the_loss_falls(out: Path) -> None:
     text = printed(out, "first_weighted_run")
-    good, noise = (numbers(text, f"'{n}_text_document':") for n in ("good", "noise"))
+    good, noise = (numbers(text, f" {name}") for name in ("good", "noise"))
     assert good[0] == noise[0] == 1
     assert noise[-1] < 0.8 and 1.1 < good[-1]
     stock, weighted = numbers(text, "validation loss")
-    assert weighted < stock
+    assert weighted < stock - 0.02
 
 
 def test_what_a_small_run_has_learned_serves_a_large_one(out: Path) -> None:
@@ -82,6 +82,5 @@ def test_what_a_small_run_has_learned_serves_a_large_one(out: Path) -> None:
 
 def test_a_policy_of_one_s_own_finds_that_high_loss_harms(out: Path) -> None:
     text = printed(out, "your_own_policy")
-    (slope,) = numbers(text, "slope")
-    linupper, own = numbers(text, "'noise_text_document':")
-    assert slope < 0 and own < 1 < linupper
+    slope, good, noise = (numbers(text, name)[-1] for name in ("slope", " good", " noise"))
+    assert slope < 0 and noise < 1 < good

@@ -49,7 +49,7 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-def _navigation(files: Files) -> list[dict[str, list[str]]]:
+def _navigation(files: Files) -> list[dict[str, list[Any]]]:
     places = {"CONTRIBUTING.md": ("Project", 10), "CHANGELOG.md": ("Project", 90)}
     places["benchmarks/quality.md"] = ("Background", 60)
     by_section: dict[str, list[tuple[int, str]]] = {name: [] for name in pages.SECTIONS}
@@ -59,12 +59,18 @@ def _navigation(files: Files) -> list[dict[str, list[str]]]:
             # A page that does not say where it belongs is found all the same.
             section, number = "Project", 80
         by_section[section].append((number, file.src_uri))
-    return [{name: [uri for _, uri in sorted(found)]} for name, found in by_section.items()]
+    titles = {"benchmarks/quality.md": "Tables of the benchmark"}
+    return [
+        {name: [{titles[uri]: uri} if uri in titles else uri for _, uri in sorted(found)]}
+        for name, found in by_section.items()
+    ]
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Turns links of the tree into links of the site, and says which commands are not run."""
     here = page.file.src_uri
+    # Before the title is looked for: MkDocs takes a heading that comes first.
+    markdown = pages.without_place(markdown)
 
     def linked(match: re.Match[str]) -> str:
         return f"{match[1]}{_on_site(here, match[2])}{match[3] or ''})"

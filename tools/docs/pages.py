@@ -72,6 +72,11 @@ def place(text: str) -> tuple[str, int] | None:
     return None if found is None else (found[1], int(found[2]))
 
 
+def without_place(text: str) -> str:
+    """Returns a page without the comment that says where it belongs."""
+    return _NAV.sub("", text, count=1).lstrip()
+
+
 def blocks(path: Path) -> list[Block]:
     """Returns a page's blocks of shell commands."""
     text, found = path.read_text(), []

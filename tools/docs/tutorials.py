@@ -126,11 +126,13 @@ def _run_cells(tutorial: Tutorial, out: Path, folder: str) -> int:
     os.chdir(folder)
     sys.path.insert(0, str(FOLDER))
     scope: dict[str, Any] = {"__name__": "__main__", "__file__": str(tutorial.path)}
-    printed = []
+    printed, source = [], tutorial.path.read_text()
     for kind, text in tutorial.cells():
         if kind == "code":
             with contextlib.redirect_stdout(io.StringIO()) as stdout:
-                exec(compile(text, str(tutorial.path), "exec"), scope)
+                # As far down as in the script, for the lines that an error names.
+                above = "\n" * source[: source.index(text)].count("\n")
+                exec(compile(above + text, str(tutorial.path), "exec"), scope)
             printed.append(stdout.getvalue())
     pictures = sorted(Path(folder).glob("*.png"))
     assert [p.name for p in pictures] == [f"{tutorial.name}.png"], pictures

@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def results(folder: Path) -> Results:
     pages = sorted((ROOT / "docs").glob("*.md"))
     text, target = (
-        b"\n".join(page.read_bytes() for page in pages),
+        b"\n".join(page.read_bytes() for page in pages)[:54_000],
         (ROOT / "CONTRIBUTING.md").read_bytes(),
     )
     data = {

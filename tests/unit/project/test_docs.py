@@ -145,6 +145,14 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(there), f"{link}: no such heading"
 
 
+@pytest.mark.parametrize("link", ["none.md", "page.md#no-heading", "page.md#in-a-block"])
+def test_the_check_of_links_notices(tmp_path: Path, link: str) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"# A heading\n\n```\n# In a block\n```\n\n[good](#a-heading), [bad]({link})\n")
+    with pytest.raises(AssertionError, match="no such"):
+        test_links_lead_somewhere(page)
+
+
 def test_every_page_is_reached_from_the_readme() -> None:
     """By links, from page to page; and each says where it belongs on the site."""
     seen, due = set(), [ROOT / "README.md"]
@@ -317,6 +325,14 @@ def test_messages_are_those_of_the_code(message: str) -> None:
     assert sum(map(len, parts)) > 8, "too little to know it by"
     pattern = re.compile(".*".join(re.escape(part) for part in parts), re.DOTALL)
     assert any(map(pattern.search, texts_of_the_code()))
+
+
+@pytest.mark.parametrize(
+    "message", ["add --dwm, or remove them ... given without --dwm", "a message that is not there"]
+)
+def test_the_check_of_messages_notices(message: str) -> None:
+    with pytest.raises(AssertionError):
+        test_messages_are_those_of_the_code(message)
 
 
 def test_there_are_messages_of_every_kind() -> None:

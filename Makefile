@@ -7,7 +7,7 @@ PYTEST_SHARE ?= -n 2 --dist loadscope
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-extended test-gpu test-faults test-megatron coverage lint clean
+.PHONY: help setup demo test test-unit test-extended test-gpu test-faults test-megatron coverage lint docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ lint: setup ## check style, spelling, types and layers
 	$(PYTHON_VENV) -m codespell_lib
 	$(PYTHON_VENV) -m mypy megatron_dwm
 	.venv/bin/lint-imports
+
+docs: setup ## build the documentation as a site in build/site; warnings are errors
+	@bash tools/docs/build.sh
 
 clean: ## remove .venv, builds, caches and the examples' output
 	rm -rf .venv .venv.lock .transformer_engine .megatron build dist demo_out smollm2_out *.egg-info

@@ -67,7 +67,7 @@ ONE = (
 
 
 def refusals() -> list[tuple[str, str, str]]:
-    """Returns every flag that is refused by name, why, and the way out, as the README lists them.
+    """Returns every flag that is refused by name, why, and the way out; docs/limits.md lists them.
 
     Returns:
         Flag, reason, and what to do; of those that matter with a meta set only, the flag says so.

@@ -10,8 +10,11 @@ says so, with noise. What this does not exercise: more than one rank (tests/dist
 trainer (tests/functional).
 """
 
+import ast
 import io
-from types import SimpleNamespace
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -49,6 +52,16 @@ class Own(WeightPolicy):
         return torch.where(lengths > 0, lengths / (S - 1), 1.0)
 
 
+def of_the_tutorial() -> str:
+    """Makes the module of `docs/tutorials/your_own_policy.py`; returns the policy's name."""
+    script = Path(__file__).resolve().parents[2] / "docs/tutorials/your_own_policy.py"
+    for node in ast.parse(script.read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "POLICY":
+            module = sys.modules["policy_of_the_tutorial"] = ModuleType("policy_of_the_tutorial")
+            exec(ast.literal_eval(node.value), vars(module))
+    return "policy_of_the_tutorial:ByLoss"
+
+
 class StandInScorer:
     """In the place of a transformer: a linear score of the first token, learned by plain SGD."""
 
@@ -77,6 +90,7 @@ CASES = {
     },
     "head-ungated": {"policy": "head", "gate": "off"},
     "own": {"policy": f"{__name__}:Own"},
+    "own-of-the-tutorial": {"policy": of_the_tutorial()},
     "extremes-sharp": {"policy": "extremes", "loss_temperature": 0.4},
     "linupper-cold": {"policy": "linupper", "loss_temperature": 1e-3},
     "curriculum-root": {

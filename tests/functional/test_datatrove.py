@@ -137,7 +137,7 @@ def test_weights_are_those_of_score(own: Path) -> None:
     assert not (own / "blocks.weights.scores").exists()
 
 
-def test_the_readme_s_pipeline_runs(folder: Path, tmp_path: Path) -> None:
+def test_the_pipeline_of_the_docs_runs(folder: Path, tmp_path: Path) -> None:
     """As it stands there, with two tasks for 16; what it leaves is what the commands make."""
     zstandard = pytest.importorskip("zstandard")
     (tmp_path / "text").mkdir()
@@ -147,7 +147,9 @@ def test_the_readme_s_pipeline_runs(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "target.jsonl").symlink_to(folder / "target/t.jsonl")
     (tmp_path / "tokenizer.model").symlink_to(folder / "tokenizer.model")
     (code,) = re.findall(
-        r"^```python\n(from datatrove.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M
+        r"^```python\n(from datatrove.*?)^```",
+        (ROOT / "docs/weight_files.md").read_text(),
+        re.S | re.M,
     )
     assert "16" in code
     (tmp_path / "pipeline.py").write_text(code.replace("16", "2"))

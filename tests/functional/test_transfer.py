@@ -1,6 +1,6 @@
 """Learn small, apply large, on real text: what one run has learned is used by another.
 
-The text is this project's own: its README against as many random bytes, the target another page.
+The text is this project's own: its pages against as many random bytes, the target another one.
 Two ranks take all runs. Not exercised here: how much it wins (benchmarks/quality.py --more), GPUs.
 """
 
@@ -52,7 +52,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(folder: Path) -> Results:
-    text, target = (ROOT / "README.md").read_bytes(), (ROOT / "CONTRIBUTING.md").read_bytes()
+    pages = sorted((ROOT / "docs").glob("*.md"))
+    text, target = (
+        b"\n".join(page.read_bytes() for page in pages)[:54_000],
+        (ROOT / "CONTRIBUTING.md").read_bytes(),
+    )
     data = {
         "text": write_text(folder / "text", text),
         "noise": write_text(folder / "noise", text, 1),

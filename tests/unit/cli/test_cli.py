@@ -26,6 +26,7 @@ from megatron_dwm.cli.convert import dtypes, import_model
 from megatron_dwm.cli.main import main, overview
 from megatron_dwm.cli.table import COMMANDS
 from megatron_dwm.errors import DWMError
+from tools.docs import pages
 
 ROOT = Path(__file__).resolve().parents[3]
 HEAVY = {"torch", "megatron", "numpy", "sentencepiece", "transformers", "matplotlib", "tqdm"}
@@ -123,15 +124,13 @@ def test_names_known_without_the_libraries() -> None:
     assert COMBINATIONS == tuple(COMBINE)
 
 
-def test_commands_in_the_readme_can_be_typed() -> None:
+def test_commands_in_the_pages_can_be_typed() -> None:
     """Every command of a code block exists, with every flag that is given to it."""
-    lines = (ROOT / "README.md").read_text().replace("\\\n", " ").splitlines()
-    typed = [
-        line.split(" #")[0].split()
-        for line in lines
-        if re.match(r"megatron-dwm |torchrun .*-m megatron_dwm ", line)
-    ]
-    assert len(typed) > 12
+    blocks = [block for page in pages.pages() for block in pages.blocks(page)]
+    ours = re.compile(r"megatron-dwm |torchrun .*-m megatron_dwm ")
+    commands = [command for block in blocks for command in block.commands]
+    typed = [command.split() for command in commands if ours.match(command)]
+    assert len(typed) > 30
     for words in typed:
         at = words.index("megatron-dwm" if "megatron-dwm" in words else "megatron_dwm") + 1
         name = "megatron-dwm"

@@ -1,0 +1,88 @@
+"""# Learn small, apply large
+
+A small run learns what the data are worth. A larger one uses that in two ways: it draws the
+documents that the small run wanted, at the price of stock training, and it weighs by the small
+run's head, without a meta step of its own. The guide
+[Learn small, apply large](../learn_small_apply_large.md) has the third way, a classifier, and says
+what fits where.
+
+The text is that of [A first weighted run](first_weighted_run.py): half good, half noise.
+"""
+
+# %% [markdown]
+# ## 1. The small run learns
+#
+# One flag more than in a weighted run: `--dwm-document-weights` keeps the mean weight of every
+# document that was read, in the folder of `--save`.
+
+# %%
+from _toy import command, data_set, log_of, text, train, validation_losses, write
+
+write("good.jsonl", text(200, seed=1))
+command("tokenizer --input good.jsonl --out tokenizer --vocab-size 300")
+good = data_set("good", text(200, seed=1))
+noise = data_set("noise", text(200, seed=2, shuffled=True))
+meta = data_set("meta", text(100, seed=3))
+valid = data_set("valid", text(60, seed=4))
+
+held_out = f"--valid-data-path {valid}"
+data = f"--train-data-path 0.5 {good} 0.5 {noise} {held_out}"
+weighted = f"--dwm --dwm-meta-data-path {meta} --dwm-meta-batch-size 32"
+train("small", f"{data} --train-iters 120 --save small {weighted} --dwm-document-weights")
+weights = log_of("small")[-1]["domain_weight"]
+print("last mean weights:", {name: round(w, 2) for name, w in sorted(weights.items())})
+
+# %% [markdown]
+# ## 2. Its weights become weight files and a blend
+#
+# `weights from-run` writes `PREFIX.weights` beside each data set, one number per document, and the
+# shares of the data sets, as they stand after `--data-path` or in a file for `--data-args-path`.
+
+# %%
+command("weights from-run small --blend blend.txt")
+with open("blend.txt") as file:
+    blend = file.read().strip()
+print(blend)
+
+# %% [markdown]
+# ## 3. Three large runs
+#
+# One layer more, otherwise the same flags. The first one is stock. The second one is stock
+# training on documents drawn by weight. The third one reads what the first one reads, and weighs by
+# the small run's snapshots: `frozen` takes no meta steps. (Depth may differ; the width must not, as
+# a head reads hidden states.)
+
+# %%
+large = f"--train-iters 60 --num-layers 3 {held_out}"
+half = f"--train-data-path 0.5 {good} 0.5 {noise}"
+train("large stock", f"{large} {half}")
+drawn = f"--train-data-path {blend} --dwm --dwm-policy uniform --dwm-sampling weights"
+train("large drawn", f"{large} {drawn}")
+train("large frozen", f"{large} {half} --dwm --dwm-schedule frozen --dwm-load small")
+for name in ("large stock", "large drawn", "large frozen"):
+    print(f"{name:12s} validation loss {validation_losses(name)[1][-1]:.3f}")
+
+# %% [markdown]
+# Drawing wins more here: a noise document that is not drawn makes room for a good one, while one
+# that weighs little is still read. With real text the difference between documents is smaller, and
+# reading the same good documents more often has its price; `--dwm-sampling-max-repeats` limits it.
+
+# %%
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+lines = log_of("small")
+for name in sorted(weights):
+    seen = [line for line in lines if name in line["domain_weight"]]
+    steps = [line["iteration"] for line in seen]
+    left.plot(steps, [line["domain_weight"][name] for line in seen], label=name)
+left.set(xlabel="step", ylabel="mean weight", title="the small run")
+left.legend()
+for name in ("large stock", "large drawn", "large frozen"):
+    right.plot(*validation_losses(name), marker="o", label=name)
+right.set(xlabel="step", ylabel="validation loss", title="the large runs")
+right.legend()
+figure.savefig("learn_small_apply_large.png", dpi=110)

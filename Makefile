@@ -7,7 +7,7 @@ PYTEST_SHARE ?= -n 2 --dist loadscope
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-gpu test-faults coverage lint clean
+.PHONY: help setup demo test test-unit test-gpu test-faults test-recipes coverage lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ FAULTS ?= 200
 FAULT_SEED ?= 20250711
 test-faults: setup ## kill a real run at 200 random instants and compare (FAULTS=n, FAULT_SEED=n)
 	FAULTS=$(FAULTS) FAULT_SEED=$(FAULT_SEED) $(PYTEST) -s $(PYTEST_ARGS) tests/functional/test_faults.py
+
+test-recipes: setup ## run every public recipe of docs/recipes.md at toy size
+	RECIPES=all $(PYTEST) $(PYTEST_ARGS) tests/recipes
 
 coverage: setup ## run all tests, and report which lines of the package they reach
 	.venv/bin/coverage erase

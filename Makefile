@@ -7,7 +7,7 @@ PYTEST_SHARE ?= -n 2 --dist loadscope
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-extended test-gpu test-faults test-megatron coverage lint docs clean
+.PHONY: help setup demo test test-unit test-extended test-gpu test-faults test-megatron test-recipes coverage lint docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
@@ -47,6 +47,9 @@ test-faults: setup ## kill a real run at 200 random instants and compare (FAULTS
 MEGATRON ?= 0.19.0
 test-megatron: setup ## run the contract tests against another Megatron (MEGATRON=release or checkout)
 	bash tools/test_megatron.sh $(MEGATRON)
+
+test-recipes: setup ## run every public recipe of docs/recipes.md at toy size
+	RECIPES=all $(PYTEST) $(PYTEST_ARGS) tests/recipes
 
 coverage: setup ## run all tests, and report which lines of the package they reach
 	.venv/bin/coverage erase

@@ -1,4 +1,7 @@
-"""Pre-trains a GPT or Llama style model with Megatron's own trainer and learned sample weights.
+"""Pre-trains a language model with Megatron's own trainer and learned sample weights.
+
+GPT and Llama style models, with experts and multi-token prediction, and hybrids with Mamba layers
+(`--hybrid-layer-pattern`).
 
 The wheel of megatron-core holds the trainer (`megatron.training`) and no script that drives it;
 this is one. It takes every flag of the trainer and adds `--dwm-*`. Without `--dwm` it is plain
@@ -23,7 +26,7 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -40,6 +43,8 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.utils import (
     StragglerDetector,
     get_attr_wrapped_model,
@@ -47,7 +52,11 @@ from megatron.core.utils import (
     get_batch_on_this_tp_rank,
 )
 from megatron.training import get_args, get_timers, get_tokenizer, pretrain
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.argument_utils import (
+    gpt_config_from_args,
+    hybrid_config_from_args,
+    pretrain_cfg_container_from_args,
+)
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
@@ -62,10 +71,8 @@ SPIKY_LOSS_FACTOR = 10
 UNSUPPORTED = {
     "--sft": "it trains on conversations, with another data set",
     "--fim-data": "it trains on fill-in-the-middle data, with another data set",
-    "--mtp-num-layers": "multi-token prediction adds losses that have no sample of their own",
     "--dataloader-inter-document-masking": "it merges the samples of a micro-batch into one",
     "--hybrid-context-parallel": "it merges the samples of a micro-batch into one",
-    "--hybrid-layer-pattern": "it builds another model than GPT",
     "--logits-load-dir": "distillation has a loss of its own",
     "--overlap-moe-expert-parallel-comm": "it needs a forward step that returns a schedule",
     "--inprocess-restart": "it needs a wrapped trainer",
@@ -122,9 +129,30 @@ build_datasets.is_distributed = True
 
 
 def _reads_data(vp_stage: int | None) -> bool:
-    # The first pipeline stage needs the tokens and the last one the labels; within a
-    # tensor-parallel group rank 0 reads and broadcasts.
-    return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
+    # Within a tensor-parallel group rank 0 reads and broadcasts.
+    return mpu.get_tensor_model_parallel_rank() == 0 and _needs_data(vp_stage)
+
+
+def _needs_data(vp_stage: int | None) -> bool:
+    # The first pipeline stage needs the tokens, the last one the labels, and layers that predict
+    # further tokens (--mtp-num-layers) both.
+    return is_first_or_last_pipeline_stage(vp_stage) or _predicts_further(vp_stage)
+
+
+def _predicts_further(vp_stage: int | None) -> bool:
+    args = get_args()
+    layout = args.pipeline_model_parallel_layout
+    if layout is not None:
+        layout = _read_layout(layout, args.pipeline_model_parallel_size)
+    return mtp_on_this_rank(
+        layout=layout,
+        mtp_num_layers=args.mtp_num_layers,
+        ignore_virtual=False,
+        vp_stage=vp_stage,
+    )
+
+
+_read_layout = cache(PipelineParallelLayerLayout.from_str)
 
 
 def dataset_config(args: Namespace) -> GPTDatasetConfig:
@@ -172,9 +200,10 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None) -> dict[str,
     Returns:
         `tokens`, `labels`, `loss_mask`, `position_ids`: [b, s]; `attention_mask`: [b, 1, s, s], or
         None where the attention kernel is causal by itself. The first pipeline stage has no
-        labels, the last has no tokens, and the ones between have nothing.
+        labels, the last has no tokens unless it predicts further ones, and the ones between have
+        nothing.
     """
-    if not is_first_or_last_pipeline_stage(vp_stage):
+    if not _needs_data(vp_stage):
         return dict.fromkeys(BATCH_KEYS)
 
     args = get_args()
@@ -196,7 +225,7 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None) -> dict[str,
         tp_rank=mpu.get_tensor_model_parallel_rank(),
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=False,
+        mtp_on_this_rank=_predicts_further(vp_stage),
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
@@ -292,9 +321,11 @@ def main() -> None:
     """Parses the flags, builds the config and hands the three parts to the trainer."""
     refuse_unsupported(sys.argv[1:])
     args = parse_and_validate_args(extra_args_provider=megatron_dwm.add_dwm_args)
-    # The trainer's builder turns this config into a GPTModel for each (virtual) pipeline stage,
+    # The trainer's builder turns this config into a model for each (virtual) pipeline stage,
     # with the layer spec that --transformer-impl, --spec and the model's flags ask for.
-    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    hybrid = args.hybrid_layer_pattern is not None
+    of_model = hybrid_config_from_args(args) if hybrid else gpt_config_from_args(args)
+    config = pretrain_cfg_container_from_args(args, of_model)
     with megatron_dwm.attach():
         pretrain(config, build_datasets, ModelType.encoder_or_decoder, forward_step)
 

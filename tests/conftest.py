@@ -13,6 +13,7 @@ REPO_ROOT = Path(__file__).resolve().parent.parent
 SPAWN_RANKS = (
     "tests/distributed/",
     "tests/functional/",
+    "tests/recipes/test_runs.py",
     "tests/cases/test_checkpoint_formats.py",
     "tests/cases/test_ranks_that_act_alone.py",
     "tests/contract/test_ghost_transformer_engine.py",

@@ -34,6 +34,7 @@ class DWMConfig:
         estimator: how `c_i = dL_meta(theta+)/dw_i` is estimated.
         lookahead: whether the meta loss is differentiated after the LLM's step or before it.
         jacobian: the derivative of the optimizer's step that the meta-gradient goes through.
+        mtp: whether weights are those of the losses of multi-token prediction, too.
         sampling: which documents are read: Megatron's own order, or drawn by weight files.
     """
 
@@ -167,8 +168,13 @@ class DWMConfig:
     )
     jacobian: str = _option(
         "exact",
-        "derivative of the LLM's optimizer step: exact (Adam, AdamW, SGD) or identity (any "
-        "optimizer, taken for plain SGD with one learning rate)",
+        "derivative of the LLM's optimizer step: exact (Adam, AdamW, SGD, Muon) or identity "
+        "(any optimizer, taken for plain SGD with one learning rate)",
+    )
+    mtp: str = _option(
+        "weighted",
+        "losses of multi-token prediction (--mtp-num-layers): weighted, by their sample's weight, "
+        "and part of its influence; plain, as without weighting, and no part of it",
     )
     overhead_budget: float | None = _option(
         None,

@@ -211,6 +211,16 @@ def gather_shards(buffer: torch.Tensor, dp_group: dist.ProcessGroup) -> Any:
     return dist.all_gather_into_tensor(buffer, own, group=dp_group, async_op=True)
 
 
+def sum_of_owners(buffer: torch.Tensor, dp_group: dist.ProcessGroup) -> None:
+    """Sums, in place, a buffer in which one data-parallel rank filled each parameter, others 0.
+
+    The layer-wise distributed optimizer's layout, whose ranks step whole parameters.
+    """
+    if dist.get_world_size(dp_group) > 1:
+        _count("sum_of_owners", buffer, dp_group)
+        dist.all_reduce(buffer, group=dp_group)
+
+
 def count_gradient_reduction(model: list[Any]) -> None:
     """Counts the bytes of h that the trainer reduces over data parallelism in pass C."""
     for chunk in model:

@@ -10,6 +10,7 @@ import torch
 from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
 from megatron.core.transformer.moe.router import Router
 
+from megatron_dwm.core.further_losses import logged, put_back_logged, without_further_losses
 from megatron_dwm.core.random_states import random_states, restore_random_states
 
 # Buffers of Megatron's routers that each pass or its end changes.
@@ -64,8 +65,9 @@ def quiet(trainee: Trainee) -> Iterator[None]:
     """Keeps the extra passes out of the trainer's timers, checks of results, and routers' balance.
 
     What routers of MoE layers count, and the biases that follow from it, come from the trainer's
-    own passes alone. The rerun state machine validates those only, and its checks, like DDP's for
-    NaN in gradients, would end the run where a meta step should just be skipped.
+    own passes alone, and so does what it logs of multi-token prediction. The rerun state machine
+    validates those only, and its checks, like DDP's for NaN in gradients, would end the run where a
+    meta step should just be skipped.
     """
     machine = get_rerun_state_machine()
     mode, timers = machine.mode, trainee.config.timers
@@ -79,9 +81,11 @@ def quiet(trainee: Trainee) -> Iterator[None]:
     for ddp_config, _ in checks:
         ddp_config.check_for_nan_in_grad = False
     balance = [(buffer, buffer.clone()) for buffer in _balance_of_routers(trainee.model)]
+    further = logged()
     try:
         yield
     finally:
+        put_back_logged(further)
         for buffer, value in balance:
             buffer.copy_(value)
         for ddp_config, check in checks:
@@ -104,7 +108,7 @@ def _balance_of_routers(model: list[Any]) -> Iterator[torch.Tensor]:
 
 @contextlib.contextmanager
 def deterministic(trainee: Trainee) -> Iterator[None]:
-    """The meta loss is a validation loss: no dropout, no auxiliary losses of MoE layers.
+    """The meta loss is a validation loss: no dropout, no auxiliary losses, next tokens only.
 
     Activation recomputation happens in training mode only, so a run that needs it to fit keeps
     that mode (and its dropout, if it has any); the auxiliary losses are switched off by their
@@ -115,7 +119,7 @@ def deterministic(trainee: Trainee) -> Iterator[None]:
         for chunk in trainee.model:
             chunk.eval()
     try:
-        with without_auxiliary_losses(trainee.config):
+        with without_auxiliary_losses(trainee.config), without_further_losses(trainee.config):
             yield
     finally:
         for chunk in trainee.model:

@@ -104,6 +104,31 @@ def all_leaves(optimizer: Any) -> list[Any]:
     return [optimizer]
 
 
+def layer_wise_leaves(optimizer: Any) -> list[Any]:
+    """Returns the Megatron optimizers of which each data-parallel rank steps some parameters whole.
+
+    Megatron's layer-wise distributed optimizer (Muon with `--use-distributed-optimizer`), which
+    needs whole matrices. Gradients are whole on every rank, or on the one that steps.
+    """
+    if type(optimizer).__name__ == "LayerWiseDistributedOptimizer":
+        return all_leaves(optimizer)
+    return [
+        leaf for o in getattr(optimizer, "chained_optimizers", ()) for leaf in layer_wise_leaves(o)
+    ]
+
+
+def grad_stats_group(leaf: Any, layer_wise: list[Any]) -> Any:
+    """Returns the ranks over which dot products of a leaf's gradients are summed.
+
+    Args:
+        leaf: one of `all_leaves`.
+        layer_wise: `layer_wise_leaves`; they are spread over all ranks, as their norm is.
+    """
+    if any(leaf is one for one in layer_wise):
+        return torch.distributed.group.WORLD
+    return leaf.get_grad_stats_parallel_group()
+
+
 def is_distributed(leaf: Any) -> bool:
     """Returns whether a Megatron optimizer is the distributed one, of which a rank has shards."""
     return hasattr(leaf, "shard_fp32_from_float16_groups")

@@ -12,6 +12,7 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.utils import unwrap_model
 
+from megatron_dwm.core.further_losses import logged, put_back_logged
 from megatron_dwm.core.optimizers import leaf_optimizers
 from megatron_dwm.core.random_states import random_states, restore_random_states
 from megatron_dwm.core.trainee import Trainee
@@ -25,8 +26,8 @@ class TrainerState:
 
     Parameters and buffers of the model, parameters, state and settings of the optimizer, the
     learning-rate scheduler, every random state, and what the trainer keeps for its log: timers,
-    MoE metrics, the count of the rerun state machine. Gradient buffers are not among them, as
-    every step zeroes them first.
+    MoE metrics, losses of multi-token prediction, the count of the rerun state machine. Gradient
+    buffers are not among them, as every step zeroes them first.
 
     Tensors are kept in host memory: beside the model and its optimizer a second copy of both may
     not fit on the device.
@@ -52,6 +53,7 @@ class TrainerState:
         machine = get_rerun_state_machine()
         self.machine = {name: getattr(machine, name) for name in _MACHINE if hasattr(machine, name)}
         self.timers = [(timer, dict(vars(timer))) for timer in _timers(trainee)]
+        self.further = logged()
         self.moe = {name: _kept(e.values) for name, e in get_moe_metrics_tracker().metrics.items()}
 
     @torch.no_grad()
@@ -78,6 +80,7 @@ class TrainerState:
             setattr(machine, name, value)
         for timer, values in self.timers:
             vars(timer).update(values)
+        put_back_logged(self.further)
         self._restore_moe_metrics()
 
     def _restore_moe_metrics(self) -> None:

@@ -104,7 +104,7 @@ def assemble(config: DWMConfig, host: TrainerHost) -> DWMTrainStep:
         check_supported(host.optimizer, config.jacobian)
         estimator, reason = choose_estimator(config, host.model, host.transformer_config)
         host.say(f"DWM: estimator {estimator}: {reason}")
-        lookahead = choose_lookahead(config, estimator)
+        lookahead = choose_lookahead(config, estimator, host.transformer_config)
         config = dataclasses.replace(config, estimator=estimator, lookahead=lookahead)
         check_ahead(config, estimator, reason)
         with seeded(config.seed):
@@ -127,10 +127,12 @@ def assemble(config: DWMConfig, host: TrainerHost) -> DWMTrainStep:
     wanted = config.log_expert_load if context.sees_losses else 0
     load = on_each_rank(lambda: ExpertLoad(host.model[-1], wanted) if wanted else None)
     warm_start = None if policy.scorer is None else host.warm_start(policy.scorer, config)
+    forward_step = WeightedForwardStep(_not_set)
+    forward_step.weighs_further = config.mtp == "weighted"
     return DWMTrainStep(
         config=config,
         schedule=Schedule(config, host.steps),
-        passes=Passes(WeightedForwardStep(_not_set), host.groups, host.shape, meta_data),
+        passes=Passes(forward_step, host.groups, host.shape, meta_data),
         policy=policy,
         tap=tap,
         warm_start=warm_start,

@@ -37,6 +37,7 @@ from megatron_dwm.checkpoint.stages import StageSnapshots
 from megatron_dwm.config import DWMConfig, flag
 from megatron_dwm.config.validation import raise_all
 from megatron_dwm.core.agreement import on_each_rank
+from megatron_dwm.core.further_losses import has_further_losses
 from megatron_dwm.core.trainee import RunShape, StepOutcome, Trainee
 from megatron_dwm.data.meta_dataset import MetaData, default_meta_batch_size, meta_batch_unit
 from megatron_dwm.errors import DWMError
@@ -227,6 +228,11 @@ class OwnLoop:
         raise_all(problems)
         if config.scores:
             problems += unsupported(config, _Settings(self))
+        if config.scores and has_further_losses(self.transformer_config):
+            problems.append(
+                "--mtp-num-layers in a training loop of one's own: its losses are not weighted "
+                "there; train without the extra layers, or by Megatron-LM's trainer"
+            )
         if config.uses_meta_set and self.transformer_config.finalize_model_grads_func is None:
             problems.append(
                 "the TransformerConfig has no finalize_model_grads_func, without which the passes "

@@ -27,10 +27,6 @@ REFUSED = {
         "use --dwm for pre-training",
     ),
     "hybrid_context_parallel": ("samples are split over ranks", "train without it"),
-    "mtp_num_layers": (
-        "the multi-token-prediction loss does not pass through the loss function",
-        "train without the extra layers",
-    ),
     "fp8_param_gather": (
         "quantised parameters cannot be perturbed in place",
         "leave it out; --bf16 parameters are gathered as they are",
@@ -56,6 +52,7 @@ WITHOUT_META = "leave it out, or weigh by a policy without a meta set (linupper,
 REFUSED_WITH_META_SET = {
     "fp8": ("a perturbation is far below its precision", WITHOUT_META),
     "fp4": ("a perturbation is far below its precision", WITHOUT_META),
+    "mtp_detach_heads": ("gradients of the extra layers are clipped apart", WITHOUT_META),
 }
 # Parallel sizes that must be 1.
 ONE = (

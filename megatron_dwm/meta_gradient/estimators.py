@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megatron_dwm.config import DWMConfig
+from megatron_dwm.core.further_losses import has_further_losses
 from megatron_dwm.errors import DWMError
 from megatron_dwm.meta_gradient.ghost.recording import refusal, uncovered_parameters
 
@@ -77,16 +78,28 @@ def check_ahead(config: DWMConfig, estimator: str, reason: str) -> None:
         raise DWMError(f"--dwm-policy {config.policy} needs the ghost estimator ({reason})")
 
 
-def choose_lookahead(config: DWMConfig, estimator: str) -> str:
+def choose_lookahead(config: DWMConfig, estimator: str, llm_config: Any = None) -> str:
     """Resolves `--dwm-lookahead auto`: in passing where hooks can, else after the LLM's step.
 
     Args:
         config: settings.
         estimator: what `choose_estimator` returned.
+        llm_config: the LLM's `TransformerConfig`; None: nothing in it stands against the hooks.
+
+    Raises:
+        DWMError: what is asked for would count losses in that are to be left out.
     """
+    # In the training pass they are backpropagated with the rest.
+    mixed = config.mtp == "plain" and has_further_losses(llm_config)
+    if config.lookahead == "current" and mixed:
+        raise DWMError(
+            "--dwm-lookahead current reads the influence off the training pass, which --dwm-mtp "
+            "plain wants without the losses of multi-token prediction; use --dwm-lookahead next, "
+            "or --dwm-mtp weighted"
+        )
     if config.lookahead != "auto":
         return str(config.lookahead)
-    return "current" if estimator == "ghost" else "next"
+    return "current" if estimator == "ghost" and not mixed else "next"
 
 
 def _unusable(config: Any, lookahead: str | None) -> Iterator[tuple[str, str]]:
@@ -95,3 +108,5 @@ def _unusable(config: Any, lookahead: str | None) -> Iterator[tuple[str, str]]:
         yield "--fine-grained-activation-offloading", "the layers' inputs are freed under the hooks"
     if getattr(config, "defer_embedding_wgrad_compute", False) and lookahead == "next":
         yield "--defer-embedding-wgrad-compute", "the output layer needs its weight gradient"
+    if has_further_losses(config) and getattr(config, "mtp_use_repeated_layer", False):
+        yield "--mtp-use-repeated-layer", "one layer runs several times in a pass"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_dwm.core import collectives
-from megatron_dwm.core.optimizers import all_leaves, shards
+from megatron_dwm.core.optimizers import all_leaves, grad_stats_group, layer_wise_leaves, shards
 
 
 @torch.no_grad()
@@ -35,6 +35,7 @@ def estimate(
         `[N]` float64, equal on all ranks.
     """
     parts, leaves = list(shards(optimizer)), all_leaves(optimizer)
+    layer_wise = layer_wise_leaves(optimizer)
     v = [shard.grad_slice().double().clone() for shard in parts]
     result = torch.zeros(num_samples, dtype=torch.float64)
     for i in range(num_samples):
@@ -50,6 +51,6 @@ def estimate(
             term = (shard.grad_slice().double() * direction).sum()
             sums[id(shard.optimizer)][1] += term
         for leaf, total in sums.values():
-            reduced = collectives.sum_of_shards(total, leaf.get_grad_stats_parallel_group())
+            reduced = collectives.sum_of_shards(total, grad_stats_group(leaf, layer_wise))
             result[i] += reduced.item()
     return result

@@ -6,13 +6,19 @@ h taken at theta+. v lives in the model's gradient buffers (`main_grad`), full o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from megatron_dwm.core import collectives
-from megatron_dwm.core.optimizers import ParamShard, all_leaves, shards
+from megatron_dwm.core.optimizers import (
+    ParamShard,
+    all_leaves,
+    grad_stats_group,
+    layer_wise_leaves,
+    shards,
+)
 from megatron_dwm.meta_gradient.optimizers import derivatives
 from megatron_dwm.meta_gradient.optimizers.optimizer_rules import rule_of
 
@@ -30,12 +36,14 @@ class InnerStep:
         lrs: the step's learning rates, by the id of the group.
         clip: `(a, b)` of `derivatives.clip_projection`.
         optimizers: the Megatron optimizers, those without a share on this rank too.
+        layer_wise: those of which each rank steps some parameters whole.
     """
 
     entries: list[tuple[ParamShard, torch.Tensor | None]]
     lrs: dict[int, float]
     clip: tuple[float, float]
     optimizers: list[Any]
+    layer_wise: list[Any] = field(default_factory=list)
 
     @classmethod
     @torch.no_grad()
@@ -53,7 +61,7 @@ class InnerStep:
             (s, s.stepped_grad().clone() if clip[1] or rule_of(s).needs_gradient else None)
             for s in shards(optimizer)
         ]
-        return cls(entries, lrs, clip, leaves)
+        return cls(entries, lrs, clip, leaves, layer_wise_leaves(optimizer))
 
     @torch.no_grad()
     def pull_back(self, model: list[Any], device: torch.device) -> None:
@@ -72,7 +80,10 @@ class InnerStep:
         self.entries = []
 
         def apply(parameter: torch.nn.Parameter) -> None:
-            for shard, clipped in by_parameter.pop(id(parameter), ()):
+            mine = by_parameter.pop(id(parameter), ())
+            if not mine and self.layer_wise:
+                parameter.main_grad.zero_()
+            for shard, clipped in mine:
                 h = shard.grad_slice()
                 h.copy_(rule_of(shard).pull_back(shard, self.lrs[id(shard.group)], clipped, h))
                 if clipped is not None:
@@ -86,7 +97,7 @@ class InnerStep:
                 if b and clipped is not None:
                     h.add_(clipped.to(h.dtype), alpha=-b * dot)
 
-        _transform(model, apply)
+        _transform(model, apply, bool(self.layer_wise))
 
     def _dot_with_clipped_gradient(self, device: torch.device) -> float:
         """Returns `<G', D h>` over the whole model, each parameter once."""
@@ -101,7 +112,7 @@ class InnerStep:
         for optimizer in self.optimizers:
             mine = terms[id(optimizer)]
             local = torch.stack(mine).sum() if mine else torch.zeros((), dtype=torch.float64)
-            group = optimizer.get_grad_stats_parallel_group()
+            group = grad_stats_group(optimizer, self.layer_wise)
             total += collectives.sum_of_shards(local.to(device), group).item()
         return total
 
@@ -123,13 +134,17 @@ def pull_back_before_step(optimizer: Any, lrs: dict[int, float], model: list[Any
     by_parameter: dict[int, list[ParamShard]] = {}
     for shard in shards(optimizer):
         by_parameter.setdefault(id(shard.model_param), []).append(shard)
+    layer_wise = bool(layer_wise_leaves(optimizer))
 
     def apply(parameter: torch.nn.Parameter) -> None:
-        for shard in by_parameter.pop(id(parameter), ()):
+        mine = by_parameter.pop(id(parameter), ())
+        if not mine and layer_wise:
+            parameter.main_grad.zero_()
+        for shard in mine:
             h = shard.grad_slice()
             h.copy_(rule_of(shard).pull_back_ahead(shard, lrs[id(shard.group)], h))
 
-    _transform(model, apply)
+    _transform(model, apply, layer_wise)
 
 
 @torch.no_grad()
@@ -146,11 +161,16 @@ def pull_back_identity(lr: float, model: list[Any]) -> None:
     _transform(model, apply)
 
 
-def _transform(model: list[Any], apply: Any) -> None:
+def _transform(model: list[Any], apply: Any, by_owners: bool = False) -> None:
     """Applies a function to each parameter's `main_grad`, and completes it on every rank.
 
     With the distributed optimizer a rank's own shards become right, and are gathered bucket by
     bucket while the next bucket is worked on; at most two buckets' own shards are held for that.
+
+    Args:
+        model: DDP-wrapped chunks.
+        apply: what to do with a parameter.
+        by_owners: whether one rank alone has made each parameter's, and the others 0 of it.
     """
     handle = None
     for chunk in model:
@@ -164,6 +184,8 @@ def _transform(model: list[Any], apply: Any) -> None:
                 if buffer.ddp_config.use_distributed_optimizer:
                     group = buffer.data_parallel_group
                     handle = collectives.gather_shards(bucket.grad_data, group)
+                elif by_owners:
+                    collectives.sum_of_owners(bucket.grad_data, buffer.data_parallel_group)
     if handle is not None:
         handle.wait()
 

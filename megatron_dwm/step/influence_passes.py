@@ -310,6 +310,7 @@ class InfluencePasses:
                 count,
                 trainee.model,
                 lambda: self.passes.run(trainee, batches, count, False),
+                self.passes.forward_step.weighs_further,
             )
         return self._scaled(local, num_tokens, loss_scale(trainee))
 

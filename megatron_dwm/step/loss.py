@@ -4,7 +4,9 @@ Megatron's `forward_step(data_iterator, model)` returns the per-token losses `[b
 `loss_func`. The wrapped step hands `loss_func` the losses times the samples' weights, and takes
 the report from a second call on the unweighted, detached losses. `loss_mask` is not touched, so
 every token count stays as it is, and with w = 1 the training is bit-identical to stock. Any
-`loss_func` that is linear in the per-token losses works.
+`loss_func` that is linear in the per-token losses works. The losses of multi-token prediction pass
+through no loss function; they are weighted in the backward pass (`core.further_losses`), or left
+alone (`--dwm-mtp plain`).
 
 Shapes: b samples in a micro-batch, m micro-batches in a step, s tokens in a sample.
 """
@@ -19,6 +21,7 @@ from typing import Any
 
 import torch
 
+from megatron_dwm.core.further_losses import SumLater, WeightLater, listening
 from megatron_dwm.core.state_tap import StateTap
 from megatron_dwm.errors import DWMError
 from megatron_dwm.policies.base import SampleView, WeightPolicy
@@ -34,11 +37,14 @@ class SampleLosses:
         sums: for each micro-batch `[b]` float64, the sum over tokens of the masked losses.
         num_tokens: for each micro-batch the token count, or None when `loss_func` averages
             by itself (the two-value form).
+        further: for each micro-batch `[b]` float64, the sum of the losses of multi-token
+            prediction, which Megatron has divided by tokens itself; None where there are none.
     """
 
     def __init__(self) -> None:
         self.sums: list[torch.Tensor] = []
         self.num_tokens: list[torch.Tensor | None] = []
+        self.further: list[torch.Tensor | None] = []
 
     def contributions(
         self, per_token: bool, data_parallel_size: int, context_parallel_size: int = 1
@@ -47,7 +53,9 @@ class SampleLosses:
 
         The trainer's chain: micro-batch sum / its tokens (`loss_func` with three values) /
         micro-batches / data-parallel size (averaged by DDP); with `--calculate-per-token-loss`
-        the sums are divided once by the tokens of the global batch, which the caller does.
+        the sums are divided once by the tokens of the global batch, which the caller does. The
+        losses of multi-token prediction are divided by tokens already, and with that flag
+        multiplied by the micro-batch's again.
 
         Args:
             per_token: `--calculate-per-token-loss`.
@@ -59,15 +67,19 @@ class SampleLosses:
         """
         count = len(self.sums)
         parts = []
-        for sums, tokens in zip(self.sums, self.num_tokens, strict=True):
+        for k, (sums, tokens) in enumerate(zip(self.sums, self.num_tokens, strict=True)):
             if tokens is None:
                 if per_token:
                     raise _no_token_count()
-                parts.append(sums * (context_parallel_size / (count * data_parallel_size)))
+                part = sums * (context_parallel_size / (count * data_parallel_size))
             elif per_token:
-                parts.append(sums)
+                part = sums
             else:
-                parts.append(sums / tokens.clamp(min=1) / (count * data_parallel_size))
+                part = sums / tokens.clamp(min=1) / (count * data_parallel_size)
+            further = self.further[k] if self.further else None
+            if further is not None:
+                part = part + further / (1 if per_token else count * data_parallel_size)
+            parts.append(part)
         return torch.cat(parts)
 
 
@@ -143,6 +155,8 @@ class WeightedForwardStep:
         self._known_linear = False
         # Whether the samples' losses are kept, where a policy asks for losses at all.
         self.keeps_losses = False
+        # Whether a sample's weight is also that of its losses of multi-token prediction.
+        self.weighs_further = True
         # What weighting adds to a micro-batch's forward step is done within it.
         self.stopwatch: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
@@ -193,16 +207,29 @@ class WeightedForwardStep:
 
     def __call__(self, data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         """Runs the trainer's forward step; the loss function is wrapped within a mode."""
-        output, loss_func = self.forward_step(data_iterator, model, *args, **kwargs)
+        step = functools.partial(self.forward_step, data_iterator, model, *args, **kwargs)
         if self._losses is not None:
-            return output, functools.partial(self._measure, loss_func, self._losses)
+            summed = SumLater()
+            with listening(summed) if self.weighs_further else contextlib.nullcontext():
+                output, loss_func = step()
+            return output, functools.partial(self._measured, loss_func, self._losses, summed)
         if self._weights is not None:
-            return output, functools.partial(self._weigh, loss_func)
+            later = WeightLater()
+            with listening(later) if self.weighs_further else contextlib.nullcontext():
+                output, loss_func = step()
+            return output, functools.partial(self._weigh, loss_func, later)
+        output, loss_func = step()
         if self._num_tokens is not None:
             return output, functools.partial(self._count, loss_func)
         return output, loss_func
 
-    def _weigh(self, loss_func: Callable[..., Any], output: torch.Tensor, **kwargs: Any) -> Any:
+    def _weigh(
+        self,
+        loss_func: Callable[..., Any],
+        later: WeightLater,
+        output: torch.Tensor,
+        **kwargs: Any,
+    ) -> Any:
         assert self._weights is not None
         k = self._calls % self._num_microbatches
         if k == 0:
@@ -216,6 +243,7 @@ class WeightedForwardStep:
             else:
                 weights, reported = self._weights[k], loss_func(output.detach(), **kwargs)
         weighted = loss_func(_scale(output, weights), **kwargs)
+        later.weights = weights
         self._applied.by_micro_batch.append(weights)
         self._note_tokens(weighted)
         return (*weighted[:-1], reported[-1])
@@ -265,6 +293,17 @@ class WeightedForwardStep:
     def _note_tokens(self, result: tuple) -> None:
         if self._num_tokens is not None:
             self._num_tokens.append(result[1].detach().clone() if len(result) == 3 else None)
+
+    def _measured(
+        self,
+        loss_func: Callable[..., Any],
+        losses: SampleLosses,
+        summed: SumLater,
+        output: torch.Tensor,
+        **kwargs: Any,
+    ) -> Any:
+        losses.further.append(summed.sums)
+        return self._measure(loss_func, losses, output, **kwargs)
 
     @staticmethod
     def _measure(

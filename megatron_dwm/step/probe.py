@@ -9,6 +9,7 @@ The command `probe` takes a saved run one step on and compares there.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron_dwm.core import collectives
 from megatron_dwm.core.batches import StepBatches
 from megatron_dwm.core.contexts import gathered_parameters, quiet
+from megatron_dwm.core.further_losses import without_further_losses
 from megatron_dwm.core.optimizers import learning_rates
 from megatron_dwm.core.random_states import restore_random_states
 from megatron_dwm.core.trainee import StepOutcome, Trainee
@@ -199,7 +201,10 @@ def _backward_of_sample(probed: ProbedStep, sample: int, state: TrainerState) ->
     local = None
     if step.sees_losses:
         local = step.passes.local_part(one_hot).view(get_num_microbatches(), -1)
-    with step.forward_step.weighted(local):
+    # What no weight scales is no sample's.
+    plain = not step.forward_step.weighs_further
+    alone = without_further_losses(trainee.config) if plain else contextlib.nullcontext()
+    with step.forward_step.weighted(local), alone:
         step.passes.run(trainee, probed.batches, get_num_microbatches(), forward_only=False)
 
 

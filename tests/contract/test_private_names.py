@@ -58,6 +58,9 @@ OTHERS: dict[str, Any] = {
     "_BaseDataLoaderIter": torch.utils.data.dataloader,
     "_get_default_store": torch.distributed.distributed_c10d,
     "_get_layout": torch.serialization,
+    "_C": torch,
+    "_len_torch_function_stack": torch._C,
+    "_engine_run_backward": torch.autograd,
 }
 # `_scales` of Transformer Engine's FusedAdam, which cannot be installed here: asked for with a
 # default, and `stand_in_fused_adam` has it. `_tokenizer` of tokenizers is set when one is made,

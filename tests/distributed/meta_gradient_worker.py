@@ -10,7 +10,7 @@ Reads a JSON list of cases from the file named by CASES, each a run of the stock
     brute        half the change of the weight: w_i really changed, the trainer's step re-run,
                  the meta loss measured; 0: not wanted
     break        a name of `BREAKS`: something is put wrong first, to see that a check notices
-    allow        a name of `ALLOWANCES`: what the case needs to run without Transformer Engine
+    allow        a name of `ALLOWANCES`: a stand-in for what the case needs
     update       take the whole step, and tell how the scores of its batch changed
     memory       tell the bytes that a meta step keeps beyond the trainer's own step
 
@@ -48,7 +48,8 @@ from megatron_dwm.hosts.megatron_lm.session import Session  # noqa: E402
 from megatron_dwm.meta_gradient.ghost import recording as ghost  # noqa: E402
 from megatron_dwm.meta_gradient.optimizers import derivatives as jacobian  # noqa: E402
 from megatron_dwm.policies import features  # noqa: E402
-from megatron_dwm.step import probe  # noqa: E402
+from megatron_dwm.step import loss, probe  # noqa: E402
+from tests.contract import stand_in_muon  # noqa: E402
 from tests.functional.torch_norms import torch_norms  # noqa: E402
 
 plain_train_step = Session.train_step
@@ -89,6 +90,12 @@ BREAKS = {
     "no-shard-gather": lambda: replaced(collectives, "gather_shards", lambda buffer, group: None),
     # Each rank takes the moments of its own part of the positions for those of the samples.
     "states-not-merged": lambda: replaced(features, "merged", lambda parts, group: parts),
+    # Weights do not reach the losses of multi-token prediction, as if nobody listened.
+    "further-losses-unheard": lambda: replaced(
+        loss, "listening", lambda listener: contextlib.nullcontext()
+    ),
+    # Of parameters that another rank steps, what pass C has left is taken for v.
+    "owners-not-summed": lambda: replaced(collectives, "sum_of_owners", lambda buffer, group: None),
     # Each data-parallel rank learns from its own samples only.
     "sums-not-reduced": lambda: replaced(
         collectives, "sum_over_data_parallel", lambda value, group: value.clone()
@@ -96,10 +103,11 @@ BREAKS = {
 }
 
 
-# What a case needs to run at all without Transformer Engine.
+# What a case needs to run at all without Transformer Engine and emerging-optimizers.
 ALLOWANCES = {
     None: contextlib.nullcontext,
     "sequence-parallel": torch_norms,
+    "muon": stand_in_muon.installed,
 }
 
 

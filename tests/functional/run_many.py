@@ -2,7 +2,8 @@
 
 Importing the trainer takes longer than a tiny run, so the ranks are spawned once. Reads a JSON
 list of runs ({"name", "args", "env"}) from the file named by RUNS, runs each through
-examples/pretrain_dwm.py, and writes what came out for every rank to the folder OUT:
+examples/pretrain_dwm.py ("launched": by the launcher, as another's script), and writes what came
+out for every rank to the folder OUT:
 
     exit code, standard error, losses and gradient norms as exact numbers, a hash of the
     final parameters, and the documents of every sample that was drawn by weight.
@@ -35,8 +36,11 @@ import torch  # noqa: E402
 from megatron.core import mpu  # noqa: E402
 from megatron.core.rerun_state_machine import RerunDataIterator  # noqa: E402
 from megatron.core.tensor_parallel import random as megatron_random  # noqa: E402
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker  # noqa: E402
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper  # noqa: E402
 from megatron.training import training  # noqa: E402
 
+from megatron_dwm import launch  # noqa: E402
 from megatron_dwm.step.loss import WeightedForwardStep  # noqa: E402
 
 SCRIPT = os.environ.get("RUN_SCRIPT", os.path.join(ROOT, "examples", "pretrain_dwm.py"))
@@ -63,7 +67,7 @@ def poisoned(measure):
     )
 
 
-def run(args):
+def run(args, launched=False):
     """Runs the script once and returns what came out on this rank."""
     seen = {"steps": [], "valid": [], "documents": []}
     kept, read = {}, set()
@@ -119,7 +123,10 @@ def run(args):
     code = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            runpy.run_path(SCRIPT, run_name="__main__")
+            if launched:
+                launch.main([SCRIPT, *args])
+            else:
+                runpy.run_path(SCRIPT, run_name="__main__")
     except SystemExit as exit:
         code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
     except Killed:
@@ -149,6 +156,9 @@ def clean():
     if mpu.model_parallel_is_initialized():
         mpu.destroy_model_parallel()
     megatron_random.initialize_rng_tracker(force_reset=True)
+    # What is collected for the log, of as many layers as the run before had.
+    get_moe_metrics_tracker().metrics.clear()
+    MTPLossLoggingHelper.tracker.clear()
     gc.collect()
     world = torch.distributed.group.WORLD
     for group in list(torch.distributed.distributed_c10d._world.pg_map):
@@ -157,15 +167,19 @@ def clean():
 
 
 def main():
-    """Runs all, in order."""
+    """Runs all that the file RUNS lists."""
     with open(os.environ["RUNS"]) as file:
-        runs = json.load(file)
+        run_in_order(json.load(file))
+
+
+def run_in_order(runs):
+    """Runs all, writes what came out to OUT, and ends the process."""
     out = os.environ["OUT"]
     rank = os.environ["RANK"]
     for item in runs:
         before = dict(os.environ)
         os.environ.update(item.get("env", {}))
-        result = run(item["args"])
+        result = run(item["args"], item.get("launched", False))
         os.environ.clear()
         os.environ.update(before)
         with open(os.path.join(out, f"{item['name']}.{rank}.json"), "w") as file:

@@ -366,7 +366,7 @@ def test_the_demo_refuses_settings_that_do_not_fit(tmp_path, variables, named):
 @pytest.mark.slow
 def test_flags_of_other_trainings_are_refused_in_one_line():
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--num-layers", "2", "--mtp-num-layers=1"],
+        [sys.executable, str(SCRIPT), "--num-layers", "2", "--sft=1"],
         env=environment(PYTHONPATH=str(EXAMPLES.parent)),
         capture_output=True,
         text=True,
@@ -374,7 +374,7 @@ def test_flags_of_other_trainings_are_refused_in_one_line():
         check=False,
     )
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("--mtp-num-layers is not supported")
+    assert done.stderr.splitlines()[-1].startswith("--sft is not supported")
     assert "Traceback" not in done.stderr
 
 

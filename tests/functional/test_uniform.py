@@ -22,6 +22,7 @@ LAYOUTS = {
     "tp2-dp2-per-token": "--tensor-model-parallel-size 2 --calculate-per-token-loss",
     "pp2-dp2-bf16-recompute": "--pipeline-model-parallel-size 2 --bf16 --use-distributed-optimizer "
     "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    "mtp-pp2-dp2": "--pipeline-model-parallel-size 2 --mtp-num-layers 2 --clip-grad 0.3",
     "moe-ep1": "--num-experts 4 --moe-router-topk 2",
     "moe-ep2": "--num-experts 4 --expert-model-parallel-size 2 --moe-router-topk 2 "
     "--moe-token-dispatcher-type alltoall",

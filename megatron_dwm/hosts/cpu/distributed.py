@@ -42,7 +42,24 @@ def replace_distributed() -> None:
                 kwargs[key] = _as_int_list(kwargs[key])
         return all_to_all_single(output, input.contiguous(), *args, **kwargs)
 
+    all_gather = dist.all_gather
+
+    @functools.wraps(all_gather)
+    def uneven_all_gather(
+        tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, **kwargs: Any
+    ) -> Any:
+        # NCCL gathers parts of different sizes, as Megatron's layer-wise optimizer has; gloo not.
+        if len({part.numel() for part in tensor_list}) <= 1 or kwargs.get("async_op"):
+            return all_gather(tensor_list, tensor, group=group, **kwargs)
+        group = dist.group.WORLD if group is None else group
+        for rank, part in enumerate(tensor_list):
+            if rank == dist.get_rank(group):
+                part.copy_(tensor)
+            dist.broadcast(part, src=dist.get_global_rank(group, rank), group=group)
+        return None
+
     for module in (dist, dist.distributed_c10d):
+        module.all_gather = uneven_all_gather
         module.init_process_group = gloo_init
         module.barrier = host_barrier
         module.new_group = gloo_group

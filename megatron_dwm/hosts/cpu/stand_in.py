@@ -25,7 +25,7 @@ from megatron_dwm.hosts.cpu.distributed import replace_distributed
 from megatron_dwm.hosts.cpu.on_import import ON_IMPORT
 from megatron_dwm.hosts.cpu.optimizer import mend_distributed_optimizer
 from megatron_dwm.hosts.cpu.random_numbers import replace_rng
-from megatron_dwm.hosts.cpu.tensors import CudaToCpu
+from megatron_dwm.hosts.cpu.tensors import CudaToCpu, keep_in_backward
 
 # Flags that the local (no Transformer Engine) layer spec needs on the CPU.
 CPU_FLAGS = (
@@ -151,6 +151,7 @@ def install() -> bool:
         print("megatron_dwm: no GPU in use, training on the CPU with gloo", file=sys.stderr)
     mode = CudaToCpu()
     mode.__enter__()
+    keep_in_backward(mode)
     _State.mode = mode
     _State.installed = True
     return True

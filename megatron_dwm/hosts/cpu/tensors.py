@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -25,6 +26,24 @@ class CudaToCpu(TorchFunctionMode):
             handler = _TENSOR_METHODS[name]
             return handler(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
+
+
+def keep_in_backward(mode: TorchFunctionMode) -> None:
+    """Keeps the mode in backward passes that are called within another one, as recomputing does.
+
+    torch calls a mode with the mode itself switched off. So it is for all that a call like
+    `torch.autograd.backward` goes on to do, the backward functions of Megatron among it.
+    """
+    run = torch.autograd._engine_run_backward
+
+    @functools.wraps(run)
+    def under_mode(*args: Any, **kwargs: Any) -> Any:
+        if torch._C._len_torch_function_stack():
+            return run(*args, **kwargs)
+        with mode:
+            return run(*args, **kwargs)
+
+    torch.autograd._engine_run_backward = under_mode
 
 
 def _to_cpu(value: Any) -> Any:

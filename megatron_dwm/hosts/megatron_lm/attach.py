@@ -3,7 +3,8 @@
 Four functions are rebound: `train_step` (passes A to E), `setup_model_and_optimizer` (the DWM is
 built, and loaded, right after the LLM), `generate_state_dict` (the DWM's state joins the
 checkpoint) and `build_train_valid_test_data_iterators` (documents drawn by weight). Without `--dwm`
-all four are the stock functions.
+all four are the stock functions. A fifth, by which losses of multi-token prediction are attached,
+hands them on as they are, and to whoever weighs or measures them.
 """
 
 from __future__ import annotations
@@ -98,6 +99,7 @@ def _mine_to_say(message: str) -> bool:
 def _rebind_trainer(stack: contextlib.ExitStack, add_arguments: bool, launched: bool) -> None:
     from megatron.training import arguments, checkpointing, training
 
+    from megatron_dwm.core.further_losses import interposed
     from megatron_dwm.hosts.megatron_lm.session import Session
 
     session = Session()
@@ -148,6 +150,7 @@ def _rebind_trainer(stack: contextlib.ExitStack, add_arguments: bool, launched: 
             session.generate_state_dict,
         )
     )
+    stack.enter_context(interposed())
 
 
 def _parse_with_dwm_flags(

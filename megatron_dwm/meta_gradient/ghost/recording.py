@@ -18,6 +18,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron_dwm.core import collectives
 from megatron_dwm.core.contexts import without_auxiliary_losses
+from megatron_dwm.core.further_losses import has_further_losses, without_further_losses
 from megatron_dwm.errors import DWMError
 from megatron_dwm.meta_gradient.ghost import attention, experts, fused
 from megatron_dwm.meta_gradient.ghost.layer_rules import rule_of
@@ -54,6 +55,7 @@ class Ghost:
         self.chunks: list[torch.nn.Module] = unwrap_model(model)
         # (number of the chunk, name, module, rule)
         self.layers: list[tuple[int, str, torch.nn.Module, GhostRule]] = []
+        self.calls: list[int] = []  # of each layer in a pass
         self.names: dict[int, str] = {}
         for number, chunk in enumerate(self.chunks):
             self.names.update((id(p), name) for name, p in chunk.named_parameters())
@@ -61,6 +63,7 @@ class Ghost:
                 rule = rule_of(module)
                 if rule is not None and _takes_part(module):
                     self.layers.append((number, name, module, rule))
+                    self.calls.append(_calls_in_a_pass(config, chunk, name))
 
     def share(self, parameter: torch.nn.Parameter) -> float:
         """Returns how much a replicated parameter's term counts on this tensor-parallel rank.
@@ -97,7 +100,7 @@ class Ghost:
             DWMError: (from the function) a layer took part in the loss in a way that the hooks
                 did not see, so that a sum would miss its terms.
         """
-        shape = (len(self.layers), num_microbatches, self.micro_batch_size)
+        shape = (sum(self.calls), num_microbatches, self.micro_batch_size)
         handles: list[Any] = []
         if not any(p.requires_grad for chunk in self.chunks for p in chunk.parameters()):
             # Without weight gradients the backward pass would end before it got there.
@@ -127,9 +130,11 @@ class Ghost:
                 handle.remove()
 
     def _check(self, passes: list[int], seen: list[int], num_microbatches: int) -> None:
-        """Raises unless every layer took part exactly once in each pass of its chunk."""
-        for (number, name, module, _), count in zip(self.layers, seen, strict=True):
-            if count != passes[number] or not count:
+        """Raises unless every layer took part as often as it should in each pass of its chunk."""
+        for (number, name, module, _), calls, count in zip(
+            self.layers, self.calls, seen, strict=True
+        ):
+            if count != calls * passes[number] or not count:
                 raise DWMError(
                     f"--dwm-estimator ghost: layer '{name}' ({type(module).__name__}) was seen "
                     f"{count} times in {passes[number]} micro-batches, so its parameters' part of "
@@ -161,10 +166,12 @@ class Ghost:
         """Returns a forward hook that hangs the layer's formula on its output's gradient.
 
         Micro-batches reach a layer, forward and backward, in their order, so a count tells which
-        one it is. The first forward of a recomputed layer runs without gradients and is not one.
+        one it is; a layer that is called several times in a pass has a row for each of them. The
+        first forward of a recomputed layer runs without gradients and is not one.
         If the trainer's rerun machine takes the step's passes again, the last ones hold.
         """
-        calls = 0
+        calls, of_pass = 0, self.calls[row]
+        first = sum(self.calls[:row])
 
         def hook(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             nonlocal calls
@@ -178,7 +185,7 @@ class Ghost:
             x = inputs[0] if inputs else next(iter(named.values()))
             samples = rows.of(module) or rule.samples(module)
             call = Call(module, x, _weight_of(module, args, kwargs), samples, inputs, named)
-            k = calls % num_microbatches
+            k, place = calls // of_pass % num_microbatches, first + calls % of_pass
             calls += 1
 
             def record(grad: torch.Tensor) -> None:
@@ -190,7 +197,7 @@ class Ghost:
                         this_rank_only=True,
                     )
                 with torch.no_grad():
-                    found[row, k] = rule.formula(call, grad, v, self.share)
+                    found[place, k] = rule.formula(call, grad, v, self.share)
                 seen[row] += 1
 
             # To be removed with the others: a graph may outlive the step (that of an MoE layer's
@@ -207,6 +214,21 @@ class Ghost:
                 handles.append(output.register_hook(record))
 
         return hook
+
+
+def _calls_in_a_pass(config: Any, chunk: torch.nn.Module, name: str) -> int:
+    """Returns how often a layer runs in one forward pass of its chunk.
+
+    Once, but for the embeddings of a chunk with layers for multi-token prediction, each of which
+    embeds the tokens anew, shifted, and for the output layer, by which each of them predicts.
+    """
+    if not has_further_losses(config):
+        return 1
+    if name == "output_layer":
+        return 1 + config.mtp_num_layers
+    if name.split(".")[0] == "embedding" and getattr(chunk, "mtp_process", False):
+        return int(chunk.pre_process) + config.mtp_num_layers
+    return 1
 
 
 def _takes_part(module: torch.nn.Module) -> bool:
@@ -260,7 +282,12 @@ def frozen_parameters(model: list[Any], config: Any) -> Iterator[None]:
 
 
 def estimate(
-    ghost: Ghost, v: Direction, num_microbatches: int, model: list[Any], run: Callable[[], None]
+    ghost: Ghost,
+    v: Direction,
+    num_microbatches: int,
+    model: list[Any],
+    run: Callable[[], None],
+    with_further: bool = True,
 ) -> torch.Tensor:
     """Returns `<v, d loss / d theta>` of each local sample by a pass of its own.
 
@@ -270,6 +297,7 @@ def estimate(
         num_microbatches: m.
         model: DDP-wrapped chunks, at the parameters where the gradients are wanted.
         run: runs the trainer's forward and backward over the step's micro-batches.
+        with_further: whether the losses of multi-token prediction count.
 
     Returns:
         `[m * b]` float32, complete on every rank of the model-parallel group; `loss` as the
@@ -278,6 +306,7 @@ def estimate(
     with (
         frozen_parameters(model, ghost.config),
         without_auxiliary_losses(ghost.config),
+        contextlib.nullcontext() if with_further else without_further_losses(ghost.config),
         ghost.recording(v, num_microbatches) as total,
     ):
         run()

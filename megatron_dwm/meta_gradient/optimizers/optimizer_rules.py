@@ -11,9 +11,16 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_dwm.core.optimizers import ParamShard, is_distributed, leaf_optimizers, shards
+from megatron_dwm.core.optimizers import (
+    ParamShard,
+    is_distributed,
+    layer_wise_leaves,
+    leaf_optimizers,
+    shards,
+)
 from megatron_dwm.errors import DWMError
 from megatron_dwm.meta_gradient.optimizers.adam import AdamRule
+from megatron_dwm.meta_gradient.optimizers.muon import MuonRule
 from megatron_dwm.meta_gradient.optimizers.sgd import SGDRule
 
 
@@ -59,7 +66,7 @@ class OptimizerRule(Protocol):
         ...
 
 
-_RULES: dict[str, OptimizerRule] = {"adam": AdamRule(), "sgd": SGDRule()}
+_RULES: dict[str, OptimizerRule] = {"adam": AdamRule(), "sgd": SGDRule(), "muon": MuonRule()}
 
 
 def register(name: str, rule: OptimizerRule) -> None:
@@ -74,16 +81,30 @@ def register(name: str, rule: OptimizerRule) -> None:
     _RULES[name] = rule
 
 
+def has_rule(name: str) -> bool:
+    """Returns whether the optimizer of a name (`--optimizer`) has one."""
+    return name in _RULES
+
+
 def rule_of(shard: ParamShard) -> OptimizerRule:
     """Returns the rule of the optimizer that steps a slice."""
-    return _RULES[shard.optimizer.config.optimizer]
+    return _RULES[_name(shard.optimizer, shard.group)]
+
+
+def _name(leaf: Any, group: dict[str, Any]) -> str:
+    """Returns the optimizer of a parameter group, by its name in `--optimizer`.
+
+    Beside Muon, what is no matrix has another one: its group says so, and the settings, which are
+    those of the whole, do not.
+    """
+    return str(group.get("optimizer", leaf.config.optimizer))
 
 
 def has_stepped(optimizer: Any) -> bool:
     """Returns whether the optimizer has the state of an earlier step on this rank."""
 
     def stepped(shard: ParamShard) -> bool:
-        rule = _RULES.get(shard.optimizer.config.optimizer)
+        rule = _RULES.get(_name(shard.optimizer, shard.group))
         return shard.steps() > 0 if rule is None else rule.has_stepped(shard)
 
     return all(map(stepped, shards(optimizer)))
@@ -99,6 +120,12 @@ def check_supported(optimizer: Any, kind: str) -> None:
     Raises:
         DWMError: names the optimizer or the flag, and the way out.
     """
+    for leaf in layer_wise_leaves(optimizer):
+        if not hasattr(leaf, "config"):
+            raise DWMError(
+                "--optimizer muon with whole parameters spread over ranks is known in bf16 only; "
+                "use --bf16, or leave out --use-distributed-optimizer"
+            )
     for leaf in leaf_optimizers(optimizer):
         if leaf.config.fp16:
             raise DWMError("--fp16 is not supported with a learned --dwm-policy; use --bf16")
@@ -117,7 +144,7 @@ def refused_settings(settings: Any, kind: str) -> str | None:
         settings: what has `optimizer` and `optimizer_cpu_offload`, as Megatron's arguments have.
         kind: `--dwm-jacobian`.
     """
-    problem = None if kind == "identity" else _why_settings(settings)
+    problem = None if kind == "identity" else _why_settings([settings.optimizer], settings)
     return None if problem is None else f"{problem}; {_WAY_OUT}"
 
 
@@ -126,14 +153,14 @@ def needs_gradient(name: str) -> bool:
     return name not in _RULES or _RULES[name].needs_gradient
 
 
-def _why_settings(config: Any) -> str | None:
-    rule = _RULES.get(config.optimizer)
-    if rule is None:
-        known = " and ".join(sorted(_RULES))
-        return (
-            f"--optimizer {config.optimizer}: its Jacobian is not known to the meta-gradient, only "
-            f"those of {known} are"
-        )
+def _why_settings(names: list[str], config: Any) -> str | None:
+    for name in names:
+        if name not in _RULES:
+            *some, last = sorted(_RULES)
+            return (
+                f"--optimizer {name}: its Jacobian is not known to the meta-gradient, only those "
+                f"of {', '.join(some)} and {last} are"
+            )
     if config.optimizer_cpu_offload:
         return (
             "--optimizer-cpu-offload keeps gradients and states where the meta-gradient cannot "
@@ -145,12 +172,17 @@ def _why_settings(config: Any) -> str | None:
 def _why_unknown(leaf: Any) -> str | None:
     """Returns why the Jacobian of a Megatron optimizer is not known, None where it is."""
     config = leaf.config
-    problem = _why_settings(config)
+    groups = getattr(leaf.optimizer, "param_groups", ())
+    names = sorted({_name(leaf, group) for group in groups} or {config.optimizer})
+    problem = _why_settings(names, config)
     if problem is not None:
         return problem
-    problem = _RULES[config.optimizer].refusal(leaf)
-    if problem is not None or config.use_precision_aware_optimizer:
-        return problem
+    for name in names:
+        problem = _RULES[name].refusal(leaf)
+        if problem is not None:
+            return problem
+    if config.use_precision_aware_optimizer:
+        return None
     if hasattr(leaf, "fp32_from_float16_groups") or is_distributed(leaf):
         return None
     if type(leaf).__name__ != "FP32Optimizer":

@@ -36,6 +36,7 @@ BAD_VALUES = [
     ("estimator", "magic"),
     ("lookahead", "previous"),
     ("jacobian", "numeric"),
+    ("mtp", "none"),
     ("pooling", "max"),
     ("init", "llm:0"),
     ("init", "llm:"),
@@ -113,6 +114,7 @@ OTHER_VALUES = {
     "estimator": "ghost",
     "lookahead": "current",
     "jacobian": "identity",
+    "mtp": "plain",
     "overhead_budget": 0.25,
     "verify_meta_gradient": 50,
     "verify_samples": 8,
@@ -221,6 +223,7 @@ class TestProblems:
             ("estimator", "auto, ghost, finite_difference"),
             ("lookahead", "auto, next, current"),
             ("jacobian", "exact, identity"),
+            ("mtp", "weighted, plain"),
         ],
     )
     def test_a_choice_lists_what_is_allowed(self, name, allowed):

@@ -1,0 +1,143 @@
+"""Losses of multi-token prediction: per sample, and weighted, though no loss function sees them.
+
+With `--mtp-num-layers` Megatron adds further losses inside the model's forward pass. For each of
+the extra layers `process_mtp_loss` makes `[b, s]` of the tokens' losses, masked and divided as the
+schedule's loss is,
+
+    factor / layers * mask * loss / (the mask's sum, shifted)
+
+and hands it to `MTPLossAutoScaler.apply(hidden_states, losses)`. That passes the states through,
+and in the backward pass gives every one of those losses the gradient that the schedule's loss has:
+1 / micro-batches, or 1 with `--calculate-per-token-loss`. So sample i's part of the trainer's loss
+is
+
+    sum over layers and tokens of row i, / micro-batches / data-parallel size
+    the same / tokens of the global batch, with `--calculate-per-token-loss`
+
+and a weight enters as a factor on the gradient of row i. Weights may be made after the forward
+pass, from its losses and states, as the backward pass comes later. Values stay as they are, so what
+is reported stays unweighted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core.transformer.multi_token_prediction import (
+    MTPLossAutoScaler,
+    MTPLossLoggingHelper,
+)
+
+from megatron_dwm.errors import DWMError
+
+# Asked for in `MTPLossAutoScaler.forward`, after the context.
+_PARAMETERS = ("output", "mtp_loss")
+# Takes the `[b, s]` losses of one extra layer.
+type Listener = Callable[[torch.Tensor], None]
+
+
+class _Now:
+    listener: Listener | None = None
+
+
+@contextlib.contextmanager
+def interposed() -> Iterator[None]:
+    """Within it, whoever listens (`listening`) is handed every further loss before it is attached.
+
+    Raises:
+        DWMError: Megatron's function takes other arguments than those that are relied on.
+    """
+    found = tuple(inspect.signature(MTPLossAutoScaler.forward).parameters)[1:]
+    if found != _PARAMETERS:
+        raise DWMError(
+            f"MTPLossAutoScaler.forward takes {', '.join(found)}, but {', '.join(_PARAMETERS)} "
+            "were expected; this Megatron is not one that megatron_dwm supports"
+        )
+    original = MTPLossAutoScaler.apply
+
+    def apply(output: torch.Tensor, mtp_loss: torch.Tensor) -> Any:
+        if _Now.listener is not None:
+            _Now.listener(mtp_loss)
+        return original(output, mtp_loss)
+
+    # `apply` is inherited, so that there is nothing to put back but what is set here.
+    MTPLossAutoScaler.apply = staticmethod(apply)
+    try:
+        yield
+    finally:
+        del MTPLossAutoScaler.apply
+
+
+@contextlib.contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Within it, `listener` is handed the further losses of the forward passes."""
+    before, _Now.listener = _Now.listener, listener
+    try:
+        yield
+    finally:
+        _Now.listener = before
+
+
+class WeightLater:
+    """Weighs one micro-batch's further losses by weights that are set after its forward pass."""
+
+    def __init__(self) -> None:
+        self.weights: torch.Tensor | None = None
+
+    def __call__(self, losses: torch.Tensor) -> None:
+        """As a listener: hangs the weights on the losses' gradient."""
+        if losses.requires_grad:
+            losses.register_hook(self._scale)
+
+    def _scale(self, grad: torch.Tensor) -> torch.Tensor:
+        assert self.weights is not None, "the loss function runs before the backward pass"
+        return grad * self.weights.to(grad.dtype).unsqueeze(1)
+
+
+class SumLater:
+    """Sums one micro-batch's further losses over layers and tokens, sample by sample."""
+
+    def __init__(self) -> None:
+        self.sums: torch.Tensor | None = None
+
+    def __call__(self, losses: torch.Tensor) -> None:
+        """As a listener: adds `[b, s]` losses, in float64."""
+        sums = losses.detach().double().sum(1)
+        self.sums = sums if self.sums is None else self.sums + sums
+
+
+def has_further_losses(config: Any) -> bool:
+    """Returns whether a model of this `TransformerConfig` has losses of multi-token prediction."""
+    return bool(getattr(config, "mtp_num_layers", None))
+
+
+@contextlib.contextmanager
+def without_further_losses(config: Any) -> Iterator[None]:
+    """Switches them off by their factor, which `process_mtp_loss` reads in each pass."""
+    if not has_further_losses(config):
+        yield
+        return
+    factor, config.mtp_loss_scaling_factor = config.mtp_loss_scaling_factor, 0.0
+    try:
+        yield
+    finally:
+        config.mtp_loss_scaling_factor = factor
+
+
+def logged() -> dict[str, Any]:
+    """Returns a copy of what the trainer has collected of them for its log."""
+    return {
+        name: value.clone() if isinstance(value, torch.Tensor) else value
+        for name, value in MTPLossLoggingHelper.tracker.items()
+    }
+
+
+def put_back_logged(kept: dict[str, Any]) -> None:
+    """Puts back what `logged` returned."""
+    tracker = MTPLossLoggingHelper.tracker
+    tracker.clear()
+    tracker.update(kept)

@@ -29,8 +29,6 @@ FUSED = "--transformer-impl transformer_engine".split()
 DWM = ["--dwm", "--dwm-meta-batch-size", "8", *HEAD]
 FUSER = ["--use-transformer-engine-op-fuser"]
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel".split()
-# Loads what was saved without the state that Transformer Engine's layers keep.
-LENIENT = "--dist-ckpt-strictness log_unexpected".split()
 CLOSE = 2e-6
 
 
@@ -55,12 +53,12 @@ def folder_for(folder: Path, name: str) -> Path:
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> Results:
     """Runs without Transformer Engine."""
-    runs = [Run("local", [*COMMON, *DWM])]
+    runs = [Run("local", [*COMMON, *DWM, *saving(folder / "saved-without")])]
     return run_all(1, runs, folder_for(folder, "plain"))
 
 
 @pytest.fixture(scope="module")
-def one(folder: Path, transformer_engine: dict[str, str]) -> Results:
+def one(folder: Path, plain: Results, transformer_engine: dict[str, str]) -> Results:
     """Runs of one rank with it; some have Megatron's own layers all the same."""
     words = [*COMMON, *FUSED]
     runs = [
@@ -71,9 +69,9 @@ def one(folder: Path, transformer_engine: dict[str, str]) -> Results:
         Run("fuser-uniform", [*words, *FUSER, "--dwm", "--dwm-policy", "uniform"]),
         Run("fuser-head", [*words, *FUSER, *DWM]),
         Run("local", [*COMMON, *DWM, *saving(folder / "local")]),
-        Run("from-local", [*words, *DWM, *LENIENT, *loading(folder / "local")]),
+        Run("from-local", [*words, *DWM, *loading(folder / "local")]),
         Run("from-fused", [*COMMON, *DWM, *loading(folder / "fused")]),
-        Run("refused", [*words, *DWM, *loading(folder / "local")]),
+        Run("refused", [*words, *DWM, *loading(folder / "saved-without")]),
     ]
     return run_all(1, runs, folder_for(folder, "one"), **transformer_engine)
 

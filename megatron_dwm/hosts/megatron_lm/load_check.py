@@ -22,8 +22,6 @@ from megatron_dwm.checkpoint.state import optimizer_is_sharded
 from megatron_dwm.errors import ConversionError, DWMError
 
 _SHOWN = 3
-# Linear layers keep a state whoever implements them.
-_OF_TRANSFORMER_ENGINE = re.compile(r"(norm|core_attention)\._extra_state")
 # With these, Megatron refuses a checkpoint that lacks something it asks for.
 _STRICT = ("assume_ok_unexpected", "raise_unexpected", "raise_all")
 
@@ -138,10 +136,12 @@ def check_extra_states(run: Any, folder: str) -> None:
     """
     if run.transformer_impl != "transformer_engine" or run.dist_ckpt_strictness not in _STRICT:
         return
-    names = load_sharded_metadata(folder)
-    attention = "decoder.layers.self_attention."
-    inside = [n for n in names if re.sub(r"layers\.\d+\.", "layers.", n).startswith(attention)]
-    if inside and not any(_OF_TRANSFORMER_ENGINE.search(n) for n in names):
+    # Linear layers keep a state whoever implements them, norms only where Transformer Engine does.
+    names = [re.sub(r"layers\.\d+\.", "layers.", n) for n in load_sharded_metadata(folder)]
+    names = [n for n in names if n.startswith("decoder.")]
+    stateful = {n.split("._extra_state")[0] for n in names if "._extra_state" in n}
+    norms = {n.removesuffix(".weight") for n in names if n.endswith("norm.weight")}
+    if norms - stateful:
         raise DWMError(
             f"--load {run.load}: the checkpoint was saved without Transformer Engine, whose layers "
             "ask for more; give --dist-ckpt-strictness log_unexpected to load it into them, or "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
 from megatron.core.transformer.moe.router import Router
+from megatron.core.utils import unwrap_model
 
 from megatron_dwm.core.further_losses import logged, put_back_logged, without_further_losses
 from megatron_dwm.core.random_states import random_states, restore_random_states
@@ -119,7 +120,8 @@ def deterministic(trainee: Trainee) -> Iterator[None]:
         for chunk in trainee.model:
             chunk.eval()
     try:
-        with without_auxiliary_losses(trainee.config), without_further_losses(trainee.config):
+        configs = configs_of(trainee.model)
+        with without_auxiliary_losses(*configs), without_further_losses(*configs):
             yield
     finally:
         for chunk in trainee.model:
@@ -127,21 +129,27 @@ def deterministic(trainee: Trainee) -> Iterator[None]:
         restore_random_states(rng)
 
 
+def configs_of(model: list[Any]) -> list[Any]:
+    """Returns the `TransformerConfig`s of model chunks, each once; a chunk may have its own."""
+    configs = [chunk.config for chunk in unwrap_model(model)]
+    return list({id(config): config for config in configs}.values())
+
+
 @contextlib.contextmanager
-def without_auxiliary_losses(config: Any) -> Iterator[None]:
+def without_auxiliary_losses(*configs: Any) -> Iterator[None]:
     """Switches the auxiliary losses of MoE layers off, which no sample's weight scales.
 
     Args:
-        config: the LLM's `TransformerConfig`, which its routers read in each pass.
+        configs: the `TransformerConfig` of each model chunk, which its routers read in each pass.
     """
-    if config.num_moe_experts is None:
-        yield
-        return
-    aux, z = config.moe_aux_loss_coeff, config.moe_z_loss_coeff
-    # One coefficient for each of several balancing types.
-    config.moe_aux_loss_coeff = [0.0] * len(aux) if isinstance(aux, list) else 0.0
-    config.moe_z_loss_coeff = None
+    having = [config for config in configs if config.num_moe_experts is not None]
+    kept = [(config.moe_aux_loss_coeff, config.moe_z_loss_coeff) for config in having]
+    for config, (aux, _) in zip(having, kept, strict=True):
+        # One coefficient for each of several balancing types.
+        config.moe_aux_loss_coeff = [0.0] * len(aux) if isinstance(aux, list) else 0.0
+        config.moe_z_loss_coeff = None
     try:
         yield
     finally:
-        config.moe_aux_loss_coeff, config.moe_z_loss_coeff = aux, z
+        for config, (aux, z) in zip(having, kept, strict=True):
+            config.moe_aux_loss_coeff, config.moe_z_loss_coeff = aux, z

@@ -18,6 +18,8 @@ from megatron.core.utils import unwrap_model
 from megatron_dwm.core import collectives
 from megatron_dwm.errors import DWMError
 
+_MOST = 256  # domains that are told apart
+
 
 class ExpertLoad:
     """Counts tokens by domain and expert, of the trainer's own passes over some steps.
@@ -34,14 +36,20 @@ class ExpertLoad:
 
     def __init__(self, chunk: Any, interval: int) -> None:
         self.interval = interval
-        self.routers = [m for m in unwrap_model(chunk).modules() if isinstance(m, Router)]
+        # Layers of multi-token prediction may run several times in a pass.
+        self.routers = [
+            module
+            for name, module in unwrap_model(chunk).named_modules()
+            if isinstance(module, Router) and not name.startswith("mtp.")
+        ]
         if not self.routers:
             raise DWMError(
                 "--dwm-log-expert-load is about MoE layers, but the model has none on its last "
                 "pipeline stage; leave it out",
                 this_rank_only=True,
             )
-        self._counts: torch.Tensor | None = None  # [L, D + 1, E], samples of no domain first
+        # [L, D + 1, E], samples of no domain first, and last those of domains beyond `_MOST`.
+        self._counts: torch.Tensor | None = None
 
     @contextlib.contextmanager
     def listening(self, domains: torch.Tensor, num_microbatches: int) -> Iterator[None]:
@@ -51,8 +59,8 @@ class ExpertLoad:
             domains: `[n]` domain of each local sample, -1 unknown.
             num_microbatches: m.
         """
-        by_micro_batch = (domains + 1).view(num_microbatches, -1)
-        most = int(domains.max()) + 2
+        # No look at the largest one, for which the device would be waited for.
+        by_micro_batch = (domains + 1).clamp(max=_MOST + 1).view(num_microbatches, -1)
         calls: Counter[int] = Counter()
 
         def count(layer: int, module: Any, args: tuple, output: Any) -> None:
@@ -64,7 +72,7 @@ class ExpertLoad:
             calls[layer] += 1
             places = by_micro_batch[k]
             places = places.repeat(chosen.size(0) // places.numel())
-            self._room(most, chosen)[layer].index_add_(0, places, chosen.detach().double())
+            self._room(chosen)[layer].index_add_(0, places, chosen.detach().double())
 
         handles = [
             router.register_forward_hook(lambda *given, layer=layer: count(layer, *given))
@@ -87,20 +95,14 @@ class ExpertLoad:
         counts, self._counts = self._counts, None
         if counts is None:
             return None
-        size = torch.tensor(float(counts.size(1)), device=counts.device)
-        size = collectives.largest(collectives.largest(size, groups.tp), groups.dp_cp)
-        counts = torch.nn.functional.pad(counts, (0, 0, 0, int(size) - counts.size(1)))
         counts = collectives.sum_over_model_parallel(counts, groups.tp)
         return collectives.sum_over_data_parallel(counts, groups.dp_cp)
 
-    def _room(self, most: int, chosen: torch.Tensor) -> torch.Tensor:
-        """Returns the counts, with room for as many domains."""
+    def _room(self, chosen: torch.Tensor) -> torch.Tensor:
+        """Returns the counts."""
         if self._counts is None:
-            shape = (len(self.routers), most, chosen.size(1))
+            shape = (len(self.routers), _MOST + 2, chosen.size(1))
             self._counts = torch.zeros(shape, dtype=torch.float64, device=chosen.device)
-        missing = most - self._counts.size(1)
-        if missing > 0:
-            self._counts = torch.nn.functional.pad(self._counts, (0, 0, 0, missing))
         return self._counts
 
 
@@ -125,8 +127,8 @@ def load_by_domain(counts: torch.Tensor, names: list[str]) -> dict[str, dict[str
         if not bool((total > 0).all()):
             continue
         share = counts[:, place] / total
-        name = "(none)" if place == 0 else str(place - 1)
-        if 0 < place <= len(names):
+        name = {0: "(none)", _MOST + 1: "(others)"}.get(place, str(place - 1))
+        if 0 < place <= min(_MOST, len(names)):
             name = names[place - 1]
         elif place == 0 and len(names) == 1:
             name = names[0]  # a single data set is not numbered by the loader

@@ -175,7 +175,8 @@ def read(run: str, iteration: int) -> DocumentWeightsSeen:
                 one = DocumentWeightsSeen(json.loads(str(found["prefixes"])))
                 one.tokens = [found[f"tokens_{k}"] for k in range(len(one.prefixes))]
                 one.weighted = [found[f"weighted_{k}"] for k in range(len(one.prefixes))]
-                ranks = int(found["ranks"])
+                # Files of before do not say it.
+                ranks = int(found["ranks"]) if "ranks" in found else len(paths)
         except _DAMAGE as error:
             raise DWMError(f"{path}: damaged ({error}); take another iteration") from error
         if ranks != len(paths):
@@ -200,7 +201,7 @@ def _is_whole(run: str, iteration: int) -> bool:
         return False
     try:
         with numpy.load(paths[0]) as found:
-            return int(found["ranks"]) == len(paths)
+            return "ranks" not in found or int(found["ranks"]) == len(paths)
     except _DAMAGE:
         return True
 

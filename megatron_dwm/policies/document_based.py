@@ -143,8 +143,10 @@ class Curriculum(_Running):
         histogram = self.running[:-1]
         below = torch.cumsum(histogram, 0) - histogram
         self._edge = (below < self._share).sum().clamp(min=1) - 1
-        inside = (self._share - below[self._edge]) / histogram[self._edge].clamp(min=1e-12)
-        self._part = inside.clamp(max=1)
+        # Not by an index, for which the device would be waited for.
+        at = self._edge.view(1)
+        inside = (self._share - below.gather(0, at)) / histogram.gather(0, at).clamp(min=1e-12)
+        self._part = inside.clamp(max=1).squeeze(0)
 
     def share(self, iteration: int) -> float:
         """Returns the share c of the samples that count in a step."""
@@ -261,6 +263,6 @@ class ExcessLoss(_Running):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As `WeightPolicy.load_state_dict`."""
-        self._steps = state["steps"]
+        self._steps = state.get("steps", 0)  # what was saved before begins anew
         self.map.load_state_dict(state["map"])
         self.running = state["running"].to(self.running.device)

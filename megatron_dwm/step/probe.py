@@ -19,7 +19,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from megatron_dwm.core import collectives
 from megatron_dwm.core.batches import StepBatches
-from megatron_dwm.core.contexts import gathered_parameters, quiet
+from megatron_dwm.core.contexts import configs_of, gathered_parameters, quiet
 from megatron_dwm.core.further_losses import without_further_losses
 from megatron_dwm.core.optimizers import learning_rates
 from megatron_dwm.core.random_states import restore_random_states
@@ -203,7 +203,8 @@ def _backward_of_sample(probed: ProbedStep, sample: int, state: TrainerState) ->
         local = step.passes.local_part(one_hot).view(get_num_microbatches(), -1)
     # What no weight scales is no sample's.
     plain = not step.forward_step.weighs_further
-    alone = without_further_losses(trainee.config) if plain else contextlib.nullcontext()
+    configs = configs_of(trainee.model)
+    alone = without_further_losses(*configs) if plain else contextlib.nullcontext()
     with step.forward_step.weighted(local), alone:
         step.passes.run(trainee, probed.batches, get_num_microbatches(), forward_only=False)
 

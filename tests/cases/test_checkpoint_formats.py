@@ -250,6 +250,27 @@ def test_what_megatron_cannot_load_is_refused_before(tmp_path, groups, saved, lo
     assert loads is not (loaded and not saved and strictness == "assume_ok_unexpected")
 
 
+def test_a_norm_that_has_no_state_with_transformer_engine_either_is_no_reason(monkeypatch):
+    """Mamba's own, in the layers of a hybrid model whose other norms have one."""
+    from megatron_dwm.hosts.megatron_lm import load_check
+
+    names = ["decoder.layers.0.mixer.norm.weight", "decoder.layers.0.norm.weight"]
+    names += ["decoder.layers.0.norm._extra_state/shard_0_1", "decoder.final_norm.weight"]
+    states = {"decoder.final_norm._extra_state/shard_0_1"}
+    run = argparse.Namespace(
+        load="run",
+        transformer_impl="transformer_engine",
+        dist_ckpt_strictness="assume_ok_unexpected",
+    )
+    monkeypatch.setattr(
+        load_check, "load_sharded_metadata", lambda _: dict.fromkeys([*names, *states])
+    )
+    load_check.check_extra_states(run, "folder")
+    monkeypatch.setattr(load_check, "load_sharded_metadata", lambda _: dict.fromkeys(names))
+    with pytest.raises(DWMError, match="saved without Transformer Engine"):
+        load_check.check_extra_states(run, "folder")
+
+
 ORDERED = {"use_distributed_optimizer": True, "transformer_impl": "local"}
 FUSED = {"transformer_impl": "transformer_engine"}
 

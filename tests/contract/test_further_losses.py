@@ -9,6 +9,7 @@ Not exercised here: whole runs and layouts (tests/distributed/test_multi_token_p
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from megatron.core.transformer.multi_token_prediction import (  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from megatron_dwm.core import further_losses  # noqa: E402
+from megatron_dwm.core.contexts import configs_of  # noqa: E402
 from megatron_dwm.errors import DWMError  # noqa: E402
 
 B, S, V, LAYERS = 3, 8, 16, 2
@@ -143,6 +145,27 @@ def test_they_are_switched_off_for_the_meta_loss(model: GPTModel) -> None:
     MTPLossAutoScaler.set_loss_scale(torch.tensor(0.0))
     assert torch.equal(off, gradient(model, losses(model).sum()))
     assert model.config.mtp_loss_scaling_factor == 0.7
+
+
+def test_chunks_with_configs_of_their_own_are_all_switched_off() -> None:
+    """As scripts build them under virtual pipeline stages: each chunk from the arguments anew."""
+    chunks = [torch.nn.Linear(1, 1) for _ in range(3)]
+    configs = [SimpleNamespace(mtp_num_layers=1, mtp_loss_scaling_factor=x) for x in (0.1, 0.2)]
+    for chunk, config in zip(chunks, [*configs, configs[1]], strict=True):
+        chunk.config = config
+    found = configs_of(chunks)
+    assert found == configs
+    with further_losses.without_further_losses(*found):
+        assert [config.mtp_loss_scaling_factor for config in configs] == [0.0, 0.0]
+    assert [config.mtp_loss_scaling_factor for config in configs] == [0.1, 0.2]
+
+
+def test_a_model_that_hands_none_on_is_refused() -> None:
+    later = further_losses.WeightLater()
+    with pytest.raises(DWMError, match="--dwm-mtp weighted: the model has --mtp-num-layers"):
+        further_losses.check_heard(later)
+    later(torch.zeros(1, 1))
+    further_losses.check_heard(later)
 
 
 def test_what_the_trainer_logs_of_them_is_put_back(model: GPTModel) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,14 +24,19 @@ def reason_against(module: torch.nn.Module) -> str | None:
     return None
 
 
-def hooks(model: torch.nn.Module) -> Iterator[Any]:
-    """Registers what runs the layers of fused modules again; yields the handles."""
+def hooks(model: torch.nn.Module, later: list[Any]) -> Iterator[Any]:
+    """Registers what runs the layers of fused modules again; yields the handles.
+
+    Args:
+        model: has the modules.
+        later: gets the handles that follow in forward passes.
+    """
     for module in model.modules():
         if fused_layers.is_fused_mlp(module):
-            yield module.register_forward_hook(_run_again)
+            yield module.register_forward_hook(partial(_run_again, later))
 
 
-def _run_again(module: Any, args: tuple, output: Any) -> None:
+def _run_again(later: list[Any], module: Any, args: tuple, output: Any) -> None:
     # The fused operation calls the hooks of its layers as well, without an output.
     if output is None or not torch.is_grad_enabled() or not output[0].requires_grad:
         return
@@ -42,7 +48,7 @@ def _run_again(module: Any, args: tuple, output: Any) -> None:
             again = fused_layers.run_layers(module, leaf)
             torch.autograd.grad(again, leaf, grad)
 
-    output[0].register_hook(run)
+    later.append(output[0].register_hook(run))
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmb
 from megatron.core.utils import unwrap_model
 
 from megatron_dwm.core import collectives
-from megatron_dwm.core.contexts import without_auxiliary_losses
+from megatron_dwm.core.contexts import configs_of, without_auxiliary_losses
 from megatron_dwm.core.further_losses import has_further_losses, without_further_losses
 from megatron_dwm.errors import DWMError
 from megatron_dwm.meta_gradient.ghost import attention, experts, fused
@@ -111,7 +111,7 @@ class Ghost:
         rows = experts.Rows()
         for chunk in self.chunks:
             handles += rows.hooks(chunk)
-            handles += fused.hooks(chunk)
+            handles += fused.hooks(chunk, handles)
         passes, seen = [0] * len(self.chunks), [0] * len(self.layers)
         for row, (_, _, module, rule) in enumerate(self.layers):
             hook = self._hook(row, rule, v, found, seen, num_microbatches, rows, handles)
@@ -303,10 +303,11 @@ def estimate(
         `[m * b]` float32, complete on every rank of the model-parallel group; `loss` as the
         schedule differentiates it, before DDP or the global token count scale it.
     """
+    configs = configs_of(model)
     with (
         frozen_parameters(model, ghost.config),
-        without_auxiliary_losses(ghost.config),
-        contextlib.nullcontext() if with_further else without_further_losses(ghost.config),
+        without_auxiliary_losses(*configs),
+        contextlib.nullcontext() if with_further else without_further_losses(*configs),
         ghost.recording(v, num_microbatches) as total,
     ):
         run()

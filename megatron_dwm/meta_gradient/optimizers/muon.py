@@ -33,6 +33,10 @@ class MuonRule:
         inner = leaf.optimizer
         if not hasattr(inner, "orthogonalize"):
             return f"--optimizer muon: {type(inner).__name__} has no method orthogonalize"
+        if not hasattr(inner, "nesterov") and any(
+            "nesterov" not in group for group in inner.param_groups
+        ):
+            return f"--optimizer muon: {type(inner).__name__} does not say whether it is Nesterov's"
         groups = getattr(inner, "pg_collection", None)
         split = groups is not None and max(groups.tp.size(), groups.expt_tp.size()) > 1
         if split and inner.tp_mode != "blockwise":
@@ -45,9 +49,11 @@ class MuonRule:
         return None
 
     def has_stepped(self, shard: ParamShard) -> bool:
-        """As `OptimizerRule.has_stepped`: the momentum is there, and not 0."""
-        momentum = shard.state.get("momentum_buffer")
-        return momentum is not None and bool(momentum.any())
+        """As `OptimizerRule.has_stepped`: the momentum is there.
+
+        One that is 0, as of an expert that no token has reached, has no direction, see `_through`.
+        """
+        return shard.state.get("momentum_buffer") is not None
 
     def pull_back(
         self, shard: ParamShard, lr: float, grad: torch.Tensor | None, h: torch.Tensor

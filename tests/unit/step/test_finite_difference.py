@@ -34,6 +34,9 @@ def group():
     dist.destroy_process_group()
 
 
+SHAPE = SimpleNamespace(device=torch.device("cpu"))
+
+
 class Problem:
     """A network with v in `main_grad`, samples, and the truth `<v, g_i>` by autograd.
 
@@ -402,7 +405,7 @@ class TestWhenLinearityIsChecked:
     def checked(self, first_position=0, steps=250, batch_size=48):
         """Numbers of the meta steps that check, of a run that begins at a meta set position."""
         data = SimpleNamespace(consumed_samples=first_position, batch_size=batch_size)
-        step = InfluencePasses(DWMConfig(), SimpleNamespace(meta_data=data))
+        step = InfluencePasses(DWMConfig(), SimpleNamespace(meta_data=data, shape=SHAPE))
         found = []
         for _ in range(steps):
             data.consumed_samples += batch_size  # pass C

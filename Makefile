@@ -24,8 +24,8 @@ test: setup ## run all tests (GPU tests are skipped, see test-gpu)
 test-unit: setup ## run the quick tests only
 	$(PYTEST) $(PYTEST_SHARE) $(PYTEST_ARGS) tests/unit
 
-test-extended: setup ## run what `make test` leaves out, as it takes long
-	MEGATRON_DWM_TEST_EXTENDED=1 $(PYTEST) -m extended --durations=10 $(PYTEST_ARGS) tests
+test-extended: setup ## run all tests, and what `make test` leaves out, as it takes long
+	MEGATRON_DWM_TEST_EXTENDED=1 $(PYTEST) --durations=10 $(PYTEST_SHARE) $(PYTEST_ARGS) tests
 
 # A GPU that the driver lists and torch cannot use is a broken machine, not a reason to skip.
 test-gpu: setup ## run the GPU tests; without a GPU say so and succeed

@@ -49,8 +49,9 @@ print(blend)
 #
 # One layer more, otherwise the same flags. The first one is stock. The second one is stock
 # training on documents drawn by weight. The third one reads what the first one reads, and weighs by
-# the small run's snapshots: `frozen` takes no meta steps. (Depth may differ; the width must not, as
-# a head reads hidden states.)
+# the small run's snapshots: `frozen` takes no meta steps. (A head reads hidden states, which are
+# others in another model. Here losses alone tell noise from text; with real data take a separate
+# model for this, or draw.)
 
 # %%
 large = f"--train-iters 60 --num-layers 3 {held_out}"

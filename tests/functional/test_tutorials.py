@@ -18,6 +18,8 @@ import pytest
 from tests.functional.harness import ROOT, environment
 from tools.docs import tutorials
 
+pytestmark = pytest.mark.extended
+
 NAMES = [tutorial.name for tutorial in tutorials.found()]
 # Of a processor, for all of them: a minute where nobody else computes.
 SECONDS = 120

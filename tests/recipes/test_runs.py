@@ -17,7 +17,7 @@ from tests.recipes.cutting import Recipe, read_recipes
 from tests.recipes.harness import RUNS, SAME, Outcome, run_recipes
 from tests.recipes.table import PAGE, rows
 
-SOME = ("llama3-70b", "mixtral-8x7b", "deepseek-v3", "nemotron-3-nano")
+SOME = ("llama3-70b", "deepseek-v3", "nemotron-3-nano")
 ALL = os.environ.get("RECIPES") == "all"
 RECIPES = [recipe for recipe in read_recipes() if ALL or recipe.name in SOME]
 

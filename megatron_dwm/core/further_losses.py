@@ -87,11 +87,9 @@ class WeightLater:
 
     def __init__(self) -> None:
         self.weights: torch.Tensor | None = None
-        self.heard = False
 
     def __call__(self, losses: torch.Tensor) -> None:
         """As a listener: hangs the weights on the losses' gradient."""
-        self.heard = True
         if losses.requires_grad:
             losses.register_hook(self._scale)
 
@@ -106,30 +104,10 @@ class SumLater:
     def __init__(self) -> None:
         self.sums: torch.Tensor | None = None
 
-    @property
-    def heard(self) -> bool:
-        """Whether there was such a loss."""
-        return self.sums is not None
-
     def __call__(self, losses: torch.Tensor) -> None:
         """As a listener: adds `[b, s]` losses, in float64."""
         sums = losses.detach().double().sum(1)
         self.sums = sums if self.sums is None else self.sums + sums
-
-
-def check_heard(later: WeightLater | SumLater) -> None:
-    """Refuses a pass in which no further loss was seen, though the model has some.
-
-    Raises:
-        DWMError: the model adds them in another way than Megatron's, where no weight reaches them.
-    """
-    if not later.heard:
-        raise DWMError(
-            "--dwm-mtp weighted: the model has --mtp-num-layers, but hands no loss of theirs to "
-            "MTPLossAutoScaler.apply in its forward pass, where weights reach it; give --dwm-mtp "
-            "plain",
-            this_rank_only=True,
-        )
 
 
 def has_further_losses(config: Any) -> bool:

@@ -18,7 +18,6 @@ from typing import Any, Protocol
 from megatron_dwm.config import DWMConfig
 from megatron_dwm.core.agreement import on_each_rank
 from megatron_dwm.core.expert_load import ExpertLoad
-from megatron_dwm.core.further_losses import has_further_losses
 from megatron_dwm.core.random_states import seeded
 from megatron_dwm.core.state_tap import StateTap
 from megatron_dwm.core.topology import Megatron
@@ -130,8 +129,6 @@ def assemble(config: DWMConfig, host: TrainerHost) -> DWMTrainStep:
     warm_start = None if policy.scorer is None else host.warm_start(policy.scorer, config)
     forward_step = WeightedForwardStep(_not_set)
     forward_step.weighs_further = config.mtp == "weighted"
-    further = has_further_losses(host.transformer_config)
-    forward_step.expects_further = forward_step.weighs_further and further
     return DWMTrainStep(
         config=config,
         schedule=Schedule(config, host.steps),

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from megatron_dwm.core.further_losses import SumLater, WeightLater, check_heard, listening
+from megatron_dwm.core.further_losses import SumLater, WeightLater, listening
 from megatron_dwm.core.state_tap import StateTap
 from megatron_dwm.errors import DWMError
 from megatron_dwm.policies.base import SampleView, WeightPolicy
@@ -157,8 +157,6 @@ class WeightedForwardStep:
         self.keeps_losses = False
         # Whether a sample's weight is also that of its losses of multi-token prediction.
         self.weighs_further = True
-        # Whether the model has some that must be seen.
-        self.expects_further = False
         # What weighting adds to a micro-batch's forward step is done within it.
         self.stopwatch: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
@@ -233,8 +231,6 @@ class WeightedForwardStep:
         **kwargs: Any,
     ) -> Any:
         assert self._weights is not None
-        if self.expects_further:
-            check_heard(later)
         k = self._calls % self._num_microbatches
         if k == 0:
             self._applied.num_tokens.clear()

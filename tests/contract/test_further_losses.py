@@ -160,14 +160,6 @@ def test_chunks_with_configs_of_their_own_are_all_switched_off() -> None:
     assert [config.mtp_loss_scaling_factor for config in configs] == [0.1, 0.2]
 
 
-def test_a_model_that_hands_none_on_is_refused() -> None:
-    later = further_losses.WeightLater()
-    with pytest.raises(DWMError, match="--dwm-mtp weighted: the model has --mtp-num-layers"):
-        further_losses.check_heard(later)
-    later(torch.zeros(1, 1))
-    further_losses.check_heard(later)
-
-
 def test_what_the_trainer_logs_of_them_is_put_back(model: GPTModel) -> None:
     losses(model)
     kept = further_losses.logged()

@@ -80,6 +80,30 @@ def data_set(name: str, documents: list[dict[str, str]]) -> str:
     return f"{name}_text_document"
 
 
+def data_sets() -> tuple[str, str, str, str]:
+    """Makes a tokenizer and the first tutorial's data sets.
+
+    Returns:
+        Prefixes of good text, noise, the meta set and the validation set.
+    """
+    write("good.jsonl", text(200, seed=1))
+    command("tokenizer --input good.jsonl --out tokenizer --vocab-size 300")
+    return (
+        data_set("good", text(200, seed=1)),
+        data_set("noise", text(200, seed=2, shuffled=True)),
+        data_set("meta", text(100, seed=3)),
+        data_set("valid", text(60, seed=4)),
+    )
+
+
+def print_weights(lines: list[dict[str, Any]], figure: str) -> None:
+    """Prints of every 20th line of a step log a figure, and the mean weight by data set."""
+    for line in lines[19::20]:
+        by_name = sorted(line["domain_weight"].items())
+        weights = "   ".join(f"{name.split('_')[0]} {w:.2f}" for name, w in by_name)
+        print(f"step {line['iteration']:3d}   {figure} {line[figure]:5.2f}   {weights}")
+
+
 def train(name: str, flags: str) -> None:
     """Runs `megatron-dwm train pretrain_dwm.py MODEL FLAGS`, with its output in `NAME.log`.
 

@@ -16,7 +16,7 @@ them. What is made up here is the text; all else is what you do with yours.
 # misinformation about what follows what.
 
 # %%
-from _toy import command, data_set, log_of, text, train, validation_losses, write
+from _toy import command, data_set, log_of, print_weights, text, train, validation_losses, write
 
 write("good.jsonl", text(200, seed=1))
 command("tokenizer --input good.jsonl --out tokenizer --vocab-size 300")
@@ -60,10 +60,7 @@ train("weighted", f"{data} --train-iters 100 {weighted}")
 
 # %%
 lines = log_of("weighted")
-for line in lines[19::20]:
-    by_name = sorted(line["domain_weight"].items())
-    weights = "   ".join(f"{name.split('_')[0]} {w:.2f}" for name, w in by_name)
-    print(f"step {line['iteration']:3d}   gate {line['gate']:.2f}   {weights}")
+print_weights(lines, "gate")
 for name in ("stock", "weighted"):
     print(f"{name:8s} validation loss {validation_losses(name)[1][-1]:.3f}")
 

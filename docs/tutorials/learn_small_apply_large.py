@@ -1,10 +1,9 @@
 """# Learn small, apply large
 
-A small run learns what the data are worth. A larger one uses that in two ways: it draws the
-documents that the small run wanted, at the price of stock training, and it weighs by the small
-run's head, without a meta step of its own. The guide
-[Learn small, apply large](../learn_small_apply_large.md) has the third way, a classifier, and says
-what fits where.
+A small run learns what the data are worth. A larger one draws the documents that the small run
+wanted, at the price of stock training. The guide
+[Learn small, apply large](../learn_small_apply_large.md) has two more ways, frozen weights and a
+classifier, and says what fits where.
 
 The text is that of [A first weighted run](first_weighted_run.py): half good, half noise.
 """
@@ -16,14 +15,9 @@ The text is that of [A first weighted run](first_weighted_run.py): half good, ha
 # document that was read, in the folder of `--save`.
 
 # %%
-from _toy import command, data_set, log_of, text, train, validation_losses, write
+from _toy import command, data_sets, log_of, train, validation_losses
 
-write("good.jsonl", text(200, seed=1))
-command("tokenizer --input good.jsonl --out tokenizer --vocab-size 300")
-good = data_set("good", text(200, seed=1))
-noise = data_set("noise", text(200, seed=2, shuffled=True))
-meta = data_set("meta", text(100, seed=3))
-valid = data_set("valid", text(60, seed=4))
+good, noise, meta, valid = data_sets()  # those of the first tutorial
 
 held_out = f"--valid-data-path {valid}"
 data = f"--train-data-path 0.5 {good} 0.5 {noise} {held_out}"
@@ -45,13 +39,10 @@ with open("blend.txt") as file:
 print(blend)
 
 # %% [markdown]
-# ## 3. Three large runs
+# ## 3. Two large runs
 #
 # One layer more, otherwise the same flags. The first one is stock. The second one is stock
-# training on documents drawn by weight. The third one reads what the first one reads, and weighs by
-# the small run's snapshots: `frozen` takes no meta steps. (A head reads hidden states, which are
-# others in another model. Here losses alone tell noise from text; with real data take a separate
-# model for this, or draw.)
+# training, too, on documents drawn by weight.
 
 # %%
 large = f"--train-iters 60 --num-layers 3 {held_out}"
@@ -59,13 +50,12 @@ half = f"--train-data-path 0.5 {good} 0.5 {noise}"
 train("large stock", f"{large} {half}")
 drawn = f"--train-data-path {blend} --dwm --dwm-policy uniform --dwm-sampling weights"
 train("large drawn", f"{large} {drawn}")
-train("large frozen", f"{large} {half} --dwm --dwm-schedule frozen --dwm-load small")
-for name in ("large stock", "large drawn", "large frozen"):
+for name in ("large stock", "large drawn"):
     print(f"{name:12s} validation loss {validation_losses(name)[1][-1]:.3f}")
 
 # %% [markdown]
-# Drawing wins more here: a noise document that is not drawn makes room for a good one, while one
-# that weighs little is still read. With real text the difference between documents is smaller, and
+# A noise document that is not drawn makes room for a good one, while one that weighs little is
+# still read: drawing can win more than weighing. With real text the difference between documents is smaller, and
 # reading the same good documents more often has its price; `--dwm-sampling-max-repeats` limits it.
 
 # %%
@@ -82,7 +72,7 @@ for name in sorted(weights):
     left.plot(steps, [line["domain_weight"][name] for line in seen], label=name)
 left.set(xlabel="step", ylabel="mean weight", title="the small run")
 left.legend()
-for name in ("large stock", "large drawn", "large frozen"):
+for name in ("large stock", "large drawn"):
     right.plot(*validation_losses(name), marker="o", label=name)
 right.set(xlabel="step", ylabel="validation loss", title="the large runs")
 right.legend()

@@ -113,23 +113,16 @@ with open("own_policy.py", "w") as file:
 # %%
 import sys
 
-from _toy import command, data_set, log_of, text, train, write
+from _toy import data_sets, log_of, print_weights, train
 
 sys.path.insert(0, ".")  # as PYTHONPATH=. in a shell
-write("good.jsonl", text(200, seed=1))
-command("tokenizer --input good.jsonl --out tokenizer --vocab-size 300")
-good = data_set("good", text(200, seed=1))
-noise = data_set("noise", text(200, seed=2, shuffled=True))
-meta = data_set("meta", text(100, seed=3))
+good, noise, meta, _ = data_sets()  # those of the first tutorial
 data = f"--train-data-path 0.5 {good} 0.5 {noise} --train-iters 100 --eval-iters 0"
 
 policy = f"--dwm-policy own_policy:ByLoss --dwm-meta-data-path {meta} --dwm-meta-batch-size 32"
 train("own", f"{data} --save own --dwm {policy}")
 lines = log_of("own")
-for line in lines[19::20]:
-    by_name = sorted(line["domain_weight"].items())
-    weights = "   ".join(f"{name.split('_')[0]} {w:.2f}" for name, w in by_name)
-    print(f"step {line['iteration']:3d}   slope {line['slope']:5.2f}   {weights}")
+print_weights(lines, "slope")
 
 # %% [markdown]
 # The slope is negative: here, high loss harms. Before you trust a policy of your own, add it to

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -127,6 +127,19 @@ def deterministic(trainee: Trainee) -> Iterator[None]:
         for chunk in trainee.model:
             chunk.train()
         restore_random_states(rng)
+
+
+@contextlib.contextmanager
+def without_gradients(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    """Within it, backward passes make no gradients of these parameters."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def configs_of(model: list[Any]) -> list[Any]:

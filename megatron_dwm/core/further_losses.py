@@ -22,20 +22,12 @@ is reported stays unweighted.
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from megatron.core.transformer.multi_token_prediction import (
-    MTPLossAutoScaler,
-    MTPLossLoggingHelper,
-)
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
-from megatron_dwm.errors import DWMError
-
-# Asked for in `MTPLossAutoScaler.forward`, after the context.
-_PARAMETERS = ("output", "mtp_loss")
 # Takes the `[b, s]` losses of one extra layer.
 type Listener = Callable[[torch.Tensor], None]
 
@@ -44,32 +36,10 @@ class _Now:
     listener: Listener | None = None
 
 
-@contextlib.contextmanager
-def interposed() -> Iterator[None]:
-    """Within it, whoever listens (`listening`) is handed every further loss before it is attached.
-
-    Raises:
-        DWMError: Megatron's function takes other arguments than those that are relied on.
-    """
-    found = tuple(inspect.signature(MTPLossAutoScaler.forward).parameters)[1:]
-    if found != _PARAMETERS:
-        raise DWMError(
-            f"MTPLossAutoScaler.forward takes {', '.join(found)}, but {', '.join(_PARAMETERS)} "
-            "were expected; this Megatron is not one that megatron_dwm supports"
-        )
-    original = MTPLossAutoScaler.apply
-
-    def apply(output: torch.Tensor, mtp_loss: torch.Tensor) -> Any:
-        if _Now.listener is not None:
-            _Now.listener(mtp_loss)
-        return original(output, mtp_loss)
-
-    # `apply` is inherited, so that there is nothing to put back but what is set here.
-    MTPLossAutoScaler.apply = staticmethod(apply)
-    try:
-        yield
-    finally:
-        del MTPLossAutoScaler.apply
+def hand_on(losses: torch.Tensor) -> None:
+    """Hands the `[b, s]` losses of one extra layer to whoever listens; called by the host."""
+    if _Now.listener is not None:
+        _Now.listener(losses)
 
 
 @contextlib.contextmanager

@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from tests.contract.model_settings import GPT, LLAMA, SELECTIVE
 
-LLAMA = {
-    "normalization": "RMSNorm",
-    "gated_linear_unit": True,
-    "activation_func": F.silu,
-    "num_query_groups": 2,
-    "add_bias_linear": False,
-}
-GPT = {"normalization": "LayerNorm"}
-SELECTIVE = {"recompute_granularity": "selective"}
 MLA = {
     "normalization": "RMSNorm",
     "add_bias_linear": False,

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import sys
-import time
 import traceback
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -121,12 +120,10 @@ def main():
     out = {}
     for cases, function in ((CASES, measure), (REFUSED, refusal)):
         for name, options in cases.items():
-            start = time.process_time()
             try:
                 out[name] = function(options, groups)
-            except Exception:
+            except Exception:  # told to the test of this case, which fails by it
                 out[name] = {"failed": traceback.format_exc()}
-            out[name]["s"] = time.process_time() - start
     with open(os.environ["OUT"], "w") as file:
         json.dump(out, file)
     torch.distributed.destroy_process_group()

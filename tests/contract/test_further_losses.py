@@ -33,6 +33,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig  # no
 from megatron_dwm.core import further_losses  # noqa: E402
 from megatron_dwm.core.contexts import configs_of  # noqa: E402
 from megatron_dwm.errors import DWMError  # noqa: E402
+from megatron_dwm.hosts.megatron_lm.mtp_losses import interposed  # noqa: E402
 
 B, S, V, LAYERS = 3, 8, 16, 2
 WEIGHTS = torch.tensor([0.25, 1.0, 2.5])
@@ -107,7 +108,7 @@ def by_hand(model: GPTModel, weights: torch.Tensor) -> torch.Tensor:
 def heard(model: GPTModel, weights: torch.Tensor) -> torch.Tensor:
     """The gradient with weights that are known after the forward pass only."""
     later = further_losses.WeightLater()
-    with further_losses.interposed():
+    with interposed():
         with further_losses.listening(later):
             output = losses(model)
         later.weights = weights
@@ -129,10 +130,10 @@ def test_weights_of_one_change_no_bit(model: GPTModel) -> None:
 def test_a_sample_s_sum_is_the_derivative_by_its_weight(model: GPTModel) -> None:
     """What is measured is what is weighted: the sums are what the mask of one sample leaves."""
     summed = further_losses.SumLater()
-    with further_losses.interposed(), further_losses.listening(summed):
+    with interposed(), further_losses.listening(summed):
         losses(model)
     seen: list[torch.Tensor] = []
-    with further_losses.interposed(), further_losses.listening(lambda x: seen.append(x.detach())):
+    with interposed(), further_losses.listening(lambda x: seen.append(x.detach())):
         for i in range(B):
             losses(model, torch.eye(B)[i][:, None].expand(B, S).contiguous())
     alone = torch.stack(seen).view(B, LAYERS, B, S).sum((1, 2, 3)) / B
@@ -173,7 +174,7 @@ def test_what_the_trainer_logs_of_them_is_put_back(model: GPTModel) -> None:
 
 def test_megatron_is_left_as_it_was(model: GPTModel) -> None:
     inherited = MTPLossAutoScaler.apply
-    with further_losses.interposed():
+    with interposed():
         assert MTPLossAutoScaler.apply != inherited
     assert MTPLossAutoScaler.apply == inherited and "apply" not in vars(MTPLossAutoScaler)
 
@@ -181,5 +182,5 @@ def test_megatron_is_left_as_it_was(model: GPTModel) -> None:
 def test_another_megatron_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MTPLossAutoScaler, "forward", staticmethod(lambda ctx, a, b, c: a))
     with pytest.raises(DWMError, match=r"takes a, b, c, but output, mtp_loss"):
-        with further_losses.interposed():
+        with interposed():
             pass

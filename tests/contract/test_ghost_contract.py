@@ -28,14 +28,12 @@ from megatron_dwm.errors import DWMError  # noqa: E402
 from megatron_dwm.meta_gradient.estimators import choose_estimator  # noqa: E402
 from megatron_dwm.meta_gradient.ghost import layer_rules as ghost_layers  # noqa: E402
 from megatron_dwm.meta_gradient.ghost import recording as ghost  # noqa: E402
+from tests.contract.model_settings import GPT, LLAMA, SELECTIVE  # noqa: E402
 from tests.contract.tiny_gpt import (  # noqa: E402
     BLOCK,
     DROPOUT,
     EXPERTS,
     FULL,
-    GPT,
-    LLAMA,
-    SELECTIVE,
     B,
     M,
     Run,

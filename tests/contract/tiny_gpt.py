@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 
 import torch
-import torch.nn.functional as F
 
 from megatron_dwm.hosts import cpu
 
@@ -34,17 +33,8 @@ from megatron_dwm.meta_gradient.ghost import recording as ghost  # noqa: E402
 
 B, S, VOCAB, M = 3, 8, 48, 2
 
-LLAMA = {
-    "normalization": "RMSNorm",
-    "gated_linear_unit": True,
-    "activation_func": F.silu,
-    "num_query_groups": 2,
-    "add_bias_linear": False,
-}
-GPT = {"normalization": "LayerNorm"}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 BLOCK = {**FULL, "recompute_method": "block"}
-SELECTIVE = {"recompute_granularity": "selective"}
 DROPOUT = {"hidden_dropout": 0.2, "attention_dropout": 0.2}
 EXPERTS = {
     "num_moe_experts": 4,

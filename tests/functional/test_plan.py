@@ -27,7 +27,7 @@ CASES = ["tp2-pp2", "moe-pp2-dp2", "moe-ep2"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not host_flags():
-        pytest.skip("on the CPU")
+        pytest.skip("the plans are of runs on the CPU: here the trainer finds a GPU")
     folder = tmp_path_factory.mktemp("plan")
     script = str(ROOT / "benchmarks" / "plan.py")
     done = torchrun(BENCHMARK["RANKS"], [script], PLAN_CASES=" ".join(CASES), OUT=str(folder))

@@ -78,8 +78,8 @@ def test_noise_loses_its_weight_and_the_loss_falls(out: Path) -> None:
 
 def test_what_a_small_run_has_learned_serves_a_large_one(out: Path) -> None:
     text = printed(out, "learn_small_apply_large")
-    stock, drawn, frozen = numbers(text, "validation loss")
-    assert drawn < frozen < stock
+    stock, drawn = numbers(text, "validation loss")
+    assert drawn < stock - 0.02
 
 
 def test_a_policy_of_one_s_own_finds_that_high_loss_harms(out: Path) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from tests.transformer_engine_cpu.unwritten import refuse
+
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -61,7 +63,7 @@ def functions() -> dict[str, Callable[..., Any]]:
 
 def _forward(f: Activation) -> Callable[..., torch.Tensor]:
     def activate(x: torch.Tensor, quantizer: Any = None) -> torch.Tensor:
-        _not_quantised(quantizer)
+        refuse("an activation", quantizer=quantizer)
         return f(x)
 
     return activate
@@ -69,7 +71,7 @@ def _forward(f: Activation) -> Callable[..., torch.Tensor]:
 
 def _backward(f: Activation) -> Callable[..., torch.Tensor]:
     def backward(grad: torch.Tensor, x: torch.Tensor, quantizer: Any = None) -> torch.Tensor:
-        _not_quantised(quantizer)
+        refuse("an activation", quantizer=quantizer)
         leaf = x.detach().requires_grad_()
         with torch.enable_grad():
             return torch.autograd.grad(f(leaf), leaf, grad)[0]
@@ -83,8 +85,3 @@ def _with_bias(backward: Callable[..., torch.Tensor]) -> Callable[..., Any]:
         return dx.sum(0), dx
 
     return both
-
-
-def _not_quantised(quantizer: Any) -> None:
-    if quantizer is not None:
-        raise NotImplementedError("the reference of activations has no quantised output")

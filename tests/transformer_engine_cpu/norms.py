@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tests.transformer_engine_cpu.enumerations import torch_dtype
+from tests.transformer_engine_cpu.unwritten import refuse
 
 
 def layernorm_fwd(
@@ -25,7 +26,7 @@ def layernorm_fwd(
     zero_centered: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the norm, the mean `[t]` and the inverse deviation `[t]`."""
-    _not_quantised(quantizer)
+    refuse("a norm", quantizer=quantizer)
     f = x.float()
     mean = f.mean(-1)
     centred = f - mean[:, None]
@@ -61,7 +62,7 @@ def rmsnorm_fwd(
     zero_centered: bool,
 ) -> tuple[torch.Tensor, None, torch.Tensor]:
     """Returns the norm, nothing, and the inverse root mean square `[t]`."""
-    _not_quantised(quantizer)
+    refuse("a norm", quantizer=quantizer)
     f = x.float()
     inverse = torch.rsqrt(f.pow(2).mean(-1) + eps)
     y = f * inverse[:, None] * _gamma(weight, zero_centered)
@@ -104,8 +105,3 @@ def _gamma(weight: torch.Tensor, zero_centered: bool) -> torch.Tensor:
 def _written(y: torch.Tensor, out: torch.Tensor | None, out_dtype: Any) -> torch.Tensor:
     y = y.to(torch_dtype(out_dtype))
     return y if out is None else out.copy_(y)
-
-
-def _not_quantised(quantizer: Any) -> None:
-    if quantizer is not None:
-        raise NotImplementedError("the reference of norms has no quantised output")

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.transformer_engine_cpu.enumerations import torch_dtype
+from tests.transformer_engine_cpu.unwritten import refuse
 
 
 def generic_gemm(
@@ -45,9 +46,11 @@ def generic_gemm(
     beta: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, Any]:
     """Returns the product, the bias's gradient (with `grad`), GELU's input, and `extra_output`."""
-    _not_written(quantizer=quantizer, comm_overlap=comm_overlap, extra_output=extra_output)
-    if alpha != 1.0 or beta not in (None, 0.0, 1.0):
-        raise NotImplementedError("the reference of generic_gemm takes no factors")
+    refuse(
+        "generic_gemm", quantizer=quantizer, comm_overlap=comm_overlap, extra_output=extra_output
+    )
+    refuse("generic_gemm", alpha=None if alpha == 1.0 else alpha)
+    refuse("generic_gemm", beta=None if beta in (0.0, 1.0) else beta)
     leading = None if transb else b.shape[:-1]
     a2, b2 = a.reshape(-1, a.size(-1)), b.reshape(-1, b.size(-1))
     if out is not None:
@@ -118,9 +121,3 @@ def _gelu_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     leaf = x.detach().to(grad.dtype).requires_grad_()
     with torch.enable_grad():
         return torch.autograd.grad(F.gelu(leaf, approximate="tanh"), leaf, grad)[0]
-
-
-def _not_written(**settings: Any) -> None:
-    for name, value in settings.items():
-        if value is not None:
-            raise NotImplementedError(f"the reference of generic_gemm takes no {name}")

@@ -99,7 +99,7 @@ def _mine_to_say(message: str) -> bool:
 def _rebind_trainer(stack: contextlib.ExitStack, add_arguments: bool, launched: bool) -> None:
     from megatron.training import arguments, checkpointing, training
 
-    from megatron_dwm.core.further_losses import interposed
+    from megatron_dwm.hosts.megatron_lm.mtp_losses import interposed
     from megatron_dwm.hosts.megatron_lm.session import Session
 
     session = Session()

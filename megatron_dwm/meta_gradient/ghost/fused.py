@@ -7,7 +7,6 @@ at work. That costs the module's arithmetic once more, without the weight gradie
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from megatron_dwm.core import fused_layers
+from megatron_dwm.core.contexts import without_gradients
 
 
 def reason_against(module: torch.nn.Module) -> str | None:
@@ -44,21 +44,8 @@ def _run_again(later: list[Any], module: Any, args: tuple, output: Any) -> None:
 
     def run(grad: torch.Tensor) -> None:
         leaf = x.requires_grad_()
-        with torch.enable_grad(), _frozen(module):
+        with torch.enable_grad(), without_gradients(module.parameters()):
             again = fused_layers.run_layers(module, leaf)
             torch.autograd.grad(again, leaf, grad)
 
     later.append(output[0].register_hook(run))
-
-
-@contextlib.contextmanager
-def _frozen(module: torch.nn.Module) -> Iterator[None]:
-    """Within it, the parameters get no gradients."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)

@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmb
 from megatron.core.utils import unwrap_model
 
 from megatron_dwm.core import collectives
-from megatron_dwm.core.contexts import configs_of, without_auxiliary_losses
+from megatron_dwm.core.contexts import configs_of, without_auxiliary_losses, without_gradients
 from megatron_dwm.core.further_losses import has_further_losses, without_further_losses
 from megatron_dwm.errors import DWMError
 from megatron_dwm.meta_gradient.ghost import attention, experts, fused
@@ -265,18 +265,15 @@ def _counter(passes: list[int], number: int) -> Callable[..., None]:
 @contextlib.contextmanager
 def frozen_parameters(model: list[Any], config: Any) -> Iterator[None]:
     """Within it, backward passes make no weight gradients and reduce none."""
-    trained = [p for chunk in model for p in chunk.parameters() if p.requires_grad]
+    parameters = [p for chunk in model for p in chunk.parameters()]
     names = ("finalize_model_grads_func", "grad_sync_func")
     kept = {name: getattr(config, name) for name in names}
     for name in names:
         setattr(config, name, None)
-    for parameter in trained:
-        parameter.requires_grad_(False)
     try:
-        yield
+        with without_gradients(parameters):
+            yield
     finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
         for name, value in kept.items():
             setattr(config, name, value)
 

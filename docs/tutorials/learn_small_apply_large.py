@@ -55,8 +55,9 @@ for name in ("large stock", "large drawn"):
 
 # %% [markdown]
 # A noise document that is not drawn makes room for a good one, while one that weighs little is
-# still read: drawing can win more than weighing. With real text the difference between documents is smaller, and
-# reading the same good documents more often has its price; `--dwm-sampling-max-repeats` limits it.
+# still read: drawing can win more than weighing. With real text the difference between documents
+# is smaller, and reading the same good documents more often has its price;
+# `--dwm-sampling-max-repeats` limits it.
 
 # %%
 import matplotlib

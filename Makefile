@@ -18,7 +18,7 @@ setup: ## make .venv with all packages and build the data engine
 demo: setup ## train a small model with data weighting, start to finish
 	@bash examples/demo.sh
 
-test: setup ## run all tests (GPU tests are skipped, see test-gpu)
+test: setup ## run the tests of every change (see test-extended, test-gpu)
 	$(PYTEST) --durations=10 $(PYTEST_SHARE) $(PYTEST_ARGS) tests
 
 test-unit: setup ## run the quick tests only
@@ -51,7 +51,7 @@ test-megatron: setup ## run the contract tests against another Megatron (MEGATRO
 test-recipes: setup ## run every public recipe of docs/recipes.md at toy size
 	RECIPES=all $(PYTEST) $(PYTEST_ARGS) tests/recipes
 
-coverage: setup ## run all tests, and report which lines of the package they reach
+coverage: setup ## run the same tests, and report which lines of the package they reach
 	.venv/bin/coverage erase
 	.venv/bin/coverage run -m pytest $(PYTEST_SHARE) $(PYTEST_ARGS) tests
 	.venv/bin/coverage combine --quiet

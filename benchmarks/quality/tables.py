@@ -19,14 +19,15 @@ run itself; on a CPU processor time). *Equal time*: the curve read when the run 
 spent uniform's time, at a learning rate that has not come to its end; *longer uniform*: the final
 loss against that of a uniform run as long as this one took, both with their schedules completed.
 *Multiplier*: tokens that uniform needs for the same loss over tokens spent, cost counted in; beyond
-the longest uniform run it is extrapolated (~). Arms `moe-` have four experts a layer, and are
-compared with `moe-uniform`.
+the longest uniform run it is extrapolated (~).
 """.strip()
+OF_MOE = "Arms `moe-` have four experts a layer, and are compared with `moe-uniform`."
 
 
 def report(results: Results) -> str:
     """Returns the whole report."""
-    parts = [LEGEND]
+    arms = [arm for regime in results.regimes() for arm in results.arms(regime)]
+    parts = [LEGEND, OF_MOE if any(arm.startswith(MOE_ARM) for arm in arms) else ""]
     for regime in [name for name in REGIMES if name in results.regimes()]:
         about = REGIMES[regime]
         parts.append(f"## {about.letter}. {regime}: {about.about}")

@@ -1,7 +1,7 @@
 """Which experts of the MoE layers the tokens of each domain are sent to.
 
 Shapes: n samples on this rank, b in a micro-batch, m micro-batches, s tokens in a sample, L MoE
-layers, D domains, E experts.
+layers, E experts, K = 258 places: samples of no domain, 256 domains, those of all others.
 """
 
 from __future__ import annotations
@@ -48,8 +48,7 @@ class ExpertLoad:
                 "pipeline stage; leave it out",
                 this_rank_only=True,
             )
-        # [L, D + 1, E], samples of no domain first, and last those of domains beyond `_MOST`.
-        self._counts: torch.Tensor | None = None
+        self._counts: torch.Tensor | None = None  # [L, K, E]
 
     @contextlib.contextmanager
     def listening(self, domains: torch.Tensor, num_microbatches: int) -> Iterator[None]:
@@ -85,7 +84,7 @@ class ExpertLoad:
                 handle.remove()
 
     def take(self, groups: Any) -> torch.Tensor | None:
-        """Returns the tokens `[L, D + 1, E]` since this was last called, over all ranks.
+        """Returns the tokens `[L, K, E]` since this was last called, over all ranks.
 
         On every rank that counts; None where no sample was seen.
 
@@ -99,7 +98,7 @@ class ExpertLoad:
         return collectives.sum_over_data_parallel(counts, groups.dp_cp)
 
     def _room(self, chosen: torch.Tensor) -> torch.Tensor:
-        """Returns the counts."""
+        """Returns the counts, new ones where there are none."""
         if self._counts is None:
             shape = (len(self.routers), _MOST + 2, chosen.size(1))
             self._counts = torch.zeros(shape, dtype=torch.float64, device=chosen.device)

@@ -30,11 +30,10 @@ def choose_estimator(
         DWMError: `ghost` was asked for, by name or through the lookahead, and a parameter on some
             rank is not covered; the parameter is named.
     """
-    if config.estimator == "finite_difference":
-        return "finite_difference", "asked for by --dwm-estimator"
-    # Pipeline stages hold different layers, and all must use one estimator.
     found: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(found, uncovered_parameters(model))
+    if config.estimator != "finite_difference":
+        # Pipeline stages hold different layers, and all must use one estimator.
+        torch.distributed.all_gather_object(found, uncovered_parameters(model))
     return decide(config, [name for part in found for name in part], llm_config)
 
 

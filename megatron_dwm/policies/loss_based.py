@@ -28,6 +28,7 @@ from megatron_dwm.config.policy_table import Needs
 from megatron_dwm.policies.base import PolicyContext, SampleView, StepView, WeightPolicy
 from megatron_dwm.policies.features import mean_losses
 from megatron_dwm.policies.maps import DECAY
+from megatron_dwm.policies.running import share_of_new
 
 
 class LossPolicy(WeightPolicy):
@@ -114,10 +115,9 @@ class LossPolicy(WeightPolicy):
         self._pending = []
         seen = torch.stack([first, second, -smallest * count, largest * count, raw]) / count
         mean, age = self.running[:5], self.running[5] + 1
-        # As long as there is little to average, all of it counts alike.
-        new = torch.maximum(torch.full_like(age, 1 - DECAY), 1 / age)
+        new = share_of_new(age, DECAY)
         # The normaliser has seen one step less: that of the first was made without a range.
-        of_raw = torch.maximum(torch.full_like(age, 1 - DECAY), 1 / (age - 1).clamp(min=1))
+        of_raw = share_of_new((age - 1).clamp(min=1), DECAY)
         news = torch.cat([new.expand(4), torch.where(age > 1, of_raw, 0.0).view(1)])
         updated = torch.cat([mean + news * (seen - mean), age.view(1)])
         self.running = torch.where(torch.isfinite(updated).all(), updated, self.running)

@@ -10,7 +10,7 @@ The sigmoid's centre, deviation and normaliser are running averages over the sam
 so that a weight depends on its own sample only, and its mean is one in expectation. The softmax
 needs the scores of the whole global batch at once.
 
-Guards, in this order (of the softmax see `weighting.guarding`; of the sigmoid here):
+Guards, in this order (of the softmax see `policies.guarding`; of the sigmoid here):
 
     floor   w' = 1 + f (w - 1), with the largest f <= 1 that keeps 1 / (1 + f^2 var(w)) >= F, the
             effective share, var(w) a running average
@@ -27,6 +27,7 @@ from typing import Any, Protocol
 import torch
 
 from megatron_dwm.policies.guarding import Guards
+from megatron_dwm.policies.running import share_of_new
 from megatron_dwm.policies.softmax import batch_weights, score_gradient
 
 # Of the running averages, a step. 0.95: the last 20 steps or so.
@@ -209,7 +210,7 @@ class SigmoidMap:
         centre, normaliser, variance, factor, age, deviation2, drift = self.state
         # As long as there is little to average, all of it counts alike.
         age = age + 1
-        new = torch.maximum(torch.full_like(age, 1 - DECAY), 1 / age)
+        new = share_of_new(age, DECAY)
         count = count.clamp(min=1)
         moved = (scores / count - centre).square() / deviation2
         shift = new * (scores / count - centre)
@@ -226,7 +227,7 @@ class SigmoidMap:
                 else factor,
                 age,
                 (deviation2 + wider).clamp(min=_LEAST_VARIANCE),
-                drift + torch.maximum(1 / (age + 2), 1 - _DRIFT_DECAY + 0 * age) * (moved - drift),
+                drift + share_of_new(age + 2, _DRIFT_DECAY) * (moved - drift),
             ]
         )
 

@@ -13,7 +13,6 @@ Shapes: n samples on this data-parallel rank, N in the global batch.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,8 +79,6 @@ class InfluencePasses:
         self._has_stepped = False
         self.applied = Applied()
         self.times = PassTimes(passes.shape.device)
-        # What else looks on at the trainer's own pass of a step.
-        self.watching: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     def step(
         self,
@@ -126,8 +123,7 @@ class InfluencePasses:
             local = weights
             if isinstance(weights, torch.Tensor):
                 local = self.passes.local_part(weights).view(get_num_microbatches(), -1)
-        weighted = self.passes.forward_step.weighted(local, get_num_microbatches())
-        with weighted as self.applied, self.watching():
+        with self.passes.forward_step.weighted(local, get_num_microbatches()) as self.applied:
             result = stock_step(batches.replay(RerunDataIterator))
         return result, self.applied
 

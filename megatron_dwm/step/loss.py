@@ -67,7 +67,8 @@ class SampleLosses:
         """
         count = len(self.sums)
         parts = []
-        for k, (sums, tokens) in enumerate(zip(self.sums, self.num_tokens, strict=True)):
+        found = zip(self.sums, self.num_tokens, self.further, strict=True)
+        for sums, tokens, further in found:
             if tokens is None:
                 if per_token:
                     raise _no_token_count()
@@ -76,7 +77,6 @@ class SampleLosses:
                 part = sums
             else:
                 part = sums / tokens.clamp(min=1) / (count * data_parallel_size)
-            further = self.further[k] if self.further else None
             if further is not None:
                 part = part + further / (1 if per_token else count * data_parallel_size)
             parts.append(part)
@@ -212,7 +212,7 @@ class WeightedForwardStep:
             summed = SumLater()
             with listening(summed) if self.weighs_further else contextlib.nullcontext():
                 output, loss_func = step()
-            return output, functools.partial(self._measured, loss_func, self._losses, summed)
+            return output, functools.partial(self._measure, loss_func, self._losses, summed)
         if self._weights is not None:
             later = WeightLater()
             with listening(later) if self.weighs_further else contextlib.nullcontext():
@@ -294,20 +294,13 @@ class WeightedForwardStep:
         if self._num_tokens is not None:
             self._num_tokens.append(result[1].detach().clone() if len(result) == 3 else None)
 
-    def _measured(
-        self,
+    @staticmethod
+    def _measure(
         loss_func: Callable[..., Any],
         losses: SampleLosses,
         summed: SumLater,
         output: torch.Tensor,
         **kwargs: Any,
-    ) -> Any:
-        losses.further.append(summed.sums)
-        return self._measure(loss_func, losses, output, **kwargs)
-
-    @staticmethod
-    def _measure(
-        loss_func: Callable[..., Any], losses: SampleLosses, output: torch.Tensor, **kwargs: Any
     ) -> Any:
         # loss_func is linear in the losses, so its derivative by a factor per sample, taken at
         # 1, is that sample's share; it needs no knowledge of the mask inside loss_func. The
@@ -321,6 +314,7 @@ class WeightedForwardStep:
             probe = loss_func(scaled, **kwargs)
             (sums,) = torch.autograd.grad(probe[0], factors)
         losses.sums.append(sums.detach())
+        losses.further.append(summed.sums)
         losses.num_tokens.append(probe[1].detach() if len(probe) == 3 else None)
         return loss_func(output, **kwargs)
 

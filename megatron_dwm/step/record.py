@@ -54,7 +54,7 @@ class StepRecord:
         notices: lines for the user.
         scores: `[N]` that the weights were made of, where samples are logged and there are any.
         losses: `[N]` mean token losses, where samples are logged and the policy asks for losses.
-        expert_load: `[L, D + 1, E]` tokens by MoE layer, domain and expert, see `ExpertLoad`.
+        expert_load: `[L, K, E]` tokens by MoE layer, domain and expert, see `ExpertLoad`.
         time_share: estimate of the weighting's share of the time, at meta steps, see `TimeShare`.
     """
 

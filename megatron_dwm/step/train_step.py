@@ -14,10 +14,8 @@ Shapes: m micro-batches of b samples on this rank (n = m b), N samples in the gl
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -127,15 +125,13 @@ class DWMTrainStep:
         # B: the trainer's own step, weighted; on meta steps C and D: each sample's influence
         influence: Influence | None = None
         if self.expert_load is not None and step.domains is not None:
-            listening = self.expert_load.listening
-            self.influence.watching = partial(listening, step.domains, step.num_microbatches)
+            stock_step = self._watched(stock_step, self.expert_load, step)
         start = now() if plan.meta_step else 0.0
         if plan.meta_step:
             self.influence.times.start()
             result, influence = self.influence.step(stock_step, trainee, batches, weighing)
         else:
             result, _ = self.influence.weighted_step(stock_step, batches, weighing)
-        self.influence.watching = contextlib.nullcontext
         loss = _first_loss(result.losses)
 
         # E: the policy learns, unless something is NaN or infinite
@@ -278,6 +274,17 @@ class DWMTrainStep:
         return not self.config.trains and (iteration + 1) % _LOOK_INTERVAL == 0
 
     # ------------------------------------------------------------------ the log
+
+    @staticmethod
+    def _watched(stock_step: StockStep, load: ExpertLoad, step: StepView) -> StockStep:
+        """Returns the trainer's own step, at which the load of experts is counted."""
+
+        def watched(data: Any) -> Any:
+            assert step.domains is not None
+            with load.listening(step.domains, step.num_microbatches):
+                return stock_step(data)
+
+        return watched
 
     def _collect(self, batches: StepBatches, plan: StepPlan) -> None:
         """Keeps the step's weights by document, once the policy has something to say."""

@@ -362,6 +362,7 @@ class TestSchedules:
         losses = SampleLosses()
         losses.sums = [sums] * m
         losses.num_tokens = [tokens if form == "three" else None] * m
+        losses.further = [None] * m
         expected = losses.contributions(per_token, context_parallel, context_parallel)
         # Averaged over the context-parallel ranks by DDP, unless the losses are per token.
         ddp = 1 if per_token else context_parallel

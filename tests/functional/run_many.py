@@ -62,8 +62,8 @@ def parameters_hash(model):
 
 def poisoned(measure):
     """Makes every loss of the meta step's own passes NaN."""
-    return lambda loss_func, losses, output, **k: measure(
-        loss_func, losses, output * float("nan"), **k
+    return lambda loss_func, losses, summed, output, **k: measure(
+        loss_func, losses, summed, output * float("nan"), **k
     )
 
 

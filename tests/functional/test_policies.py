@@ -64,11 +64,12 @@ def results(folder: Path) -> Results:
         runs += whole_and_resumed(name, words, folder, STOP, name in STOPPED)
     head = [*base, "--dwm", *DP2.split()]
     saved = ["--dwm-load", str(folder / "head-dp2-whole")]
+    own = ["--dwm-policy", "tests.functional.own_policy:ByDomain"]
     runs += [
         Run("frozen", [*head, "--dwm-schedule", "frozen", *saved, "--dwm-gate", "off"]),
         Run("frozen-without", [*head, "--dwm-schedule", "frozen"]),
         Run("other-form", [*base, *MODEL, *DP2.split(), "--load", str(folder / "head-dp2-whole")]),
-        Run("own", [*head, "--dwm-policy", "tests.functional.own_policy:ByDomain"]),
+        Run("own", [*head, *own, "--save", str(folder / "own")]),
         Run("own-missing", [*head, "--dwm-policy", "tests.functional.own_policy:Nobody"]),
         Run("no-experts", [*head, "--dwm-log-expert-load", "1"]),
         Run("model-flag", [*head, "--dwm-init", "llm:2"]),
@@ -76,7 +77,6 @@ def results(folder: Path) -> Results:
         Run("bias-head", [*head, *BIAS, "--dwm-meta-interval", "1"]),
         Run("uniform-start", [*head, "--dwm-policy", "uniform"]),
     ]
-    runs[-7].args += ["--save", str(folder / "own")]
     return run_all(2, runs, folder)
 
 
@@ -111,9 +111,8 @@ def test_the_load_of_experts_is_in_the_log_by_domain(results: Results, folder: P
     ]
     last = lines[max(k for k in lines if k % 4 == 0)]["expert_load"]
     assert list(last) == ["good", "odd"]
-    for figures in last.values():
-        # Two of four experts for each token: the busiest has at most twice the mean.
-        assert 1 < figures["imbalance"] <= 2 and 0 < figures["distance"] < 1
+    # What they are is in tests/unit/core/test_expert_load.py; here each domain has its own.
+    assert last["good"] != last["odd"]
 
 
 def test_meta_steps_leave_the_balance_of_experts_alone(results: Results) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.functional.harness import ROOT, environment
+from tests.processor_time import processor_time_of_children
 from tools.docs import tutorials
 
 pytestmark = pytest.mark.extended
@@ -29,19 +29,13 @@ SECONDS = 120
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tutorials")
     words = [sys.executable, "-W", "ignore", "tools/docs/tutorials.py", "--out", str(folder)]
-    before = spent()
+    before = processor_time_of_children()
     done = subprocess.run(
         words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stderr[-5000:]
-    assert spent() - before < SECONDS
+    assert processor_time_of_children() - before < SECONDS
     return folder
-
-
-def spent() -> float:
-    """Returns the processor time of the children of this process that have ended."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
 
 
 def printed(out: Path, name: str) -> str:

@@ -1,8 +1,8 @@
 """The pages say what the code does: their tables, links, commands and messages.
 
-README.md, CONTRIBUTING.md and docs/ are read as files; the site's builder is not needed but for the
-last test. What the pages' marks mean is in tools/docs/pages.py. Not exercised: whether what a page
-says in words is right.
+README.md, CONTRIBUTING.md and docs/ are read as files. What the pages' marks mean is in
+tools/docs/pages.py. Not exercised: whether what a page says in words is right, and the builder of
+the site (`make docs`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import json
 import os
 import posixpath
 import re
-import resource
 import subprocess
 import sys
 import textwrap
@@ -28,6 +27,8 @@ from megatron_dwm.hosts import cpu
 cpu.install()
 
 from megatron_dwm.hosts.megatron_lm.checks import refusals  # noqa: E402
+from megatron_dwm.logs.names import NAMES  # noqa: E402
+from tests.processor_time import processor_time_of_children  # noqa: E402
 from tests.unit.logs import made_up_runs as made_up  # noqa: E402
 from tools.docs import pages  # noqa: E402
 
@@ -48,30 +49,6 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 200
 
 
-def test_flag_table_is_the_config() -> None:
-    """Every flag stands there once, with its default and its help; no other flag does."""
-    text = (ROOT / "docs/reference/flags.md").read_text()
-    found = re.findall(r"^\| `(--dwm[a-z0-9-]*)` \| (.*) \|$", text, flags=re.MULTILINE)
-    expected = {}
-    for spec in dataclasses.fields(DWMConfig):
-        default = f"`{spec.default}`"
-        if spec.default is None or spec.default is False:
-            default = "" if spec.default is None else "off"
-        expected[flag(spec.name)] = f"{default} | {spec.metadata['help']}"
-    assert dict(found) == expected and len(found) == len(expected)
-
-
-def test_list_of_refusals_is_the_codes() -> None:
-    """Every flag that is refused by name stands there, with the reason and the way out."""
-    text = (ROOT / "docs/limits.md").read_text()
-    table = text.split("| refused | why | what to do |\n|---|---|---|\n")[1].split("\n\n")[0]
-    expected = []
-    for flag_name, why, way_out in refusals():
-        name, _, rest = flag_name.partition(" ")
-        expected.append(f"| `{name}`{' ' + rest if rest else ''} | {why} | {way_out} |")
-    assert table.split("\n") == expected
-
-
 def test_tables_that_are_written_by_a_script_are_up_to_date() -> None:
     script = ROOT / "tools/docs/tables.py"
     done = subprocess.run(
@@ -80,6 +57,16 @@ def test_tables_that_are_written_by_a_script_are_up_to_date() -> None:
     assert done.returncode == 0, done.stderr
     marks = [re.findall("<!-- generated: (\\w+) -->", page.read_text()) for page in PAGES]
     assert sorted(sum(marks, [])) == ["commands", "flags", "refusals"]
+    # And the script leaves none out.
+    flags = (ROOT / "docs/reference/flags.md").read_text()
+    assert all(f"| `{flag(spec.name)}` |" in flags for spec in dataclasses.fields(DWMConfig))
+    limits = (ROOT / "docs/limits.md").read_text()
+    assert all(f"| `{name.partition(' ')[0]}`" in limits for name, _, _ in refusals())
+
+
+def test_every_figure_of_the_log_is_explained() -> None:
+    page = (ROOT / "docs/reading_the_log.md").read_text()
+    assert [name for name in NAMES if f"`{name}`" not in page] == []
 
 
 @pytest.mark.parametrize("page", LINKED, ids=name_of)
@@ -253,12 +240,6 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def time_of_children() -> float:
-    """Returns the processor time of the children of this process that have ended."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
 def trainer_output(loss: float) -> str:
     lines = ["----- arguments -----\n", "  seq_length ................ 128\n"]
     for step in (10, 20, 30, 40):
@@ -282,7 +263,7 @@ def test_commands_that_are_run_here(sandbox: Path) -> None:
     here = [block for block in BLOCKS if block.mark == "run here"]
     commands = dict.fromkeys(command for block in here for command in block.commands)
     assert len(commands) > 10
-    before = time_of_children()
+    before = processor_time_of_children()
     done = subprocess.run(
         ["bash", "-euxo", "pipefail", "-c", "\n".join(commands)],
         cwd=sandbox,
@@ -292,7 +273,7 @@ def test_commands_that_are_run_here(sandbox: Path) -> None:
         timeout=600,
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    assert time_of_children() - before < 30
+    assert processor_time_of_children() - before < 30
     for name in ("report.png", "report.html", "web.csv", "data/web_text_document.weights"):
         assert (sandbox / name).stat().st_size > 100, name
 
@@ -376,19 +357,3 @@ def test_marks_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert second.mark is None and second.commands == ["NAME=1 make more"]
     noted = pages.with_notes((tmp_path / "page.md").read_text())
     assert "```\n\nNot run by the tests: it takes a week\n{ .mark }" in noted
-
-
-def test_the_site_builds(tmp_path: Path) -> None:
-    """Without a warning, where its builder is installed (`make docs` installs it)."""
-    pytest.importorskip("material")
-    done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
-        cwd=ROOT,
-        env={**os.environ, "DOCS_WITHOUT_TUTORIALS": "1", "NO_MKDOCS_2_WARNING": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "WARNING" not in done.stderr
-    assert (tmp_path / "site/maths.html").stat().st_size > 10000

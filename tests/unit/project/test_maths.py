@@ -63,7 +63,7 @@ def test_the_scaling_of_a_sample_s_loss() -> None:
     ranks, tokens = 3, [torch.tensor(5), torch.tensor(7)]
     losses = SampleLosses()
     losses.sums = [draw(4), draw(4, seed=1)]
-    losses.num_tokens = list(tokens)
+    losses.num_tokens, losses.further = list(tokens), [None, None]
     m, sums = 2, torch.cat(losses.sums)
     by_micro_batch = torch.tensor([5.0] * 4 + [7.0] * 4).double()
     found = losses.contributions(False, ranks)

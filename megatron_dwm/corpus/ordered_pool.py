@@ -53,6 +53,16 @@ def _answer(item: Any) -> Any:
         return _Fault(str(error))
 
 
+def _death(processes: Iterable[multiprocessing.process.BaseProcess]) -> str:
+    """Returns what a worker that is gone has died of; the pool has ended the others by SIGTERM."""
+    codes = {process.exitcode for process in processes}
+    code = next((code for code in codes if code not in (None, 0, -signal.SIGTERM)), None)
+    if code is None or code == -signal.SIGKILL:
+        return "a worker process died, most likely for lack of memory. Set fewer --workers."
+    how = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
+    return f"a worker process died ({how}). Try again; if it stays, halve the input to find the document."
+
+
 def answers_in_order[T, R](
     items: Iterable[T],
     work: Callable[[T], R],
@@ -78,6 +88,8 @@ def answers_in_order[T, R](
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
     _work = work
+    strangers = set(multiprocessing.active_children())
+    processes: set[multiprocessing.process.BaseProcess] = set()
     pool = ProcessPoolExecutor(workers, context, _start_worker, (make,))
     pending: deque[Future] = deque()
 
@@ -100,14 +112,15 @@ def answers_in_order[T, R](
                     yield answer()
                 raise
             pending.append(pool.submit(_answer, item))
+            if len(processes) < workers:
+                processes.update(set(multiprocessing.active_children()) - strangers)
             if len(pending) >= workers * ITEMS_PER_WORKER:
                 yield answer()
         while pending:
             yield answer()
     except BrokenProcessPool as error:
-        raise InputError(
-            "a worker process died, most likely for lack of memory. Set fewer --workers."
-        ) from error
+        pool.shutdown(wait=True)
+        raise InputError(_death(processes)) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         _work = None

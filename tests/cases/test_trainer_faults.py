@@ -35,12 +35,14 @@ from megatron_dwm.hosts.megatron_lm import attach, checks  # noqa: E402
 def trainee(**config):
     """The parts of the LLM that the guards touch."""
     settings = {"timers": None, "recompute_granularity": "full", "num_moe_experts": 2, **config}
+    shared = SimpleNamespace(**settings)
     chunk = SimpleNamespace(
+        config=shared,
         ddp_config=SimpleNamespace(check_for_nan_in_grad=True),
         eval=lambda: None,
         train=lambda: None,
     )
-    return SimpleNamespace(model=[chunk], config=SimpleNamespace(**settings))
+    return SimpleNamespace(model=[chunk], config=shared)
 
 
 @pytest.mark.parametrize("coefficient", [0.01, [0.01, 0.02]])

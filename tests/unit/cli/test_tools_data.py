@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -182,10 +183,19 @@ def test_bad_line_names_file_and_line_and_leaves_nothing(
     assert (tmp_path / "o_text_document.idx").read_bytes() == b"earlier run"
 
 
-def test_dead_worker_is_reported(corpus, tmp_path, model, capsys, monkeypatch):
-    monkeypatch.setattr(preprocess_workers.Encoder, "encode", lambda *_: os._exit(9))
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        (lambda: os._exit(9), "(exit code 9)"),
+        (lambda: os.kill(os.getpid(), signal.SIGSEGV), "(signal SIGSEGV)"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "lack of memory. Set fewer --workers"),
+    ],
+)
+def test_dead_worker_is_reported(corpus, tmp_path, model, capsys, monkeypatch, end, said):
+    monkeypatch.setattr(preprocess_workers.Encoder, "encode", lambda *_: end())
     assert preprocess([corpus], tmp_path / "o", model) == 2
-    assert "a worker process died" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "a worker process died" in error and said in error
     assert not list(tmp_path.iterdir())
 
 

@@ -60,7 +60,7 @@ def _death(processes: Iterable[multiprocessing.process.BaseProcess]) -> str:
     if code is None or code == -signal.SIGKILL:
         return "a worker process died, most likely for lack of memory. Set fewer --workers."
     how = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
-    return f"a worker process died ({how}). Try again; if it stays, halve the input to find the document."
+    return f"a worker process died ({how}). If it does so again, halve the input to see why."
 
 
 def answers_in_order[T, R](

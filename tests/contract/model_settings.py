@@ -14,4 +14,12 @@ LLAMA: dict[str, Any] = {
     "add_bias_linear": False,
 }
 GPT = {"normalization": "LayerNorm"}
+EXPERTS = {
+    "num_moe_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 20,
+    "moe_router_load_balancing_type": "none",
+    "moe_aux_loss_coeff": 0.0,
+    "moe_token_dispatcher_type": "allgather",
+}
 SELECTIVE = {"recompute_granularity": "selective"}

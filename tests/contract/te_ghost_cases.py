@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.contract.model_settings import GPT, LLAMA, SELECTIVE
+from tests.contract.model_settings import EXPERTS, GPT, LLAMA, SELECTIVE
 
 MLA = {
     "normalization": "RMSNorm",
@@ -16,15 +16,7 @@ MLA = {
     "rope_type": "rope",
     "apply_rope_fusion": False,
 }
-GROUPED = {
-    "num_moe_experts": 4,
-    "moe_router_topk": 2,
-    "moe_ffn_hidden_size": 20,
-    "moe_grouped_gemm": True,
-    "moe_router_load_balancing_type": "none",
-    "moe_aux_loss_coeff": 0.0,
-    "moe_token_dispatcher_type": "allgather",
-}
+GROUPED = {**EXPERTS, "moe_grouped_gemm": True}
 OFFSET = {"softmax_type": "learnable"}
 FUSER = {"use_transformer_engine_op_fuser": True}
 CASES = {

@@ -28,11 +28,10 @@ from megatron_dwm.errors import DWMError  # noqa: E402
 from megatron_dwm.meta_gradient.estimators import choose_estimator  # noqa: E402
 from megatron_dwm.meta_gradient.ghost import layer_rules as ghost_layers  # noqa: E402
 from megatron_dwm.meta_gradient.ghost import recording as ghost  # noqa: E402
-from tests.contract.model_settings import GPT, LLAMA, SELECTIVE  # noqa: E402
+from tests.contract.model_settings import EXPERTS, GPT, LLAMA, SELECTIVE  # noqa: E402
 from tests.contract.tiny_gpt import (  # noqa: E402
     BLOCK,
     DROPOUT,
-    EXPERTS,
     FULL,
     B,
     M,
@@ -90,6 +89,7 @@ CASES = {
     "moe-auxiliary-losses": {
         **GPT,
         **EXPERTS,
+        "add_bias_linear": False,
         "moe_router_load_balancing_type": "aux_loss",
         "moe_aux_loss_coeff": 0.5,
         "moe_z_loss_coeff": 0.5,

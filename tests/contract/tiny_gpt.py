@@ -36,15 +36,6 @@ B, S, VOCAB, M = 3, 8, 48, 2
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 BLOCK = {**FULL, "recompute_method": "block"}
 DROPOUT = {"hidden_dropout": 0.2, "attention_dropout": 0.2}
-EXPERTS = {
-    "num_moe_experts": 4,
-    "moe_router_topk": 2,
-    "moe_ffn_hidden_size": 20,
-    "moe_router_load_balancing_type": "none",
-    "moe_aux_loss_coeff": 0.0,
-    "moe_token_dispatcher_type": "allgather",
-    "add_bias_linear": False,
-}
 
 
 def local_spec(options):

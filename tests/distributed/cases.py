@@ -5,6 +5,7 @@ One spawn of ranks takes many cases, as starting the trainer takes longer than a
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -55,6 +56,21 @@ LAYOUTS = {
     "tp2-vpp2-dp1": (4, f"--tensor-model-parallel-size 2 {VPP2}"),
 }
 FIRST = "tp1-pp1-dp1"
+# All four of models and optimizers on one rank, and elsewhere one each, so that TP2, PP2, VPP2 and
+# DP2 have both models and both optimizers: an optimizer is distributed over DP2 alone.
+EACH = list(itertools.product(MODELS, OPTIMIZERS))
+TAKEN = {
+    FIRST: EACH,
+    "tp1-pp1-dp2": [("gpt", "distributed")],
+    "tp1-pp2-dp1": [("llama", "plain")],
+    "tp1-vpp2-dp1": [("gpt", "plain")],
+    "tp2-pp1-dp1": [("gpt", "plain")],
+    "tp1-pp2-dp2": [("gpt", "distributed")],
+    "tp1-vpp2-dp2": [("llama", "distributed")],
+    "tp2-pp1-dp2": [("llama", "distributed")],
+    "tp2-pp2-dp1": [("llama", "plain")],
+    "tp2-vpp2-dp1": [("gpt", "distributed")],
+}
 
 
 def arguments(flags: str, model: str = "llama", form: list[str] = CHAIN) -> list[str]:
@@ -85,19 +101,13 @@ def save_starts(folder: Path) -> None:
 
 
 def combinations() -> list[tuple[str, str, str]]:
-    """Returns (model, optimizer, layout): every layout, with models and optimizers in turn.
-
-    All four of them on one rank; elsewhere one, so that two layouts of a kind have both models and
-    both optimizers between them. `make test-extended`: each with each.
-    """
-    found = []
-    for k, layout in enumerate(LAYOUTS):
-        for m, model in enumerate(MODELS):
-            for o, optimizer in enumerate(OPTIMIZERS):
-                extended = os.environ.get("MEGATRON_DWM_TEST_EXTENDED") == "1"
-                if layout == FIRST or extended or (m, o) == (k // 2 % 2, (k // 2 + k) % 2):
-                    found.append((model, optimizer, layout))
-    return found
+    """Returns (model, optimizer, layout): `TAKEN`, or all of them in `make test-extended`."""
+    extended = os.environ.get("MEGATRON_DWM_TEST_EXTENDED") == "1"
+    return [
+        (model, optimizer, layout)
+        for layout in LAYOUTS
+        for model, optimizer in (EACH if extended else TAKEN[layout])
+    ]
 
 
 def layout_cases(folder: Path, ranks: int) -> list[dict[str, Any]]:

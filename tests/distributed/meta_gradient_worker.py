@@ -26,6 +26,7 @@ import json
 import os
 import runpy
 import sys
+import time
 import traceback
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -216,6 +217,7 @@ def memory(probed):
 
         def watched(function):
             def call(*args, **kwargs):
+                time.sleep(0.2)  # gloo's thread lets go of a collective a moment after its end
                 seen.append(live_bytes())
                 return function(*args, **kwargs)
 

@@ -207,6 +207,8 @@ def _flags(words: list[str]) -> Flags:
     values: list[str] = []
     for word in words:
         if re.match(r"--[a-z]", word):
+            if word in flags:
+                raise ValueError(f"{word} stands twice in: {shlex.join(words)}")
             values = flags[word] = []
         else:
             values.append(word)

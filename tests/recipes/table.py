@@ -62,7 +62,7 @@ def first_cells(recipe: Recipe) -> list[str]:
     title = f"[{recipe.title}]({recipe.source})"
     if recipe.model is not None:
         title += f" ([sizes]({recipe.model}))"
-    refused = refused_at_full_size(recipe.words())["head"]
+    refused = refused_at_full_size(recipe.words())
     full = "accepted" if not refused else "refused: " + ", ".join(f"`{flag}`" for flag in refused)
     return [title, full]
 

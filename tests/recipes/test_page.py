@@ -9,7 +9,7 @@ import pytest
 
 from tests.recipes.cutting import Recipe, read_recipes
 from tests.recipes.harness import Outcome
-from tests.recipes.table import COLUMNS, PAGE, page, row, rows
+from tests.recipes.table import PAGE, page, row, rows
 
 RECIPES = read_recipes()
 NOTHING = Outcome("", "", "", "")
@@ -31,7 +31,6 @@ def test_it_is_of_these_recipes_columns_and_rules() -> None:
 def test_what_needs_no_run_is_up_to_date(recipe: Recipe) -> None:
     written = rows(PAGE.read_text())[recipe.title]
     (expected,) = rows(row(recipe, NOTHING)).values()
-    assert len(written) == len(COLUMNS)
     assert [*written[:2], written[-1]] == [*expected[:2], expected[-1]]
 
 
@@ -46,9 +45,8 @@ def test_a_recipe_is_cut_in_sizes_alone() -> None:
     assert "--moe-grouped-gemm" not in small and "--moe-grouped-gemm" in recipe.replaced()
 
 
-def test_each_has_a_source_and_flags_once() -> None:
+def test_each_has_a_source() -> None:
     assert len(RECIPES) >= 20
     assert len({r.title for r in RECIPES}) == len(RECIPES)
     for recipe in RECIPES:
         assert recipe.source.startswith("https://github.com/")
-        assert all(isinstance(values, list) for values in recipe.flags.values())

@@ -11,7 +11,6 @@ import importlib.util
 import os
 import sys
 import types
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,8 +33,6 @@ def install(folder: str) -> None:
     sys.modules[extension.NAME] = extension.module()
     sys.modules[_FUSED_WGRAD] = _fused_weight_gradients()
     torch.Tensor.is_cuda = property(_is_cuda)  # type: ignore[assignment,method-assign]
-    for name in ("empty", "zeros", "ones", "full", "arange", "tensor", "rand"):
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
     _import_package()
 
 
@@ -58,20 +55,6 @@ def _import_package() -> None:
 def _is_cuda(tensor: torch.Tensor) -> bool:
     """What Transformer Engine asks of its inputs; nobody else is told so."""
     return sys._getframe(1).f_globals.get("__name__", "").startswith("transformer_engine")
-
-
-def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that makes a tensor, on the CPU also in backward passes.
-
-    There torch leaves the host's function mode.
-    """
-
-    def call(*args: Any, device: Any = None, **kwargs: Any) -> Any:
-        if type(device) is int or (device is not None and torch.device(device).type == "cuda"):
-            device = "cpu"
-        return function(*args, device=device, **kwargs)
-
-    return call
 
 
 _FUSED_WGRAD = "fused_weight_gradient_mlp_cuda"

@@ -81,11 +81,6 @@ def register(name: str, rule: OptimizerRule) -> None:
     _RULES[name] = rule
 
 
-def has_rule(name: str) -> bool:
-    """Returns whether the optimizer of a name (`--optimizer`) has one."""
-    return name in _RULES
-
-
 def rule_of(shard: ParamShard) -> OptimizerRule:
     """Returns the rule of the optimizer that steps a slice."""
     return _RULES[_name(shard.optimizer, shard.group)]

@@ -54,12 +54,18 @@ def moments_over_positions(x: torch.Tensor, mask: torch.Tensor) -> Moments:
         mask: `[s, b]` float32 weights of the positions.
     """
     step = max(1, _BLOCK // max(1, x.size(1) * x.size(2)))
-    parts = [(x[i : i + step], mask[i : i + step].unsqueeze(-1)) for i in range(0, len(x), step)]
-    count = mask.sum(0).unsqueeze(-1)
-    total = torch.stack([(part.float() * m).sum(0) for part, m in parts]).sum(0)
-    mean = total / count.clamp(min=1e-20)
+    weights = mask.unsqueeze(-1)
+    parts = list(zip(x.split(step), weights.split(step), strict=True))
+    if len(parts) == 1:
+        parts = [(x.float(), weights)]  # small enough to be kept from the first pass to the second
+    count = weights.sum(0)
+    mean = _added([(part.float() * m).sum(0) for part, m in parts]) / count.clamp(min=1e-20)
     squares = [((part.float() - mean).square() * m).sum(0) for part, m in parts]
-    return Moments(count, mean, torch.stack(squares).sum(0))
+    return Moments(count, mean, _added(squares))
+
+
+def _added(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 def merged(parts: Moments, gather: Callable[[torch.Tensor], torch.Tensor]) -> Moments:

@@ -189,14 +189,13 @@ class RunningMoments:
     def __init__(self, width: int, device: torch.device) -> None:
         kind = {"dtype": torch.float64, "device": device}
         self.mean, self.variance = torch.zeros(width, **kind), torch.zeros(width, **kind)
-        self.recent = torch.zeros(width, **kind)
+        self.recent, self.scale = torch.zeros(width, **kind), torch.zeros(width, **kind)
         self.age = torch.zeros((), **kind)
         self.length = 2 * width + 1
 
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
         """Returns `[n, F]` standardised features; 0 where a feature does not vary."""
-        scale = torch.where(self.variance > 0, self.variance.clamp(min=1e-24).rsqrt(), 0.0)
-        return (features - self.mean) * scale
+        return (features - self.mean) * self.scale
 
     def sums(self, features: torch.Tensor) -> torch.Tensor:
         """Returns `[2 F + 1]`: count, sums and sums of squares around the running mean."""
@@ -219,6 +218,7 @@ class RunningMoments:
         new = torch.where(empty, 0.0, torch.maximum(torch.full_like(age, 1 - DECAY), 1 / age))
         self.variance = (1 - new) * (self.variance + new * shift.square()) + new * spread
         self.mean = self.mean + new * shift
+        self._rescale()
         self.age = torch.where(empty[0], self.age, age)
 
     def state_dict(self) -> dict[str, Any]:
@@ -230,3 +230,8 @@ class RunningMoments:
         # What was saved before there was a recent mean has the running one in its place.
         for name, value in {"recent": state["mean"], **state}.items():
             setattr(self, name, value.to(self.mean.device))
+        self._rescale()
+
+    def _rescale(self) -> None:
+        scale = self.variance.clamp(min=1e-24).rsqrt()
+        self.scale = torch.where(self.variance > 0, scale, 0.0)

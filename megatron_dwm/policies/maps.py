@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -137,6 +137,17 @@ class SoftmaxMap:
         """Nothing to take over."""
 
 
+class _Constants(NamedTuple):
+    """What weights are made with for as long as the running state stays, scalar tensors each."""
+
+    centre: torch.Tensor
+    normaliser: torch.Tensor
+    per_deviation: torch.Tensor
+    shrinkage: torch.Tensor | None  # that keeps the effective share
+    factor: torch.Tensor
+    steadiness: torch.Tensor
+
+
 class SigmoidMap:
     """`w = sigmoid(slope (s - centre) / deviation) / normaliser`, of running averages.
 
@@ -170,15 +181,42 @@ class SigmoidMap:
         start = [0.0, 0.5, 0.0, 1.0, 0.0, 1.0, 1.0 if drifts else 0.0]
         self.state = torch.tensor(start, dtype=torch.float64, device=device)
 
+    @property
+    def state(self) -> torch.Tensor:
+        """`[7]` float64, see above; replaced as a whole, never changed in place."""
+        return self._state
+
+    @state.setter
+    def state(self, value: torch.Tensor) -> None:
+        self._state = value
+        self._found: _Constants | None = None
+
+    @property
+    def _constants(self) -> _Constants:
+        # Once a step: some dozen operations, which a small model would feel in every micro-batch.
+        if self._found is None:
+            centre, normaliser, variance, factor, _, deviation2, drift = self.state.unbind()
+            floor, shrinkage = self.guards.min_effective_samples, None
+            if floor is not None:
+                allowed = math.sqrt(1 / floor - 1)
+                shrinkage = (allowed / variance.clamp(min=1e-12).sqrt()).clamp(max=1.0)
+            # A step's mean score is that of a sample over sqrt(N) from the centre, unless all
+            # scores have moved since the centre was found.
+            steadiness = (1.5 - 2 * drift.sqrt()).clamp(0.0, 1.0)
+            self._found = _Constants(
+                centre, normaliser, deviation2.rsqrt(), shrinkage, factor, steadiness
+            )
+        return self._found
+
     def weights(self, scores: torch.Tensor) -> Mapped:
         """As `WeightMap.weights`; a bad score makes its own weight 1."""
-        finite = torch.isfinite(scores)
         weights = self._guarded(self._plain(scores.double()))
-        bad = ~(finite & torch.isfinite(weights)).all()
+        good = torch.isfinite(scores) & torch.isfinite(weights)
+        bad = ~good.all()
         capped = None
         if self.guards.max_weight is not None:
             capped = (weights >= self.guards.max_weight).sum()
-        weights = torch.where(finite & torch.isfinite(weights), weights, 1.0).float()
+        weights = torch.where(good, weights, 1.0).float()
         return Mapped(weights, bad, None, capped)
 
     def pull_back(self, scores: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
@@ -191,18 +229,20 @@ class SigmoidMap:
 
     def sums(self, scores: torch.Tensor) -> torch.Tensor:
         """Returns count, and sums of what `update` averages."""
-        s = torch.where(torch.isfinite(scores), scores.double(), self.state[0])
-        plain = self._plain(s)
+        centre = self._constants.centre
+        s = torch.where(torch.isfinite(scores), scores.double(), centre)
+        sigmoids = torch.sigmoid(self._argument(s))
+        plain = sigmoids / self._constants.normaliser
         return torch.stack(
             [
-                torch.full_like(s, 1.0).sum(),
-                s.sum(),
-                (s - self.state[0]).square().sum(),
-                torch.sigmoid(self._argument(s)).sum(),
-                (plain - 1).square().sum(),
-                self._guarded(plain).sum(),
+                torch.ones_like(s),
+                s,
+                (s - centre).square(),
+                sigmoids,
+                (plain - 1).square(),
+                self._guarded(plain),
             ]
-        )
+        ).sum(1)
 
     def update(self, sums: torch.Tensor) -> None:
         """As `WeightMap.update`; without waiting for the device."""
@@ -251,35 +291,25 @@ class SigmoidMap:
 
     @property
     def steadiness(self) -> torch.Tensor:
-        """How far weights may leave 1, as the scores of all samples move alike: scalar in [0, 1].
-
-        A step's mean score is that of a sample over sqrt(N) from the centre, unless all scores
-        have moved since the centre was found.
-        """
-        return (1.5 - 2 * self.state[6].sqrt()).clamp(0.0, 1.0)
+        """How far weights may leave 1, as the scores of all samples move alike: in [0, 1]."""
+        return self._constants.steadiness
 
     def _plain(self, s: torch.Tensor) -> torch.Tensor:
-        return torch.sigmoid(self._argument(s)) / self.state[1]
+        return torch.sigmoid(self._argument(s)) / self._constants.normaliser
 
     def _argument(self, s: torch.Tensor) -> torch.Tensor:
-        return self.slope * (s - self.state[0]) * self.state[5].rsqrt()
+        return self.slope * (s - self._constants.centre) * self._constants.per_deviation
 
     def _guarded(self, weights: torch.Tensor) -> torch.Tensor:
-        floor, mix, cap = (
-            self.guards.min_effective_samples,
-            self.guards.uniform_mix,
-            self.guards.max_weight,
-        )
-        if floor is not None:
-            allowed = math.sqrt(1 / floor - 1)
-            share = (allowed / self.state[2].clamp(min=1e-12).sqrt()).clamp(max=1.0)
-            weights = 1 + share * (weights - 1)
+        mix, cap = self.guards.uniform_mix, self.guards.max_weight
+        if self._constants.shrinkage is not None:
+            weights = 1 + self._constants.shrinkage * (weights - 1)
         if mix > 0:
             weights = (1 - mix) * weights + mix
         if self.drifts:
-            weights = 1 + self.steadiness * (weights - 1)
+            weights = 1 + self._constants.steadiness * (weights - 1)
         if cap is not None:
-            weights = (self.state[3] * weights).clamp(max=cap)
+            weights = (self._constants.factor * weights).clamp(max=cap)
         return weights
 
 

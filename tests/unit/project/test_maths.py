@@ -212,7 +212,8 @@ def test_guards() -> None:
     share = w.sum() ** 2 / (50 * w.square().sum())
     assert share.item() == pytest.approx(1 / (1 + w.var(correction=0).item()))
     sigmoid = SigmoidMap(1.0, Guards(0.9, 0.1, None), False, CPU)
-    sigmoid.state[2] = w.var(correction=0)
+    variance = w.var(correction=0).double()
+    sigmoid.state = torch.cat([sigmoid.state[:2], variance.view(1), sigmoid.state[3:]])
     f = min(1.0, math.sqrt((1 / 0.9 - 1) / w.var(correction=0).item()))
     assert torch.allclose(sigmoid._guarded(w), 0.9 * (1 + f * (w - 1)) + 0.1)
     found = guarded_weights(3 * draw(50), 1.0, Guards(0.6, 0.2, 2.0)).weights

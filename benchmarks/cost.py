@@ -197,22 +197,11 @@ def worker() -> None:
             json.dump(measured, file)
 
 
-class Always:
-    """A schedule in which every step is weighted, and takes a meta step or does not."""
-
-    def __init__(self, meta_step: bool) -> None:
-        self.meta_step = meta_step
-
-    def plan(self, iteration: int) -> Any:
-        """Returns the plan of any step."""
-        from megatron_dwm.step.plan import StepPlan
-
-        return StepPlan(0, "meta" if self.meta_step else "frozen", True, self.meta_step, False)
-
-
 def build_steps(step: Any, model: list[Any]) -> dict[str, Any]:
     """Returns a modified step of each kind, all on one LLM and one DWM."""
     import dataclasses
+
+    from measuring import Always
 
     from megatron_dwm.config import DWMConfig
     from megatron_dwm.core.state_tap import StateTap
@@ -285,6 +274,7 @@ def timed(act: Any) -> tuple[float, Any]:
 def with_memory(act: Any) -> tuple[Any, int, dict[str, int]]:
     """Runs a step; returns its result, the peak bytes of all tensors, and the bytes sent."""
     import torch
+    from measuring import live_bytes
 
     from megatron_dwm.core import collectives
     from megatron_dwm.hosts import cpu
@@ -304,20 +294,6 @@ def with_memory(act: Any) -> tuple[Any, int, dict[str, int]]:
         now += event.nbytes()
         peak = max(peak, now)
     return result, base + peak, dict(collectives.traffic)
-
-
-def live_bytes() -> int:
-    """Returns the bytes of all tensors that are alive, each storage once."""
-    import gc
-
-    import torch
-
-    storages = {}
-    for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor):
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
 
 
 def ratios(times: list[tuple[str, float]]) -> dict[str, list[float]]:

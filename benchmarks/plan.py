@@ -31,7 +31,6 @@ import runpy
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -155,6 +154,8 @@ class Done(BaseException):
 
 def measured(words: list[str], methods: list[str]) -> dict[str, Any]:
     """Runs the script's first steps; returns what each kind of step did on this rank."""
+    from measuring import Always
+
     from megatron_dwm.hosts.megatron_lm.session import Session
 
     attached, found, done = Session.train_step, {}, [0]
@@ -225,19 +226,6 @@ def with_method(config: Any, method: str) -> Any:
 
     estimator, lookahead = method.split()
     return dataclasses.replace(config, estimator=estimator, lookahead=lookahead)
-
-
-class Always:
-    """A schedule in which every step is weighted, and takes a meta step or does not."""
-
-    def __init__(self, meta_step: bool) -> None:
-        self.meta_step = meta_step
-
-    def plan(self, iteration: int) -> Any:
-        """Returns the plan of any step."""
-        from megatron_dwm.step.plan import StepPlan
-
-        return StepPlan(0, "meta" if self.meta_step else "frozen", True, self.meta_step, False)
 
 
 @contextlib.contextmanager
@@ -320,6 +308,8 @@ def group_names() -> dict[str, str]:
 
 def with_memory(step: Any, act: Any) -> tuple[Any, float]:
     """Takes a meta step; returns its result, and what it keeps where passes C and D begin."""
+    from measuring import live_bytes
+
     gc.collect()
     before, seen = live_bytes(), []
 
@@ -342,20 +332,6 @@ def with_memory(step: Any, act: Any) -> tuple[Any, float]:
         for owner, name in places:
             delattr(owner, name)
     return result, max(seen) - before
-
-
-def live_bytes() -> int:
-    """Returns the bytes of all tensors that are alive, each storage once."""
-    import torch
-
-    time.sleep(0.05)  # until threads of gloo have let go of what they have sent
-    storages = {}
-    for thing in gc.get_objects():
-        # `isinstance` would ask every object for its class.
-        if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.layout == torch.strided:
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
 
 
 # ------------------------------------------------------------------------------- comparison

@@ -9,7 +9,7 @@ process group, memory that it keeps and of what, and time, in stock steps a step
 idle pipeline stages. Where `--dwm-estimator auto` chooses, both estimators are shown, the chosen
 one first. Lines at the end say what the run itself would refuse; data files are not looked at.
 
-Exit code 0: the run would start; 1: it would be refused; 2: the flags cannot be read.
+Exit code 0: the run would start; 1: it would be refused; 2: its flags cannot be planned.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ attention). So, on a rank:
     E  model                    3 m F' an update, m F' for each pass over past samples
 
 Left out is what is no product of matrices: softmax, norms, the optimizer, the Cholesky
-decomposition of a k x k matrix, k <= 1026.
+decomposition of a k x k matrix, k <= 1024 (`head.LIMIT`).
 """
 
 from __future__ import annotations
@@ -94,13 +94,9 @@ def micro_batch(model: Model, stage: Stage, run: Run, samples: int | None = None
 
     heads = sum(layer.attention for layer in stage.layers)
     attention = 2.0 * tokens * seq * model.causal_share * heads / layout.tp
-    again = 0.0
-    if model.recompute == "full":
-        count = len(stage.layers) if model.recomputed_layers is None else model.recomputed_layers
-        share = min(1.0, count / max(1, len(stage.layers)))
-        of_layers = linear([m for layer in stage.layers for m in layer.matrices])
-        again = share * (of_layers + attention)
-    elif model.recompute == "attention":
+    of_layers = linear([m for layer in stage.layers for m in layer.matrices]) + attention
+    again = model.recomputed_share(stage, layout) * of_layers
+    if model.recompute == "attention":
         again = attention
     inner = linear(stage.matrices) + linear([m for m in stage.matrices if m.layer in _TWICE])
     return MicroBatch(linear(stage.matrices), attention, again, inner)

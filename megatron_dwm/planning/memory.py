@@ -88,8 +88,11 @@ def _of_meta_step(run: Run, stage: Stage, method: Method) -> dict[str, float]:
 def _work_space(run: Run, stage: Stage, method: Method) -> float:
     if method.estimator == "finite_difference":
         largest = max(
-            (m.local(run.layout) / (m.copies // run.layout.ep if m.expert else 1))
-            for m in stage.weights
+            (
+                m.local(run.layout) / (m.copies // run.layout.ep if m.expert else 1)
+                for m in stage.weights
+            ),
+            default=0.0,
         )
         return (2.0 if run.precision.gradient == FLOAT32 else 3.0) * FLOAT32 * largest
     layout, p = run.layout, run.precision.parameter

@@ -70,11 +70,6 @@ class Matrix:
         """Whether it belongs to routed experts."""
         return self.split.startswith("expert")
 
-    @property
-    def elements(self) -> int:
-        """Elements of all copies over all ranks, biases left aside."""
-        return self.copies * self.rows * self.columns
-
     def parameters(self) -> int:
         """Trained elements of all copies."""
         return self.copies * self.rows * (self.columns + self.bias)
@@ -188,9 +183,8 @@ class Model:
         causal_share: of the square of positions that attention computes: 1/2 where the kernel
             leaves out what the causal mask covers, 1 where it masks the whole square.
         recompute: passes forward that the backward pass repeats: `none`, `full`, `attention`.
-        recomputed_layers: layers of a stage that `full` repeats; None: all.
+        recomputed_layers: layers of a virtual stage that `full` repeats; None: all.
         dispatcher: how tokens reach experts: `alltoall`, `allgather`, `flex`.
-        loss_reductions: numbers a position that the loss exchanges over tensor parallelism.
         shared_copy: whether the last stage has a copy of the word embedding, kept equal to the
             first's.
     """
@@ -201,7 +195,6 @@ class Model:
     recompute: str = "none"
     recomputed_layers: int | None = None
     dispatcher: str = "alltoall"
-    loss_reductions: int = 3
     shared_copy: bool = False
 
     def parameters(self) -> int:
@@ -211,6 +204,14 @@ class Model:
             assert self.stages[0].embedding is not None
             weights -= self.stages[0].embedding.parameters()
         return weights + sum(n.size for stage in self.stages for n in stage.norms)
+
+    def recomputed_share(self, stage: Stage, layout: Layout) -> float:
+        """Returns the share of a stage's layers that the backward pass runs forward again."""
+        if self.recompute != "full":
+            return 0.0
+        if self.recomputed_layers is None:
+            return 1.0
+        return min(1.0, self.recomputed_layers * layout.vp / max(1, len(stage.layers)))
 
     def active_parameters(self) -> float:
         """Trained elements that a token goes through, the word embedding left aside."""
@@ -267,14 +268,12 @@ class Weighting:
 
     Attributes:
         weighs: whether samples are weighed at all.
-        trains: whether meta steps are taken.
         ahead: whether each step's influence is found before it, by passes of its own.
         exact: whether the optimizer's own Jacobian is taken.
         keeps_gradient: whether a step's gradient is kept for it.
         head: width of the head's features, 0 without one.
         regression: width of its regression.
         dwm: the separate weighting model, None without one.
-        together: micro-batches that it takes at once.
         updates: its updates at a meta step.
         scorings: its passes over past samples at a meta step.
         taught: whether it also learns in each plain step, from a head.
@@ -284,14 +283,12 @@ class Weighting:
     """
 
     weighs: bool = True
-    trains: bool = True
     ahead: bool = False
     exact: bool = True
     keeps_gradient: bool = True
     head: int = 0
     regression: int = 0
     dwm: Model | None = None
-    together: int = 1
     updates: int = 0
     scorings: int = 0
     taught: bool = False

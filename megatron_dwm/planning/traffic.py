@@ -40,6 +40,8 @@ TP_PP, ENDS, WORLD = "TP x PP", "first and last stage", "world"
 # In which order they are shown.
 GROUPS = (TP, PP, DP, CP, EP, TP_EP, EXPERT_TP, EXPERT_DP, TP_PP, ENDS, WORLD)
 _LONG, _DOUBLE, _FLOAT = 8, 8, 4
+# The loss of a split vocabulary: largest logit, the label's, and the sum of exponentials.
+_OF_LOSS = 3
 # Sums of the head's map and scores beside its features' (`Head.end`).
 _OF_MAP = 9
 
@@ -121,7 +123,7 @@ def micro_batch(model: Model, run: Run, stage: int, kind: Pass, tokens_only: boo
     """
     found, part = Sent(run.layout), model.stages[stage]
     positions = run.batch.micro * run.batch.seq / run.layout.cp
-    again = {"none": 0.0, "attention": 0.0, "full": 1.0}[model.recompute] if kind.backward else 0.0
+    again = model.recomputed_share(part, run.layout) if kind.backward else 0.0
     if part.embedding is not None:
         width = positions * model.hidden * run.precision.parameter
         sequence = run.layout.sequence_parallel and not tokens_only
@@ -135,7 +137,7 @@ def micro_batch(model: Model, run: Run, stage: int, kind: Pass, tokens_only: boo
             _of_experts(found, layer, model, run, positions, kind, 1 + again)
     if part.output is not None:
         _of_matrix(found, part.output, run, positions, kind, 1.0, tokens_only)
-        found.add("all_reduce", TP, positions * _FLOAT, model.loss_reductions)
+        found.add("all_reduce", TP, positions * _FLOAT, _OF_LOSS)
     _of_data(found, part, run, tokens_only)
     _of_pipeline(found, model, run, stage, kind, tokens_only)
     return found

@@ -79,8 +79,8 @@ def run_arguments(**values):
     return SimpleNamespace(**{**found, **values})
 
 
-def test_default_meta_batch_follows_the_largest_batch_of_a_schedule() -> None:
-    schedule = "0:64 250B:128 500B:256"
+@pytest.mark.parametrize("schedule", ["0:64 250B:128 500B:256", "0:64,250B:2K"])
+def test_default_meta_batch_follows_the_largest_batch_of_a_schedule(schedule: str) -> None:
     stock = StepBatchsizeNumMicroBatchesCalculator(2, 2, False, 1, schedule, 32)
     args = run_arguments(step_batch_size_schedule=schedule)
     assert checks.default_meta_batch(args) == stock.global_batch_size // 4

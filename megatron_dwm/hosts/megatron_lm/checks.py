@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from megatron.core.datasets.utils import get_blend_from_list
+from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_dwm.config.choices import flag
@@ -26,6 +27,7 @@ __all__ = [
     "check_arguments",
     "check_data",
     "default_meta_batch",
+    "final_batch",
     "refusals",
     "training_prefixes",
 ]
@@ -213,11 +215,17 @@ def _meta_batch_unit(args: Any) -> int:
 
 def default_meta_batch(args: Any) -> int:
     """Returns the size of the meta batch where no flag gives it."""
-    batch = args.global_batch_size
-    if getattr(args, "step_batch_size_schedule", None):
-        # The trainer's own size is then that of one micro-batch; "0:768 250B:1536" ends with 1536.
-        batch = int(args.step_batch_size_schedule.split()[-1].split(":")[1])
-    return default_meta_batch_size(batch, _meta_batch_unit(args))
+    return default_meta_batch_size(final_batch(args), _meta_batch_unit(args))
+
+
+def final_batch(args: Any) -> int:
+    """Returns the samples of a step, with `--step-batch-size-schedule` those of its last steps."""
+    schedule = getattr(args, "step_batch_size_schedule", None)
+    if not schedule:
+        return int(args.global_batch_size)
+    # The trainer's own size is then that of one micro-batch; "0:768 250B:1536" ends with 1536.
+    sizes = args.micro_batch_size, args.data_parallel_size
+    return StepBatchsizeNumMicroBatchesCalculator(*sizes, False, 1, schedule).global_batch_size
 
 
 def blend_of(paths: list[str] | None, flag: str) -> tuple[list[str], list[float] | None]:

@@ -7,20 +7,23 @@ import io
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.num_microbatches_calculator import ConstantNumMicroBatchesCalculator
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer, vocab_size_with_padding
 from megatron.training.arguments import parse_args, validate_args
 
 from megatron_dwm.config.flags import add_dwm_args
 from megatron_dwm.config.schema import DWMConfig
+from megatron_dwm.config.validation import raise_all
 from megatron_dwm.errors import DWMError, in_short
 from megatron_dwm.hosts.megatron_lm.build import resolve_shapes
-from megatron_dwm.hosts.megatron_lm.checks import argument_problems
+from megatron_dwm.hosts.megatron_lm.checks import argument_problems, final_batch
 from megatron_dwm.hosts.megatron_lm.planned_model import (
     language_model,
     layout_of,
@@ -28,6 +31,7 @@ from megatron_dwm.hosts.megatron_lm.planned_model import (
 )
 from megatron_dwm.meta_gradient.estimators import check_ahead, choose_lookahead, decide
 from megatron_dwm.meta_gradient.ghost import experts
+from megatron_dwm.meta_gradient.ghost.attention import DROPS_ATTENTION
 from megatron_dwm.meta_gradient.ghost.layer_rules import is_known_by_name
 from megatron_dwm.meta_gradient.ghost.recording import in_experts, not_covered
 from megatron_dwm.meta_gradient.optimizers.optimizer_rules import needs_gradient, refused_settings
@@ -47,7 +51,6 @@ from megatron_dwm.planning.model import (
 from megatron_dwm.planning.plan import plan_of
 from megatron_dwm.policies.head import LIMIT
 from megatron_dwm.step.plan import Schedule
-from megatron_dwm.weighting_model.scorer import micro_batches_at_once
 
 # Where some flags are allowed only on recent GPUs, the run is taken to have them.
 _HOPPER = (9, 0)
@@ -91,7 +94,8 @@ def planned(words: list[str], world_size: int) -> Planned:
         world_size: ranks of the run.
 
     Raises:
-        DWMError: flags that Megatron refuses, or a model that cannot be planned.
+        DWMError: flags that Megatron refuses, settings that cannot work, or a model that cannot be
+            planned.
     """
     with _started_as(words, world_size):
         return _planned(words)
@@ -103,8 +107,8 @@ def _planned(words: list[str]) -> Planned:
     if not config.enabled:
         raise DWMError("--dwm is missing, and without it the run is stock training; add --dwm")
     config = config.with_defaults()
+    raise_all(config.problems())
     refused = argument_problems(config, args)
-    refused += _of_this_machine(args)
     vocabulary = _vocabulary(args)
     model = language_model(args, vocabulary)
     config = resolve_shapes(config, args)
@@ -112,9 +116,7 @@ def _planned(words: list[str]) -> Planned:
     run = Run(
         model=model,
         layout=layout_of(args),
-        batch=Batch(
-            args.micro_batch_size, args.seq_length, args.global_batch_size, _meta_batch(config)
-        ),
+        batch=Batch(args.micro_batch_size, args.seq_length, final_batch(args), _meta_batch(config)),
         precision=_precision(args),
         weighting=_weighting(config, args, model, vocabulary),
         per_token=args.calculate_per_token_loss,
@@ -169,14 +171,23 @@ def _arguments(words: list[str]) -> tuple[Any, list[str]]:
             if unknown:
                 raise DWMError(f"{unknown[0]}: no such flag; megatron-dwm train --help lists them")
             validate_args(args)
+            # The trainer's own check, once the ranks have started.
+            ConstantNumMicroBatchesCalculator(
+                final_batch(args),
+                args.micro_batch_size,
+                args.data_parallel_size,
+                args.decrease_batch_size_if_needed,
+                rank=1,
+            )
     except DWMError:
         raise
     except (Exception, SystemExit) as error:
         said = printed.getvalue().strip().splitlines()
         if isinstance(error, SystemExit) and said:
             reason = said[-1].split("error: ")[-1]
-        elif isinstance(error, AssertionError) and str(error):
-            reason = " ".join(str(error).split())
+        elif isinstance(error, AssertionError):
+            asserted = traceback.extract_tb(error.__traceback__)[-1].line
+            reason = " ".join(str(error).split()) or str(asserted)
         else:
             reason = in_short(error)
         raise DWMError(f"Megatron refuses the flags: {reason}") from None
@@ -191,11 +202,11 @@ def _vocabulary(args: Any) -> int:
     """
     if args.padded_vocab_size:
         return int(args.padded_vocab_size)
-    model = args.tokenizer_model
+    file = args.tokenizer_model or args.vocab_file
     null = (args.tokenizer_type or "").startswith("Null")
     if args.vocab_size and not null:
         return int(vocab_size_with_padding(args.vocab_size, args, logging_enabled=False))
-    if null or (model is not None and os.path.exists(model)):
+    if null or (file and os.path.exists(file)):
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 build_tokenizer(args)
@@ -206,23 +217,12 @@ def _vocabulary(args: Any) -> int:
             ) from None
         return int(args.padded_vocab_size)
     found = f"--tokenizer-type {args.tokenizer_type}"
-    if model is not None:
-        found = f"--tokenizer-model {model}"
+    if file:
+        found = f"{'--tokenizer-model' if args.tokenizer_model else '--vocab-file'} {file}"
     raise DWMError(
         f"{found}: there is no such file here to count its vocabulary; give --padded-vocab-size N, "
         "or --vocab-size N"
     )
-
-
-def _of_this_machine(args: Any) -> list[str]:
-    """Returns what would be refused by the number of samples alone."""
-    unit = args.micro_batch_size * args.data_parallel_size
-    if args.global_batch_size % unit == 0:
-        return []
-    return [
-        f"--global-batch-size {args.global_batch_size} is not divisible by --micro-batch-size "
-        f"{args.micro_batch_size} times data parallel size {args.data_parallel_size}"
-    ]
 
 
 # ------------------------------------------------------------------------------------ what costs
@@ -259,14 +259,12 @@ def _weighting(config: DWMConfig, args: Any, model: Model, vocabulary: int) -> W
     regression = config.rule == "regression"
     return Weighting(
         weighs=config.scores,
-        trains=config.trains,
         ahead=config.needs.influence_ahead,
         exact=config.jacobian == "exact",
         keeps_gradient=needs_gradient(args.optimizer) or args.clip_grad > 0,
         head=head,
         regression=min(head, LIMIT),
         dwm=dwm,
-        together=1 if dwm is None else _together(config, args),
         updates=0 if dwm is None else 1 + regression * config.replay_steps,
         scorings=0 if dwm is None else regression * config.replay_steps,
         taught=taught,
@@ -276,23 +274,11 @@ def _weighting(config: DWMConfig, args: Any, model: Model, vocabulary: int) -> W
     )
 
 
-def _together(config: DWMConfig, args: Any) -> int:
-    shape = {"ffn_hidden_size": config.resolved_ffn_hidden_size}
-    return micro_batches_at_once(args, _Shape({**config.shape(), **shape}))
-
-
-class _Shape:
-    """Sizes as attributes."""
-
-    def __init__(self, sizes: dict[str, Any]) -> None:
-        vars(self).update(sizes)
-
-
 def _steps(args: Any) -> int | None:
     if args.train_iters:
         return int(args.train_iters)
     if args.train_samples:
-        return int(args.train_samples) // int(args.global_batch_size)
+        return int(args.train_samples) // final_batch(args)
     return None
 
 
@@ -313,11 +299,11 @@ def _methods(config: DWMConfig, args: Any, model: Model) -> tuple[list[Method], 
     uncovered = uncovered_parameters(args, model)
     try:
         estimator, reason = decide(config, uncovered, args)
+        own = Method(estimator, choose_lookahead(config, estimator, args))
         check_ahead(config, estimator, reason)
     except DWMError as error:
         asked = GHOST_CURRENT if config.lookahead in ("current", "auto") else GHOST_NEXT
         return [asked, DIFFERENCE], "refused", [*refused, str(error)]
-    own = Method(estimator, choose_lookahead(config, estimator))
     if config.estimator != "auto" or not config.trains:
         return [own] if config.trains else [], reason, refused
     if estimator == "ghost":
@@ -335,9 +321,16 @@ def uncovered_parameters(args: Any, model: Model) -> list[str]:
     """
     against = _against_experts(args) if args.num_experts else None
     against = against and in_experts(against)
+    drops = args.softmax_type == "learnable" and args.attention_dropout > 0
+    attention = "DotProductAttention"
+    if args.transformer_impl != "local":
+        attention = f"TE{attention}"
     found = []
     for stage in model.stages:
         for number, layer in enumerate(stage.layers):
+            if drops:
+                name = f"decoder.layers.{number}.self_attention.core_attention.softmax_offset"
+                found.append(not_covered(name, attention, f"of a {attention}: {DROPS_ATTENTION}"))
             parts: list[Matrix | Norm] = [*layer.norms, *layer.matrices]
             for part in parts:
                 why = against if layer.routed and part.name.startswith("mlp.") else None
@@ -373,6 +366,23 @@ def _notes(config: DWMConfig, args: Any) -> Iterator[str]:
         others = set(args.recompute_modules or []) - {"core_attn", "layernorm", "moe_act"}
         if others:
             yield f"recomputation of {', '.join(sorted(others))} is left out"
+    if args.step_batch_size_schedule:
+        yield f"--step-batch-size-schedule: steps are those of its end, {final_batch(args)} samples"
+    if args.window_size:
+        yield f"--window-size {args.window_size}: attention is counted over the whole square"
+    if args.softmax_type == "learnable":
+        yield (
+            "--softmax-type learnable: the offsets are left out, and so is the attention that "
+            "ghost runs once more for them"
+        )
+    if args.optimizer != "adam" or args.use_precision_aware_optimizer:
+        which = f"--optimizer {args.optimizer}"
+        if args.use_precision_aware_optimizer:
+            which = "--use-precision-aware-optimizer"
+        yield (
+            f"{which}: the trainer's memory counts Adam's state in float32, 12 bytes a parameter "
+            "in 16 bits, else 8"
+        )
     if args.num_experts:
         yield "tokens are taken to be spread evenly over experts"
     if args.fp8 or args.fp4:

@@ -15,6 +15,7 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from megatron_dwm.config.schema import DWMConfig
+from megatron_dwm.conversion.hf_folder import read_hf_config
 from megatron_dwm.errors import DWMError
 from megatron_dwm.planning.model import Layer, Layout, Matrix, Model, Norm, Stage
 from megatron_dwm.weighting_model.transformer import pipeline_layout
@@ -28,6 +29,7 @@ _UNKNOWN = (
     "moe_latent_size",
     "attention_output_gate",
     "mla_down_proj_fusion",
+    "mtp_num_layers",
     "yaml_cfg",
 )
 
@@ -116,16 +118,19 @@ def weighting_model(config: DWMConfig, args: Any, llm: Model, vocabulary: int) -
     """
     local = args.transformer_impl == "local"
     if config.init.startswith("llm:"):
-        layer = llm.stages[0].layers[0]
+        layer = next(stage.layers[0] for stage in llm.stages if stage.layers)
     else:
         heads = config.num_attention_heads
+        kv_channels = config.hidden_size // heads
+        if config.init.startswith("hf:"):
+            kv_channels = read_hf_config(config.init[3:]).kv_channels
         shape = SimpleNamespace(
             hidden_size=config.hidden_size,
             ffn_hidden_size=config.resolved_ffn_hidden_size,
             num_attention_heads=heads,
             num_query_groups=config.num_query_groups or heads,
             group_query_attention=True,
-            kv_channels=config.hidden_size // heads,
+            kv_channels=kv_channels,
             swiglu=True,
             add_bias_linear=False,
             add_qkv_bias=False,

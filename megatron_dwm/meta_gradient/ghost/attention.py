@@ -18,6 +18,8 @@ import torch
 
 from megatron_dwm.meta_gradient.ghost.rule import Call, Direction, Share
 
+DROPS_ATTENTION = "its passes drop attention, --attention-dropout"
+
 
 def softmax_offset(call: Call, grad: torch.Tensor, v: Direction, share: Share) -> torch.Tensor:
     """The offset `[h]`, of which each tensor-parallel rank has its own heads."""
@@ -65,4 +67,4 @@ def reason_against(module: torch.nn.Module) -> str | None:
         return None
     dropout = getattr(module, "attention_dropout", 0.0)
     rate = dropout.p if isinstance(dropout, torch.nn.Dropout) else dropout
-    return "its passes drop attention, --attention-dropout" if rate else None
+    return DROPS_ATTENTION if rate else None

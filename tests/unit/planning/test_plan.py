@@ -5,7 +5,10 @@ What the plan says of steps that are really taken is in tests/functional/test_pl
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,10 +18,19 @@ from megatron_dwm.hosts import cpu
 cpu.install()
 
 from megatron_dwm.config.schema import DWMConfig  # noqa: E402
+from megatron_dwm.hosts.megatron_lm import planned as planned_module  # noqa: E402
 from megatron_dwm.hosts.megatron_lm.checks import check_arguments  # noqa: E402
-from megatron_dwm.hosts.megatron_lm.planned import _arguments, _started_as, planned  # noqa: E402
+from megatron_dwm.hosts.megatron_lm.planned import (  # noqa: E402
+    _arguments,
+    _methods,
+    _started_as,
+    planned,
+)
+from megatron_dwm.hosts.megatron_lm.planned_model import weighting_model  # noqa: E402
 from megatron_dwm.hosts.unsupported import refusals  # noqa: E402
-from megatron_dwm.planning import traffic  # noqa: E402
+from megatron_dwm.planning import flops, traffic  # noqa: E402
+from megatron_dwm.planning.model import GHOST_CURRENT, GHOST_NEXT  # noqa: E402
+from tests.tiny_hf_models import MODELS  # noqa: E402
 
 COMMON = """
 --swiglu --normalization RMSNorm --disable-bias-linear --position-embedding-type rope
@@ -44,6 +56,8 @@ DEEPSEEK = f"""
 --decoder-last-pipeline-num-layers 2 --global-batch-size 15360 --padded-vocab-size 129280 {COMMON}
 """.split()
 
+MODEL = ["--dwm-form", "model"]
+
 # The last of two such flags counts.
 NO_TOKENIZER = [
     *(
@@ -54,6 +68,16 @@ NO_TOKENIZER = [
     ),
     *"--tokenizer-type HuggingFaceTokenizer --tokenizer-model no/such".split(),
 ]
+
+
+def arguments(words: list[str]) -> Any:
+    with _started_as(words, 1024):
+        return _arguments(words)[0]
+
+
+def without(flag: str) -> list[str]:
+    at = LLAMA.index(flag)
+    return LLAMA[:at] + LLAMA[at + 2 :]
 
 
 def method(plan: dict, name: str) -> dict:
@@ -196,8 +220,7 @@ def test_deepseek_bytes(deepseek: dict) -> None:
 def test_refused_lines_are_the_runs_own() -> None:
     words = [*LLAMA, "--context-parallel-size", "2", "--dwm-meta-batch-size", "7"]
     found = planned(words, 1024)
-    with _started_as(words, 1024):
-        args, _ = _arguments(words)
+    args = arguments(words)
     with pytest.raises(ValueError) as error:
         check_arguments(DWMConfig.from_args(args).with_defaults(), args)
     assert "; ".join(found.refused) == str(error.value)
@@ -231,6 +254,31 @@ def test_refused_estimators_and_optimizers() -> None:
             ["--world-size", "1024", *LLAMA, "--spec", "own", "spec"],
             "--spec ['own', 'spec']: builds",
         ),
+        (["--world-size", "1024", *LLAMA, "--mtp-num-layers", "1"], "--mtp-num-layers 1: builds"),
+        (["--world-size", "1024", *without("--micro-batch-size")], "assert args.micro_batch_size"),
+        (
+            [*"--world-size 1024 --eval-global-batch-size 1024".split(), *LLAMA]
+            + ["--global-batch-size", "1000"],
+            "global batch size (1000) is not divisible",
+        ),
+        (
+            ["--world-size", "1024", *without("--global-batch-size")]
+            + ["--step-batch-size-schedule", "256"],
+            'Invalid schedule entry "256"',
+        ),
+        (
+            ["--world-size", "1024", *LLAMA, *MODEL, "--dwm-num-attention-heads", "0"],
+            "--dwm-num-attention-heads is 0; it must be above 0",
+        ),
+        (
+            ["--world-size", "1024", *LLAMA, *MODEL, "--dwm-init", "llm:x"],
+            "--dwm-init is 'llm:x'; allowed are",
+        ),
+        (
+            ["--world-size", "1024", *NO_TOKENIZER, "--tokenizer-type", "GPT2BPETokenizer"]
+            + ["--tokenizer-model", "", "--vocab-file", "no/such"],
+            "--vocab-file no/such: there is no such",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -241,6 +289,125 @@ def test_bad_input_is_one_line(
     out, error = capsys.readouterr()
     assert out == "" and len(error.splitlines()) == 1
     assert error.startswith("megatron-dwm plan: error: ") and message in error
+
+
+# --- what flags change ----------------------------------------------------------------------------
+
+
+def test_batch_is_the_schedules_last() -> None:
+    words = without("--global-batch-size")
+    found = planned([*words, "--step-batch-size-schedule", "0:256,1B:1K"], 128).run
+    assert found.batch.samples == 1000 and found.batch.meta_samples == 248
+    assert any("schedule" in note and "1000 samples" in note for note in found.notes)
+
+
+def test_steps_are_counted_in_the_schedules_last_batch() -> None:
+    words = " ".join(without("--global-batch-size")).replace("--train-iters 10000", "").split()
+    words += ["--train-samples", "65536"]
+    shares = [
+        planned([*words, *batch], 1024).run.weighting.share
+        for batch in (
+            ["--step-batch-size-schedule", "0:256 1B:1024"],
+            ["--global-batch-size", "1024"],
+        )
+    ]
+    assert shares[0] == shares[1]
+
+
+def test_block_recomputation_is_of_each_virtual_stage() -> None:
+    """2 stages of 4 chunks of 4 layers: 1 layer of each chunk is a quarter."""
+    words = [*LLAMA, *"--pipeline-model-parallel-size 2".split()]
+    words += "--num-layers-per-virtual-pipeline-stage 4".split()
+    full = "--recompute-granularity full --recompute-num-layers 1 --recompute-method".split()
+    plain, block, uniform = (
+        planned(flags, 1024).run
+        for flags in (words, [*words, *full, "block"], [*words, *full, "uniform"])
+    )
+    assert plain.layout.vp == 4
+
+    def again(run: Any) -> tuple[float, float]:
+        once = flops.micro_batch(run.model, run.model.stages[0], run)
+        sent = traffic.micro_batch(run.model, run, 0, traffic.TRAINING)
+        before = traffic.micro_batch(plain.model, plain, 0, traffic.TRAINING)
+        return once.again, sent.bytes[traffic.TP] - before.bytes[traffic.TP]
+
+    assert again(plain) == (0.0, 0.0) and min(again(uniform)) > 0
+    assert again(block) == pytest.approx([part / 4 for part in again(uniform)])
+
+
+def test_weighting_model_after_a_first_stage_without_layers() -> None:
+    layout = ["--pipeline-model-parallel-layout", "E|t*16|t*16|L"]
+    words = [*LLAMA, *layout, *MODEL, "--dwm-init", "llm:2"]
+    found = planned(words, 1024)
+    assert found.plan()["model"]["layers_by_stage"] == [0, 16, 16, 0]
+    dwm = found.run.weighting.dwm
+    assert dwm is not None and dwm.parameters() == 2 * (LINEAR + 2 * H) + V * H + H
+
+
+def test_weighting_model_of_a_folder_has_its_head_dimension(tmp_path: Path) -> None:
+    kind, config = MODELS["llama"]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **config}))
+    own = DWMConfig(
+        init=f"hf:{tmp_path}", hidden_size=32, num_attention_heads=4, num_query_groups=2
+    )
+    run = planned(LLAMA, 1024).run
+    found = weighting_model(own, arguments(LLAMA), run.model, V).stages[0].layers[0]
+    assert found.matrices[0].rows == (4 + 2 * 2) * 12 and found.attention == 2 * 4 * 12
+
+
+def test_lookahead_heeds_the_losses_that_are_left_out() -> None:
+    args, model = arguments(LLAMA), planned(LLAMA, 1024).run.model
+    config = DWMConfig(enabled=True, mtp="plain").with_defaults()
+    assert _methods(config, args, model)[0][0] == GHOST_CURRENT
+    args.mtp_num_layers = 1
+    assert _methods(config, args, model)[0][0] == GHOST_NEXT
+    current = dataclasses.replace(config, lookahead="current")
+    (line,) = _methods(current, args, model)[2]
+    assert line.startswith("--dwm-lookahead current reads the influence off the training pass")
+
+
+@pytest.mark.parametrize(
+    ("impl", "kind"),
+    [("local", "DotProductAttention"), ("transformer_engine", "TEDotProductAttention")],
+)
+def test_softmax_offset_is_covered_without_dropout_alone(impl: str, kind: str) -> None:
+    words = [*LLAMA, "--transformer-impl", impl, "--softmax-type", "learnable"]
+    found = planned([*words, "--attention-dropout", "0.1"], 1024)
+    assert found.reason == (
+        "auto; ghost does not cover the parameter "
+        f"decoder.layers.0.self_attention.core_attention.softmax_offset (of a {kind}: its passes "
+        "drop attention, --attention-dropout)"
+    )
+    found = planned([*words, "--attention-dropout", "0"], 1024)
+    assert found.methods[0] == GHOST_CURRENT
+    assert any(note.startswith("--softmax-type learnable: the offsets") for note in found.run.notes)
+
+
+def test_vocabulary_is_counted_by_its_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def build(args: Any) -> None:
+        args.padded_vocab_size = 512
+
+    monkeypatch.setattr(planned_module, "build_tokenizer", build)
+    words = [*NO_TOKENIZER[:-4], "--tokenizer-type", "GPT2BPETokenizer"]
+    embedding = planned([*words, "--vocab-file", str(tmp_path)], 1024).run.model.stages[0].embedding
+    assert embedding is not None and embedding.rows == 512
+
+
+@pytest.mark.parametrize(
+    ("flags", "note"),
+    [
+        ("--window-size (128,0)", "--window-size (128, 0): attention is counted over the whole"),
+        ("--optimizer sgd", "--optimizer sgd: the trainer's memory counts Adam's"),
+    ],
+)
+def test_what_the_figures_leave_out_is_noted(flags: str, note: str) -> None:
+    assert not any(found.startswith(note) for found in planned(LLAMA, 1024).run.notes)
+    assert any(
+        found.startswith(note) for found in planned([*LLAMA, *flags.split()], 1024).run.notes
+    )
+
+
+# --- the command ----------------------------------------------------------------------------------
 
 
 def test_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:

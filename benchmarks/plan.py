@@ -78,7 +78,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "moe-pp2-dp2": (f"{LLAMA} {MOE} --pipeline-model-parallel-size 2", ALL),
     "moe-ep2": (
         f"{LLAMA} {MOE} --expert-model-parallel-size 2 --use-distributed-optimizer",
-        ["finite_difference next"],
+        ALL,
     ),
     "model-tp2-dp2": (
         f"{LLAMA} --tensor-model-parallel-size 2 --dwm-form model --dwm-rule chain "

@@ -317,10 +317,26 @@ def refuse_unsupported(argv: list[str]) -> None:
             )
 
 
+def refuse_lost_masks(args: Namespace) -> None:
+    """Exits where pipeline stages would not be given the mask that keeps documents apart.
+
+    Only the first and the last stage read data. In the others tokens would see the documents
+    before their own, and nothing would tell.
+    """
+    stages = args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1)
+    if args.reset_attention_mask and stages > 2:
+        raise SystemExit(
+            f"--reset-attention-mask is not supported by pretrain_dwm.py with {stages} pipeline "
+            "stages (virtual ones counted): only the first and the last are given the mask. Use "
+            "at most 2, or leave it out."
+        )
+
+
 def main() -> None:
     """Parses the flags, builds the config and hands the three parts to the trainer."""
     refuse_unsupported(sys.argv[1:])
     args = parse_and_validate_args(extra_args_provider=megatron_dwm.add_dwm_args)
+    refuse_lost_masks(args)
     # The trainer's builder turns this config into a model for each (virtual) pipeline stage,
     # with the layer spec that --transformer-impl, --spec and the model's flags ask for.
     hybrid = args.hybrid_layer_pattern is not None

@@ -162,6 +162,34 @@ def gather_moments(part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor
     return torch.stack(found)
 
 
+def gather_routing(part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """All-gathers the routing of each rank that shares the experts of an MoE layer.
+
+    Args:
+        part: `[...]`, in one shape on all of them, as micro-batches are.
+        group: expert tensor parallel x expert parallel.
+
+    Returns:
+        `[ranks, ...]`, the same on every rank of the group.
+    """
+    _count("gather_routing", part, group)
+    size = dist.get_world_size(group)
+    whole = torch.empty((size, *part.shape), dtype=part.dtype, device=part.device)
+    dist.all_gather_into_tensor(whole.flatten(0, 1), part.contiguous(), group=group)
+    return whole
+
+
+def sum_over_experts(value: torch.Tensor, ep_group: dist.ProcessGroup) -> torch.Tensor:
+    """Sums, in place, what each rank's experts found for the samples of all replicas.
+
+    Once: an expert is on one rank of the group, or its parts are on tensor-parallel ranks, which
+    are summed over with everything else.
+    """
+    _count("sum_over_experts", value, ep_group)
+    dist.all_reduce(value, group=ep_group)
+    return value
+
+
 def start_sum_over_data_parallel(value: torch.Tensor, dp_group: dist.ProcessGroup) -> Any:
     """Starts summing, in place, what each data-parallel rank found on its own samples.
 

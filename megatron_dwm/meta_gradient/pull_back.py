@@ -84,9 +84,9 @@ class InnerStep:
             if not mine and self.layer_wise:
                 parameter.main_grad.zero_()
             for shard, clipped in mine:
-                h = shard.grad_slice()
-                h.copy_(rule_of(shard).pull_back(shard, self.lrs[id(shard.group)], clipped, h))
-                if clipped is not None:
+                h, rule = shard.grad_slice(), rule_of(shard)
+                h.copy_(rule.pull_back(shard, self.lrs[id(shard.group)], clipped, h))
+                if clipped is not None and rule.needs_gradient:
                     # The batch has no gradient there (a token that it does not contain), so no
                     # sample of it that has a weight has: <v, g_i> is the same. Adam's dU/dG can be
                     # lr / eps there, which would leave a finite difference along v nothing of all

@@ -190,6 +190,8 @@ def _of_experts(
     p, layout = run.precision.parameter, run.layout
     tokens = positions / layout.sequence_share
     ways = forwards + (1.0 if kind.backward else 0.0)
+    if kind.ghost:  # which rank's tokens an expert's rows are, `ghost.experts`
+        found.add("all_gather", TP_EP, 2 * tokens * layer.experts * p, forwards)
     if model.dispatcher == "allgather":
         both = layout.ep * layout.etp
         found.add("all_gather", TP_EP, tokens * layer.experts, forwards)

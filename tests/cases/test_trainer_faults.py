@@ -6,10 +6,12 @@ Right values are those of stock Megatron (its parser, its schedules) or of Pytho
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +32,7 @@ from megatron_dwm.core import agreement  # noqa: E402
 from megatron_dwm.core import contexts as guards  # noqa: E402
 from megatron_dwm.errors import DWMError  # noqa: E402
 from megatron_dwm.hosts.megatron_lm import attach, checks  # noqa: E402
+from tests.functional.harness import ROOT  # noqa: E402
 
 
 def trainee(**config):
@@ -264,3 +267,16 @@ def test_an_error_that_nobody_thought_of_is_told_with_its_type(
     for agree in (agreement.on_each_rank, agreement.on_first_rank):
         assert Ranks(monkeypatch).all(agree, call) == [(DWMError, "KeyError: 'stages'")] * 3
         assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("pp", "vp", "lost"), [(1, None, False), (2, None, False), (2, 2, True)])
+def test_masks_of_documents_reach_every_stage_or_are_refused(pp, vp, lost) -> None:
+    """Stages between the first and the last read no data; gradients were off by a third."""
+    script = runpy.run_path(str(ROOT / "examples" / "pretrain_dwm.py"), run_name="not main")
+    args = SimpleNamespace(
+        reset_attention_mask=True,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vp,
+    )
+    with pytest.raises(SystemExit, match="--reset-attention-mask") if lost else nullcontext():
+        script["refuse_lost_masks"](args)

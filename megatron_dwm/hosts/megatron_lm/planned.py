@@ -346,11 +346,8 @@ def _against_experts(args: Any) -> str | None:
     if grouped and args.use_transformer_engine_op_fuser:
         return "--use-transformer-engine-op-fuser"
     layout = layout_of(args)
-    if layout.ep > 1 or layout.etp > 1:
-        return experts.SPREAD_EXPERTS
-    if layout.tp > 1:
-        return experts.SPREAD_TOKENS
-    return experts.reason_by_settings(args)
+    spread = experts.Spread(layout.tp, layout.etp, layout.ep, args.sequence_parallel)
+    return experts.reason_by_settings(args, spread)
 
 
 def _notes(config: DWMConfig, args: Any) -> Iterator[str]:

@@ -4,6 +4,10 @@ A router's rows are the tokens in their order; an expert's rows are the tokens t
 it, in their order. Which sample a row is of follows from the routing map, which hooks of their own
 read while a pass is recorded; the layers themselves are ordinary linear ones.
 
+Experts may be spread over ranks. An expert's rows then come from several replicas: every rank is
+told the routing of all ranks that share the experts, knows by it which rows its experts get, and
+the terms of other replicas' samples are handed over when the passes are done.
+
     router    p = route(x W^T)    <v, g_i> = sum_t <d_t, V x_t>,  d = (dp/dlogits)^T dl/dp
     expert    as any linear layer, row by row; the last bias is added times p
 
@@ -17,7 +21,7 @@ Shapes: s tokens, b samples, t = s b, E experts, h hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,12 +29,16 @@ from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
+from megatron_dwm.core import collectives
 from megatron_dwm.meta_gradient.ghost.linear import linear_dot
 from megatron_dwm.meta_gradient.ghost.rule import ByRow, Call, Direction, Share
 
 # Balancing that chooses experts by the logits of each token alone.
 _BALANCING = {"none", "aux_loss", "seq_aux_loss", "global_aux_loss"}
+# Of those that spread tokens over ranks, the ones whose order of an expert's rows is known.
+_DISPATCHERS = {"alltoall", "allgather"}
 # Settings under which rows or probabilities are not what is computed again here.
 _OFF = (
     "moe_input_jitter_eps",
@@ -48,8 +56,25 @@ _OFF = (
     "fp4",
 )
 
-SPREAD_EXPERTS = "its experts are spread over ranks"
-SPREAD_TOKENS = "its tokens are spread over tensor-parallel ranks"
+SPREAD_TOKENS = "its tokens are spread over tensor-parallel ranks, each of which has all experts"
+SPREAD_BIASES = "its experts have biases, and tensor-parallel ranks share an expert"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Over how many ranks an MoE layer is spread.
+
+    Attributes:
+        tp: tensor parallelism of the layers around it.
+        etp: that of an expert.
+        ep: expert parallelism.
+        sequence_parallel: whether tensor-parallel ranks have different tokens.
+    """
+
+    tp: int
+    etp: int
+    ep: int
+    sequence_parallel: bool
 
 
 def reason_against(layer: torch.nn.Module) -> str | None:
@@ -63,21 +88,27 @@ def reason_against(layer: torch.nn.Module) -> str | None:
         return f"its experts are a {type(layer.experts).__name__}"
     if type(layer.experts) is TEGroupedMLP and config.use_transformer_engine_op_fuser:
         return "--use-transformer-engine-op-fuser"
-    for name in ("ep_group", "tp_group"):
-        group = getattr(layer.experts, name, None)
-        if group is not None and group.size() > 1:
-            return SPREAD_EXPERTS
-    if layer.tp_group.size() > 1:
-        return SPREAD_TOKENS
-    return reason_by_settings(config)
+    dispatcher = layer.token_dispatcher
+    spread = Spread(
+        layer.tp_group.size(), dispatcher.tp_size, dispatcher.ep_size, config.sequence_parallel
+    )
+    return reason_by_settings(config, spread)
 
 
-def reason_by_settings(config: Any) -> str | None:
+def reason_by_settings(config: Any, spread: Spread) -> str | None:
     """Returns which setting stands against it; None where none does.
 
     Args:
         config: the LLM's `TransformerConfig`, or what has its fields.
+        spread: over how many ranks it is spread.
     """
+    if spread.tp > 1 and (not spread.sequence_parallel or spread.etp == spread.ep == 1):
+        return SPREAD_TOKENS
+    if spread.etp > 1 and config.add_bias_linear:
+        return SPREAD_BIASES
+    kind = config.moe_token_dispatcher_type
+    if spread.etp * spread.ep > 1 and kind not in _DISPATCHERS:
+        return f"--moe-token-dispatcher-type {kind}"
     found = config.moe_router_load_balancing_type
     kinds = set(found if isinstance(found, list) else [found])
     if not kinds <= _BALANCING:
@@ -133,9 +164,7 @@ class Rows:
         for layer in model.modules():
             if isinstance(layer, MoELayer) and reason_against(layer) is None:
                 yield layer.router.register_forward_pre_hook(self._tokens(), with_kwargs=True)
-                yield layer.router.register_forward_hook(
-                    self._routed(layer.experts), with_kwargs=True
-                )
+                yield layer.router.register_forward_hook(self._routed(layer), with_kwargs=True)
 
     def of(self, module: torch.nn.Module) -> ByRow | None:
         """Returns the rows of a layer, None for one whose samples are in their order."""
@@ -149,20 +178,30 @@ class Rows:
 
         return note
 
-    def _routed(self, experts: Any) -> Callable[..., None]:
+    def _routed(self, layer: MoELayer) -> Callable[..., None]:
+        experts, dispatcher = layer.experts, layer.token_dispatcher
+        ours = slice(dispatcher.local_expert_indices[0], dispatcher.local_expert_indices[-1] + 1)
+
         def note(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             tokens = self._of[id(module)]
+            probabilities, routing = output[0].detach(), output[1].bool()
+            rows = replace(tokens, count=tokens.count * dispatcher.ep_size)
+            if dispatcher.tp_size * dispatcher.ep_size > 1:
+                routing, probabilities = _of_all_ranks(dispatcher, routing, probabilities)
+                rows = replace(rows, samples=_samples_of_all(dispatcher, tokens))
+            if dispatcher.ep_size > 1:
+                rows = replace(rows, replicas=dispatcher.ep_group)
             # Each expert's tokens in their order, expert by expert: [E, t].
-            chosen = output[1].bool().t()
-            samples = tokens.samples.expand_as(chosen)[chosen]
-            scale = output[0].detach().t()[chosen]
+            chosen = routing[:, ours].t()
+            samples = rows.samples.expand_as(chosen)[chosen]
+            scale = probabilities[:, ours].t()[chosen]
             if type(experts) is TEGroupedMLP:
-                self._set(experts, ByRow(samples, tokens.count), scale)
+                self._set(experts, replace(rows, samples=samples), scale)
                 return
             sizes = chosen.sum(1).tolist()
             each = zip(experts.local_experts, samples.split(sizes), scale.split(sizes), strict=True)
             for expert, own, own_scale in each:
-                self._set(expert, ByRow(own, tokens.count), own_scale)
+                self._set(expert, replace(rows, samples=own), own_scale)
 
         return note
 
@@ -171,3 +210,37 @@ class Rows:
         for layer in expert.modules():
             self._of[id(layer)] = rows
         self._of[id(expert.linear_fc2)] = replace(rows, bias_scale=scale)
+
+
+def _of_all_ranks(
+    dispatcher: Any, routing: torch.Tensor, probabilities: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns `[ranks t, E]` of all ranks that share the experts, in the order of their tokens."""
+    found = collectives.gather_routing(
+        torch.stack([routing.to(probabilities.dtype), probabilities]), dispatcher.tp_ep_group
+    )
+    # [ranks, 2, t, E] -> [2, ranks t, E]
+    routing, probabilities = _in_order(dispatcher, found).transpose(0, 1).flatten(1, 2)
+    return routing.bool(), probabilities
+
+
+def _samples_of_all(dispatcher: Any, tokens: ByRow) -> torch.Tensor:
+    """Returns `[ranks t]`, the sample of each token: replica by replica, `ep b` in all."""
+    replicas = torch.arange(dispatcher.ep_size, device=tokens.samples.device)
+    of_replica = tokens.samples + tokens.count * replicas.view(-1, 1, 1)
+    # [ep, tp, t], as the ranks of the group are numbered.
+    of_rank = of_replica.expand(-1, dispatcher.tp_size, -1)
+    return _in_order(dispatcher, of_rank.flatten(0, 1)).flatten()
+
+
+def _in_order(dispatcher: Any, by_rank: torch.Tensor) -> torch.Tensor:
+    """Returns `[ranks, ...]` in the order in which an expert gets the ranks' tokens.
+
+    All-gather: as the ranks are numbered, tensor-parallel ones next to each other. All-to-all
+    fetches the tokens over the replicas first, and then over tensor-parallel ranks.
+    """
+    if not isinstance(dispatcher, MoEAlltoAllTokenDispatcher):
+        return by_rank
+    return (
+        by_rank.unflatten(0, (dispatcher.ep_size, dispatcher.tp_size)).transpose(0, 1).flatten(0, 1)
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -46,7 +47,7 @@ def column_linear(call: Call, grad: torch.Tensor, v: Direction, share: Share) ->
     module, group, x = call.module, tensor_parallel_group(call.module), call.x
     if getattr(module, "gather_output", False):
         grad = own_part(grad, group)
-    if module.sequence_parallel and group is not None:
+    if _spreads_tokens(module):
         x = collectives.gather_sequence(x, group)
     return _linear(call, x, grad, v) + bias_dot(call, grad, v, share)
 
@@ -58,9 +59,18 @@ def row_linear(call: Call, grad: torch.Tensor, v: Direction, share: Share) -> to
     bias = bias_dot(call, grad, v, share)
     if not getattr(module, "input_is_parallel", True):
         x = own_part(x, group)
-    if module.sequence_parallel and group is not None:
+    if _spreads_tokens(module):
         grad = collectives.gather_sequence(grad, group)
     return _linear(call, x, grad, v) + bias
+
+
+def _spreads_tokens(module: Any) -> bool:
+    """Whether tensor-parallel ranks have different tokens outside the layer, and it gathers them.
+
+    An expert's tokens are gathered before it is called.
+    """
+    spread = module.sequence_parallel and tensor_parallel_group(module) is not None
+    return spread and not getattr(module, "explicit_expert_comm", False)
 
 
 def norm_column_linear(call: Call, grad: torch.Tensor, v: Direction, share: Share) -> torch.Tensor:
@@ -79,7 +89,7 @@ def norm_column_linear(call: Call, grad: torch.Tensor, v: Direction, share: Shar
     if v_gamma is not None or v_beta is not None:
         zero = torch.zeros_like(gamma)
         by_norm = normalise(zero if v_gamma is None else v_gamma, v_beta)
-    if module.sequence_parallel and group is not None:
+    if _spreads_tokens(module):
         y = collectives.gather_sequence(y, group)
         by_norm = None if by_norm is None else collectives.gather_sequence(by_norm, group)
     total = _linear(call, y, grad, v) + bias_dot(call, grad, v, share)

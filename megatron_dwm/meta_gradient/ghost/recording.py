@@ -73,6 +73,8 @@ class Ghost:
         have equal gradients on all its ranks and count on the first only.
         """
         tp = self.groups.tp
+        if not getattr(parameter, "allreduce", True):
+            return 1.0  # of an expert, which this rank alone has, or a part of it
         if tp.size() == 1 or getattr(parameter, "tensor_model_parallel", False):
             return 1.0
         if getattr(parameter, "average_gradients_across_tp_domain", False):
@@ -108,20 +110,22 @@ class Ghost:
                 if isinstance(module, VocabParallelEmbedding | torch.nn.Embedding):
                     handles.append(module.register_forward_hook(_begin_graph))
         found = torch.zeros(shape, dtype=torch.float32, device=self.device)
+        foreign: dict[tuple[int, int], tuple[torch.Tensor, Any]] = {}
         rows = experts.Rows()
         for chunk in self.chunks:
             handles += rows.hooks(chunk)
             handles += fused.hooks(chunk, handles)
         passes, seen = [0] * len(self.chunks), [0] * len(self.layers)
         for row, (_, _, module, rule) in enumerate(self.layers):
-            hook = self._hook(row, rule, v, found, seen, num_microbatches, rows, handles)
+            hook = self._hook(row, rule, v, found, foreign, seen, num_microbatches, rows, handles)
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
         for number, chunk in enumerate(self.chunks):
             handles.append(chunk.register_forward_pre_hook(_counter(passes, number)))
 
         def total() -> torch.Tensor:
             self._check(passes, seen, num_microbatches)
-            return found.double().sum(0).float().view(-1)
+            local = found.double().sum(0)
+            return (local + _handed_over(foreign, local)).float().view(-1)
 
         try:
             yield total
@@ -158,6 +162,7 @@ class Ghost:
         rule: GhostRule,
         v: Direction,
         found: torch.Tensor,
+        foreign: dict[tuple[int, int], tuple[torch.Tensor, Any]],
         seen: list[int],
         num_microbatches: int,
         rows: experts.Rows,
@@ -197,7 +202,12 @@ class Ghost:
                         this_rank_only=True,
                     )
                 with torch.no_grad():
-                    found[place, k] = rule.formula(call, grad, v, self.share)
+                    terms = rule.formula(call, grad, v, self.share)
+                group = getattr(samples, "replicas", None)
+                if group is None:
+                    found[place, k] = terms
+                else:
+                    foreign[place, k] = terms, group
                 seen[row] += 1
 
             # To be removed with the others: a graph may outlive the step (that of an MoE layer's
@@ -214,6 +224,24 @@ class Ghost:
                 handles.append(output.register_hook(record))
 
         return hook
+
+
+def _handed_over(
+    foreign: dict[tuple[int, int], tuple[torch.Tensor, Any]], like: torch.Tensor
+) -> torch.Tensor:
+    """Returns what the experts of all ranks found for this rank's samples, `[m, b]` float64.
+
+    Args:
+        foreign: by layer and micro-batch `[ep b]` terms of all replicas' samples, and their group.
+        like: a tensor of the result's shape.
+    """
+    if not foreign:
+        return torch.zeros_like(like)
+    group = next(group for _, group in foreign.values())
+    total = like.new_zeros(like.size(0), group.size(), like.size(1))
+    for (_, k), (terms, _) in foreign.items():
+        total[k] += terms.double().view(group.size(), -1)
+    return collectives.sum_over_experts(total, group)[:, group.rank()]
 
 
 def _calls_in_a_pass(config: Any, chunk: torch.nn.Module, name: str) -> int:

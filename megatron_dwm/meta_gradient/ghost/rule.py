@@ -13,7 +13,7 @@ embeddings `[b, s, h]`. Under sequence parallelism a norm sees `[s / tp, b, h]`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -65,18 +65,20 @@ class ByRow:
 
     Attributes:
         samples: `[rows]` integers, the sample of each row; -1 for rows of padding.
-        count: b.
+        count: b; with `replicas` that of all of them, replica by replica.
         bias_scale: `[rows]`, what multiplies a bias that is added behind the layer; None: nothing.
+        replicas: the group of ranks whose samples have rows here; None: this rank's alone.
     """
 
     samples: torch.Tensor
     count: int
     bias_scale: torch.Tensor | None = None
+    replicas: Any = None
 
     def of(self, rows: slice) -> ByRow:
         """Returns the map of some of the rows."""
         scale = None if self.bias_scale is None else self.bias_scale[rows]
-        return ByRow(self.samples[rows], self.count, scale)
+        return replace(self, samples=self.samples[rows], bias_scale=scale)
 
     def dot(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """As `SampleMap.dot`."""
@@ -91,6 +93,7 @@ class ByRow:
 
     def problem(self, grad: torch.Tensor, samples: int) -> str | None:
         """As `SampleMap.problem`."""
+        samples *= 1 if self.replicas is None else self.replicas.size()
         if (grad.size(0), self.count) == (self.samples.numel(), samples):
             return None
         return f"shape {list(grad.shape)}, not {self.samples.numel()} rows of {samples} samples"

@@ -1,6 +1,6 @@
 """Loss, gradient and influence at random layouts are those of one process in float64.
 
-A dozen cases by default; `make test-extended` takes 200. LAYOUTS=n and LAYOUT_SEED=n draw others.
+Eight cases by default; `make test-extended` takes 200. LAYOUTS=n and LAYOUT_SEED=n draw others.
 
 What this does not exercise: context parallelism (Megatron's local attention has none), more than
 four ranks, and 16-bit parameters.
@@ -20,7 +20,7 @@ from tests.distributed.cases import correlation, relative_error
 from tests.distributed.layout_cases import Case, Setting, draw
 from tests.functional.harness import ROOT, torchrun
 
-COUNT = 200 if os.environ.get("MEGATRON_DWM_TEST_EXTENDED") == "1" else 12
+COUNT = 200 if os.environ.get("MEGATRON_DWM_TEST_EXTENDED") == "1" else 8
 CASES = draw(int(os.environ.get("LAYOUTS", COUNT)), int(os.environ.get("LAYOUT_SEED", "0")))
 
 

@@ -342,7 +342,7 @@ def meta_step(run: Run, stage: int, method: Method) -> dict[str, float]:
         found.add("all_reduce", WORLD, _DOUBLE * numbers)
     elif method.lookahead == "next":
         found.take(micro_batch(run.model, run, stage, INPUTS_ONLY), count)
-    elif run.layout.sequence_parallel:
+    else:
         found.take(_ghost_alone(run, stage), count)
     found.take(_values(run, stage, local, last, method.estimator == "ghost"))
     # E
@@ -378,6 +378,9 @@ def _values(run: Run, stage: int, local: int, last: bool, summed: bool = True) -
     found = Sent(run.layout)
     if summed:
         found.add("all_reduce", TP_PP, local * _FLOAT)
+        if any(layer.routed for layer in run.model.stages[stage].layers):
+            # What an expert's rows of other replicas come to.
+            found.add("all_reduce", EP, local * run.layout.ep * _DOUBLE)
     if last:
         found.add("all_gather", DP, local * _FLOAT)
         if run.per_token:

@@ -496,7 +496,7 @@ def test_verify_sees_a_wrong_export(single: dict[str, Any]) -> None:
 def test_verify_names_bad_input(single: dict[str, Any]) -> None:
     for name, said in (
         ("nothing", "has no config.json"),
-        ("classifier", "is no complete language model"),
+        ("classifier", "is not a complete language model"),
         ("data", "gone"),
         ("tokens", "--tokens is 1"),
     ):

@@ -396,7 +396,7 @@ def test_vocabulary_is_counted_by_its_file(monkeypatch: pytest.MonkeyPatch, tmp_
 @pytest.mark.parametrize(
     ("flags", "note"),
     [
-        ("--window-size (128,0)", "--window-size (128, 0): attention is counted over the whole"),
+        ("--window-size (128,0)", "--window-size (128, 0): attention is counted over the full"),
         ("--optimizer sgd", "--optimizer sgd: the trainer's memory counts Adam's"),
     ],
 )

@@ -91,47 +91,47 @@ class Megatron:
         self.replicas = groups.dp.size()
 
     def gather_samples(self, local: torch.Tensor) -> torch.Tensor:
-        """As `Topology.gather_samples`."""
+        """See `Topology.gather_samples`."""
         return collectives.gather_samples(local, self.groups.dp)
 
     def own_samples(self, values: torch.Tensor) -> torch.Tensor:
-        """As `Topology.own_samples`."""
+        """See `Topology.own_samples`."""
         return values.chunk(self.replicas)[self.groups.dp.rank()]
 
     def sum_over_samples(self, value: torch.Tensor) -> torch.Tensor:
-        """As `Topology.sum_over_samples`."""
+        """See `Topology.sum_over_samples`."""
         return collectives.sum_over_data_parallel(value, self.groups.dp)
 
     def start_sum_over_samples(self, value: torch.Tensor) -> Any:
-        """As `Topology.start_sum_over_samples`."""
+        """See `Topology.start_sum_over_samples`."""
         return collectives.start_sum_over_data_parallel(value, self.groups.dp)
 
     def start_largest_over_samples(self, value: torch.Tensor) -> Any:
-        """As `Topology.start_largest_over_samples`."""
+        """See `Topology.start_largest_over_samples`."""
         return collectives.start_largest(value, self.groups.dp)
 
     def sum_over_parts(self, value: torch.Tensor) -> torch.Tensor:
-        """As `Topology.sum_over_parts`."""
+        """See `Topology.sum_over_parts`."""
         return collectives.sum_over_model_parallel(value, self.groups.mp)
 
     def own_positions(self, positions: torch.Tensor) -> torch.Tensor:
-        """As `Topology.own_positions`."""
+        """See `Topology.own_positions`."""
         return positions.chunk(self.groups.tp.size())[self.groups.tp.rank()]
 
     def gather_parts_of_states(self, part: torch.Tensor) -> torch.Tensor:
-        """As `Topology.gather_parts_of_states`."""
+        """See `Topology.gather_parts_of_states`."""
         return _gathered(part, self.groups.tp)
 
     def gather_parts_of_context(self, part: torch.Tensor) -> torch.Tensor:
-        """As `Topology.gather_parts_of_context`."""
+        """See `Topology.gather_parts_of_context`."""
         return _gathered(part, self.groups.cp)
 
     def make_equal(self, value: torch.Tensor) -> torch.Tensor:
-        """As `Topology.make_equal`."""
+        """See `Topology.make_equal`."""
         return collectives.broadcast_over_tensor_parallel(value, self.groups.tp)
 
     def any_of_peers(self, flags: torch.Tensor) -> torch.Tensor:
-        """As `Topology.any_of_peers`."""
+        """See `Topology.any_of_peers`."""
         if self.groups.tp.size() == 1:
             return flags
         return collectives.largest(flags.int(), self.groups.tp).bool()
@@ -144,47 +144,47 @@ class OneProcess:
     replicas = 1
 
     def gather_samples(self, local: torch.Tensor) -> torch.Tensor:
-        """As `Topology.gather_samples`."""
+        """See `Topology.gather_samples`."""
         return local
 
     def own_samples(self, values: torch.Tensor) -> torch.Tensor:
-        """As `Topology.own_samples`."""
+        """See `Topology.own_samples`."""
         return values
 
     def sum_over_samples(self, value: torch.Tensor) -> torch.Tensor:
-        """As `Topology.sum_over_samples`."""
+        """See `Topology.sum_over_samples`."""
         return value
 
     def start_sum_over_samples(self, value: torch.Tensor) -> Any:
-        """As `Topology.start_sum_over_samples`."""
+        """See `Topology.start_sum_over_samples`."""
         return None
 
     def start_largest_over_samples(self, value: torch.Tensor) -> Any:
-        """As `Topology.start_largest_over_samples`."""
+        """See `Topology.start_largest_over_samples`."""
         return None
 
     def sum_over_parts(self, value: torch.Tensor) -> torch.Tensor:
-        """As `Topology.sum_over_parts`."""
+        """See `Topology.sum_over_parts`."""
         return value
 
     def own_positions(self, positions: torch.Tensor) -> torch.Tensor:
-        """As `Topology.own_positions`."""
+        """See `Topology.own_positions`."""
         return positions
 
     def gather_parts_of_states(self, part: torch.Tensor) -> torch.Tensor:
-        """As `Topology.gather_parts_of_states`."""
+        """See `Topology.gather_parts_of_states`."""
         return part.unsqueeze(0)
 
     def gather_parts_of_context(self, part: torch.Tensor) -> torch.Tensor:
-        """As `Topology.gather_parts_of_context`."""
+        """See `Topology.gather_parts_of_context`."""
         return part.unsqueeze(0)
 
     def make_equal(self, value: torch.Tensor) -> torch.Tensor:
-        """As `Topology.make_equal`."""
+        """See `Topology.make_equal`."""
         return value
 
     def any_of_peers(self, flags: torch.Tensor) -> torch.Tensor:
-        """As `Topology.any_of_peers`."""
+        """See `Topology.any_of_peers`."""
         return flags
 
 

@@ -77,7 +77,7 @@ class JsonlSink:
         self._open()
 
     def write(self, line: dict[str, Any], iteration: int) -> None:
-        """As `LogSink.write`."""
+        """See `LogSink.write`."""
         text = json.dumps(line, allow_nan=False).encode() + b"\n"
         if self._size > 0 and self._size + len(text) > self.part_bytes:
             self.flush()
@@ -86,7 +86,7 @@ class JsonlSink:
         self._size += len(text)
 
     def flush(self) -> None:
-        """As `LogSink.flush`."""
+        """See `LogSink.flush`."""
         text = memoryview(b"".join(self._waiting))
         self._waiting.clear()
         # On a disk that is nearly full, less may be written than was asked for.
@@ -94,7 +94,7 @@ class JsonlSink:
             text = text[self.file.write(text) :]
 
     def close(self) -> None:
-        """As `LogSink.close`."""
+        """See `LogSink.close`."""
         self.file.close()
 
     def _open(self) -> None:
@@ -175,7 +175,7 @@ class TensorBoardSink:
         writer.add_custom_scalars(LAYOUT)
 
     def write(self, line: dict[str, Any], iteration: int) -> None:
-        """As `LogSink.write`."""
+        """See `LogSink.write`."""
         for name, value in self.figures.scalars(line, iteration).items():
             self.writer.add_scalar(name, value, iteration)
         if line.get("notices"):
@@ -185,7 +185,7 @@ class TensorBoardSink:
         """Nothing: the writer has a thread and a clock of its own."""
 
     def close(self) -> None:
-        """As `LogSink.close`."""
+        """See `LogSink.close`."""
         self.writer.flush()
 
 
@@ -210,13 +210,13 @@ class WandbSink:
         self._iteration = 0
 
     def write(self, line: dict[str, Any], iteration: int) -> None:
-        """As `LogSink.write`."""
+        """See `LogSink.write`."""
         self._waiting |= self.figures.scalars(line, iteration)
         self._notices += line.get("notices", [])
         self._iteration = iteration
 
     def flush(self) -> None:
-        """As `LogSink.flush`."""
+        """See `LogSink.flush`."""
         found, self._waiting = self._waiting, {}
         if self._notices:
             found[NOTICES], self._notices = "\n\n".join(self._notices), []
@@ -242,7 +242,7 @@ class ConsoleSink:
         self.notices = Notices()
 
     def write(self, line: dict[str, Any], iteration: int) -> None:
-        """As `LogSink.write`."""
+        """See `LogSink.write`."""
         if iteration % self.log_interval == 0:
             self.printer(console_line(line))
         for notice in [*line.get("notices", []), *self.notices.of(line)]:
@@ -274,15 +274,15 @@ class Sinks:
             self._say(name, error)
 
     def write(self, line: dict[str, Any], iteration: int) -> None:
-        """As `LogSink.write`."""
+        """See `LogSink.write`."""
         self._each(lambda sink: sink.write(line, iteration))
 
     def flush(self) -> None:
-        """As `LogSink.flush`."""
+        """See `LogSink.flush`."""
         self._each(lambda sink: sink.flush())
 
     def close(self) -> None:
-        """As `LogSink.close`."""
+        """See `LogSink.close`."""
         self.flush()
         closing, self.active = self.active, []
         for sink in closing:

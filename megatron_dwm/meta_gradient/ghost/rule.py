@@ -45,15 +45,15 @@ class ByDimension:
     dim: int = 1
 
     def dot(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """As `SampleMap.dot`."""
+        """See `SampleMap.dot`."""
         return (a.float() * b).sum([d for d in range(a.dim()) if d != self.dim])
 
     def none(self, like: torch.Tensor) -> torch.Tensor:
-        """As `SampleMap.none`."""
+        """See `SampleMap.none`."""
         return torch.zeros(like.size(self.dim), dtype=torch.float32, device=like.device)
 
     def problem(self, grad: torch.Tensor, samples: int) -> str | None:
-        """As `SampleMap.problem`."""
+        """See `SampleMap.problem`."""
         if grad.size(self.dim) == samples:
             return None
         return f"shape {list(grad.shape)}, not {samples} samples in dimension {self.dim}"
@@ -79,18 +79,18 @@ class ByRow:
         return ByRow(self.samples[rows], self.count, scale)
 
     def dot(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """As `SampleMap.dot`."""
+        """See `SampleMap.dot`."""
         rows = (a.float() * b).flatten(1).sum(1)
         found = torch.zeros(self.count + 1, dtype=torch.float32, device=rows.device)
         # What is padding lands behind the last sample.
         return found.index_add_(0, self.samples % (self.count + 1), rows)[: self.count]
 
     def none(self, like: torch.Tensor) -> torch.Tensor:
-        """As `SampleMap.none`."""
+        """See `SampleMap.none`."""
         return torch.zeros(self.count, dtype=torch.float32, device=like.device)
 
     def problem(self, grad: torch.Tensor, samples: int) -> str | None:
-        """As `SampleMap.problem`."""
+        """See `SampleMap.problem`."""
         if (grad.size(0), self.count) == (self.samples.numel(), samples):
             return None
         return f"shape {list(grad.shape)}, not {self.samples.numel()} rows of {samples} samples"

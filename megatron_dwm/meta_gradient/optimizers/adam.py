@@ -16,17 +16,17 @@ class AdamRule:
     needs_gradient = True
 
     def refusal(self, leaf: Any) -> str | None:
-        """As `OptimizerRule.refusal`."""
+        """See `OptimizerRule.refusal`."""
         return refuse_precision_aware(leaf)
 
     def has_stepped(self, shard: ParamShard) -> bool:
-        """As `OptimizerRule.has_stepped`: the moments are there."""
+        """See `OptimizerRule.has_stepped`: the moments are there."""
         return shard.steps() > 0
 
     def pull_back(
         self, shard: ParamShard, lr: float, grad: torch.Tensor | None, h: torch.Tensor
     ) -> torch.Tensor:
-        """As `OptimizerRule.pull_back`."""
+        """See `OptimizerRule.pull_back`."""
         assert grad is not None
         group, config = shard.group, shard.optimizer.config
         beta1, beta2 = group["betas"]
@@ -44,7 +44,7 @@ class AdamRule:
         return derivatives.adam(grad, *moments, *constants).mul_(h)
 
     def pull_back_ahead(self, shard: ParamShard, lr: float, h: torch.Tensor) -> torch.Tensor:
-        """As `OptimizerRule.pull_back_ahead`, with the preconditioner as it stands.
+        """See `OptimizerRule.pull_back_ahead`, with the preconditioner as it stands.
 
         With the second moment in fp8 (`--exp-avg-sq-dtype fp8`) also 0 where it was stored as 0.
         """

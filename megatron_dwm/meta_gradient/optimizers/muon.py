@@ -29,7 +29,7 @@ class MuonRule:
     needs_gradient = True
 
     def refusal(self, leaf: Any) -> str | None:
-        """As `OptimizerRule.refusal`."""
+        """See `OptimizerRule.refusal`."""
         inner = leaf.optimizer
         if not hasattr(inner, "orthogonalize"):
             return f"--optimizer muon: {type(inner).__name__} has no method orthogonalize"
@@ -49,7 +49,7 @@ class MuonRule:
         return None
 
     def has_stepped(self, shard: ParamShard) -> bool:
-        """As `OptimizerRule.has_stepped`: the momentum is there.
+        """See `OptimizerRule.has_stepped`: the momentum is there.
 
         One that is 0, as of an expert that no token has reached, has no direction, see `_through`.
         """
@@ -58,7 +58,7 @@ class MuonRule:
     def pull_back(
         self, shard: ParamShard, lr: float, grad: torch.Tensor | None, h: torch.Tensor
     ) -> torch.Tensor:
-        """As `OptimizerRule.pull_back`."""
+        """See `OptimizerRule.pull_back`."""
         assert grad is not None
         u, m = shard.state["momentum_buffer"].float(), shard.group["momentum"]
         if _nesterov(shard):
@@ -66,7 +66,7 @@ class MuonRule:
         return self._through(shard, u, h).mul_(-lr * _slope(shard))
 
     def pull_back_ahead(self, shard: ParamShard, lr: float, h: torch.Tensor) -> torch.Tensor:
-        """As `OptimizerRule.pull_back_ahead`, at the momentum as it stands."""
+        """See `OptimizerRule.pull_back_ahead`, at the momentum as it stands."""
         u = shard.state["momentum_buffer"].float()
         return self._through(shard, u, h).mul_(-lr * _slope(shard))
 

@@ -21,7 +21,7 @@ import torch
 DECAY = 0.95  # of past evidence, per meta step
 FULL = 0.2  # lower confidence bound at which the gate is fully open
 ERRORS = 2.0  # standard errors from the mean to the bound
-LEAST = 3  # meta steps before it may open
+LEAST = 3  # meta steps that it needs before it opens
 
 
 class Gate:

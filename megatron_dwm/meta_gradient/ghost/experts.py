@@ -1,15 +1,15 @@
-"""Mixture-of-experts layers: where tokens leave the order of the samples, and come back.
+"""Mixture-of-experts layers, in which tokens leave the order of the samples and return to it.
 
 A router's rows are the tokens in their order; an expert's rows are the tokens that were routed to
-it, in their order. Which sample a row is of follows from the routing map, which hooks of their own
-read while a pass is recorded; the layers themselves are ordinary linear ones.
+it, in their order. The routing map tells which sample a row belongs to; separate hooks read it
+while a pass is recorded. The layers themselves are ordinary linear ones.
 
     router    p = route(x W^T)    <v, g_i> = sum_t <d_t, V x_t>,  d = (dp/dlogits)^T dl/dp
     expert    as any linear layer, row by row; the last bias is added times p
 
-Auxiliary losses are no part of the weighted loss. They are added behind the routing, so that the
-gradient of p has none of them; those below, in which it is mixed up with the loss's through the
-hidden states, are free of them only in passes that switch them off (`core.contexts`).
+Auxiliary losses are not part of the weighted loss. They are added after the routing, so the
+gradient of p does not include them. Gradients further down, where they mix with the loss's through
+the hidden states, are free of them only in passes that switch them off (`core.contexts`).
 
 Shapes: s tokens, b samples, t = s b, E experts, h hidden size.
 """
@@ -31,7 +31,7 @@ from megatron_dwm.meta_gradient.ghost.rule import ByRow, Call, Direction, Share
 
 # Balancing that chooses experts by the logits of each token alone.
 _BALANCING = {"none", "aux_loss", "seq_aux_loss", "global_aux_loss"}
-# Settings under which rows or probabilities are not what is computed again here.
+# Settings under which rows or probabilities differ from what is recomputed here.
 _OFF = (
     "moe_input_jitter_eps",
     "moe_router_force_load_balancing",
@@ -48,12 +48,12 @@ _OFF = (
     "fp4",
 )
 
-SPREAD_EXPERTS = "its experts are spread over ranks"
-SPREAD_TOKENS = "its tokens are spread over tensor-parallel ranks"
+SPREAD_EXPERTS = "its experts are distributed over ranks"
+SPREAD_TOKENS = "its tokens are split over tensor-parallel ranks"
 
 
 def reason_against(layer: torch.nn.Module) -> str | None:
-    """Returns why the rows of a mixture-of-experts layer are not known; None if they are."""
+    """Returns why the samples of a mixture-of-experts layer's rows are unknown; None if known."""
     if type(layer) is not MoELayer:
         return f"a {type(layer).__name__}"
     config = layer.config
@@ -73,10 +73,10 @@ def reason_against(layer: torch.nn.Module) -> str | None:
 
 
 def reason_by_settings(config: Any) -> str | None:
-    """Returns which setting stands against it; None where none does.
+    """Returns which setting rules it out; None if none does.
 
     Args:
-        config: the LLM's `TransformerConfig`, or what has its fields.
+        config: the LLM's `TransformerConfig`, or an object with its fields.
     """
     found = config.moe_router_load_balancing_type
     kinds = set(found if isinstance(found, list) else [found])
@@ -91,7 +91,7 @@ def reason_by_settings(config: Any) -> str | None:
 def router(call: Call, grad: torch.Tensor, v: Direction, share: Share) -> torch.Tensor:
     """The router's weight and bias `[E, h]`, `[E]`, by the gradient of its probabilities `[t, E]`.
 
-    The routing is computed again, as what it makes of logits has a derivative and no module.
+    The routing is recomputed, because its function of the logits has a derivative but no module.
     """
     module, config = call.module, call.module.config
     x = call.x.reshape(-1, call.x.size(-1))
@@ -123,13 +123,13 @@ def router(call: Call, grad: torch.Tensor, v: Direction, share: Share) -> torch.
 
 
 class Rows:
-    """Which sample each row of the experts' layers is of, as the last forward pass routed it."""
+    """Which sample each row of the experts' layers belongs to, by the last forward's routing."""
 
     def __init__(self) -> None:
         self._of: dict[int, ByRow] = {}
 
     def hooks(self, model: torch.nn.Module) -> Iterator[Any]:
-        """Registers what reads the routing of each layer; yields the handles."""
+        """Registers hooks that read the routing of each layer; yields their handles."""
         for layer in model.modules():
             if isinstance(layer, MoELayer) and reason_against(layer) is None:
                 yield layer.router.register_forward_pre_hook(self._tokens(), with_kwargs=True)
@@ -138,7 +138,7 @@ class Rows:
                 )
 
     def of(self, module: torch.nn.Module) -> ByRow | None:
-        """Returns the rows of a layer, None for one whose samples are in their order."""
+        """Returns the rows of a layer; None for a layer whose samples are in their order."""
         return self._of.get(id(module))
 
     def _tokens(self) -> Callable[..., None]:
@@ -167,7 +167,7 @@ class Rows:
         return note
 
     def _set(self, expert: Any, rows: ByRow, scale: torch.Tensor) -> None:
-        """Notes the rows of the layers of an expert, or of all experts at once."""
+        """Records the rows of the layers of an expert, or of all experts at once."""
         for layer in expert.modules():
             self._of[id(layer)] = rows
         self._of[id(expert.linear_fc2)] = replace(rows, bias_scale=scale)

@@ -20,7 +20,7 @@ class SGDRule:
         return refuse_precision_aware(leaf)
 
     def has_stepped(self, shard: ParamShard) -> bool:
-        """See `OptimizerRule.has_stepped`: it needs nothing."""
+        """See `OptimizerRule.has_stepped`: it needs no state."""
         return True
 
     def pull_back(
@@ -29,7 +29,7 @@ class SGDRule:
         """See `OptimizerRule.pull_back`."""
         group = shard.group
         momentum, dampening = group.get("momentum", 0.0), group.get("dampening", 0.0)
-        # In float32 at least, as gradients may be kept in bf16.
+        # In float32 at least, because gradients may be kept in bf16.
         h = h.to(torch.promote_types(h.dtype, torch.float32))
         return h * derivatives.sgd(lr, momentum, dampening, group.get("nesterov", False))
 

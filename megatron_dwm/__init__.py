@@ -28,7 +28,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports the public names on first use, so that the import itself stays free of effects."""
+    """Imports the public names on first use, so that importing the package has no side effects."""
     if name in _HOMES:
         import importlib
 
@@ -39,7 +39,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _built_version() -> str:
-    """Returns the version that the build wrote down; a checkout may never have been built."""
+    """Returns the version that the build recorded; a checkout may never have been built."""
     try:
         from megatron_dwm._version import version
     except ImportError:

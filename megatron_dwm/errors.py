@@ -1,10 +1,10 @@
-"""The one error type for what a user can mend: its text is the whole message."""
+"""The one error type for problems that a user can fix: its text is the whole message."""
 
 from __future__ import annotations
 
 
 class DWMError(ValueError):
-    """Bad input or an unsupported combination; names the flag or file, the value and the way out.
+    """Bad input or an unsupported combination; names the flag or file, the value and what to do.
 
     The launcher and `attach` print it as one line and end the run with exit code 2.
     """
@@ -14,15 +14,15 @@ class DWMError(ValueError):
 
         Args:
             message: the whole text for the user, one line.
-            this_rank_only: whether the other ranks may not see the error, so that the rank
-                that does must print it whatever its number.
+            this_rank_only: whether other ranks may not see the error, so that the rank that sees it
+                must print it, whatever its number.
         """
         super().__init__(message)
         self.this_rank_only = this_rank_only
 
 
 class InputError(DWMError):
-    """A fault in a file of the user's, or in a flag that names one: what, where, way out."""
+    """A fault in a user's file, or in a flag that names one; says what, where and what to do."""
 
 
 class ConversionError(DWMError):
@@ -30,5 +30,5 @@ class ConversionError(DWMError):
 
 
 def in_short(error: BaseException) -> str:
-    """Returns the type and the beginning of the text of another library's error, in one line."""
+    """Returns the type and the beginning of the text of another library's error, on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs a script.
 
     Args:
-        argv: The script and its words; None takes the process's own.
+        argv: The script and its arguments; None takes the process's own.
 
     Raises:
         SystemExit: What the script raised, or code 2 after one line on standard error.
@@ -34,12 +34,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not os.path.isfile(script):
         print(
             f"megatron_dwm: error: script '{script}' does not exist; give the path of your "
-            "training script first, its flags after it",
+            "training script first, then its flags",
             file=sys.stderr,
         )
         raise SystemExit(2)
-    # As python itself does for a script, so that it finds the modules beside it. Before all else:
-    # the script may lie in a checkout of Megatron, which then is the one that is used.
+    # As python itself does for a script, so that it finds the modules beside it. This comes first:
+    # if the script is in a checkout of Megatron, that Megatron is used.
     sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
     try:
         cpu.install()

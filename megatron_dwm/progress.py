@@ -1,4 +1,4 @@
-"""Progress on standard error: bars on a terminal, nothing where there is none."""
+"""Progress bars on standard error: on a terminal only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-# Seconds of work before a bar appears, and between two looks at the clock.
+# Seconds of work before a bar appears, and seconds between updates.
 _DELAY, _TICK = 1.0, 0.5
 
 
@@ -15,10 +15,10 @@ def bar(total: int | None, unit: str, label: str, **settings: Any) -> Any:
     """Returns a `tqdm` bar, which is a context manager with `update(n)`.
 
     Args:
-        total: What is done at the end; None where that is unknown.
+        total: Count at the end; None if unknown.
         unit: What is counted: `B` is shown as kB, MB and so on.
         label: What is being done.
-        settings: More of tqdm's.
+        settings: Further arguments for tqdm.
     """
     from tqdm import tqdm
 
@@ -28,7 +28,7 @@ def bar(total: int | None, unit: str, label: str, **settings: Any) -> Any:
 
 @contextlib.contextmanager
 def working(label: str) -> Iterator[None]:
-    """Shows how long a block has taken, for work that does not say how far it is."""
+    """Shows how long a block has taken, for work whose progress is unknown."""
     with bar(None, "", label, bar_format="{desc}: {elapsed}", leave=False) as shown:
         if shown.disable:
             yield

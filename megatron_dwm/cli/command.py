@@ -20,7 +20,7 @@ _EXTRAS = {
     "tokenizers": "convert",
     "transformers": "convert",
 }
-# As a shell says of a program that a signal has ended: SIGINT, SIGPIPE.
+# A shell's exit codes for a program ended by a signal: SIGINT, SIGPIPE.
 _INTERRUPTED, _READER_GONE = 130, 141
 
 
@@ -28,14 +28,14 @@ def new_parser(name: str, text: str) -> argparse.ArgumentParser:
     """Returns the parser of a command.
 
     Args:
-        name: Of the command, after `megatron-dwm`.
+        name: Name of the command, after `megatron-dwm`.
         text: What `--help` says before the flags: what the command does, with an example.
     """
     return argparse.ArgumentParser(prog=f"{PROGRAM} {name}", **layout(text))
 
 
 def layout(text: str) -> dict[str, Any]:
-    """Returns the arguments of a parser whose help shows a text as it stands."""
+    """Returns the arguments for a parser whose help shows a text without re-wrapping it."""
     return {
         "description": text.strip(),
         "formatter_class": argparse.RawDescriptionHelpFormatter,
@@ -43,14 +43,14 @@ def layout(text: str) -> dict[str, Any]:
 
 
 def completed(name: str, work: Callable[[], int | None], interrupted: str = "") -> int:
-    """Does a command's work and returns its exit code.
+    """Runs a command's work and returns its exit code.
 
-    What a user can put right becomes one line on standard error and code 2.
+    An error that a user can fix becomes one line on standard error and code 2.
 
     Args:
-        name: Of the command.
-        work: Does it, and returns an exit code; None stands for 0.
-        interrupted: What to say of the files after Ctrl-C.
+        name: Name of the command.
+        work: Does the work and returns an exit code; None stands for 0.
+        interrupted: What to say about the files after Ctrl-C.
     """
     try:
         code = work() or 0
@@ -77,19 +77,19 @@ def completed(name: str, work: Callable[[], int | None], interrupted: str = "") 
 
 
 def _reader_has_gone() -> bool:
-    """Returns whether nobody reads standard output any more, as after `| head`."""
+    """Returns whether standard output is a closed pipe, as after `| head`."""
     output = sys.stdout.fileno()
     pipes = select.poll()
     pipes.register(output, 0)
     if not any(event & select.POLLERR for _, event in pipes.poll(0)):
         return False
-    # What is left must go somewhere when Python ends.
+    # Buffered output must go somewhere when Python exits.
     os.dup2(os.open(os.devnull, os.O_WRONLY), output)
     return True
 
 
 def say_error(name: str, message: str) -> None:
-    """Prints the one line that goes with exit code 2."""
+    """Prints the line that accompanies exit code 2."""
     print(f"{PROGRAM} {name}: error: {message}", file=sys.stderr, flush=True)
 
 

@@ -3,8 +3,8 @@
     megatron-dwm completion bash > ~/.local/share/bash-completion/completions/megatron-dwm
     megatron-dwm completion zsh > "${fpath[1]}/_megatron-dwm"
 
-or, for the present shell alone: eval "$(megatron-dwm completion bash)". The script completes by
-itself and starts no Python; after an upgrade, write it again.
+or, for the current shell only: eval "$(megatron-dwm completion bash)". The script completes without
+starting Python; generate it again after an upgrade.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def whole_parser() -> argparse.ArgumentParser:
 
 
 def _complete_files(parser: argparse.ArgumentParser, files: Any) -> None:
-    """Lets words and flags with a value of any text complete to file names."""
+    """Lets words, and flags that take any text, complete to file names."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for child in set(action.choices.values()):

@@ -1,23 +1,23 @@
-r"""Weighs the documents of a corpus by how much they are like a target (DSIR), before training.
+r"""Weighs the documents of a corpus by their similarity to a target text (DSIR), before training.
 
     megatron-dwm dsir --input 'corpus/web/*.jsonl' --target target.jsonl \
         --output web.csv --select 0.25 --workers 8
     megatron-dwm weights make data/web_text_document --from web.csv --column selected
 
-Data selection with importance resampling (Xie et al., 2023, arXiv 2302.03169): hashed n-grams of
-words are counted in the target and in the input. A document's log importance weight is the sum over
-its n-grams of the log ratio of their shares in both. With --select FRACTION documents are drawn
+Data selection with importance resampling (Xie et al., 2023, arXiv 2302.03169): hashed word n-grams
+are counted in the target and in the input. A document's log importance weight is the sum, over its
+n-grams, of the log ratio of their shares in the two. With --select FRACTION, documents are drawn
 without replacement in proportion to their weights (Gumbel top-k).
 
-The file has the columns document, log_weight, ngrams and, with --select, selected (1 or 0), and one
-row for each document with text, in the order of the input. That is how `megatron-dwm preprocess`
-numbers documents with a tokenizer that has tokens for every text but the empty one, so it fits
-the data set that preprocess makes of the same --input.
+The output has the columns document, log_weight, ngrams and, with --select, selected (1 or 0), and
+one row for each document with text, in the order of the input. `megatron-dwm preprocess` numbers
+documents in the same way, if its tokenizer gives tokens for every non-empty text, so the file
+matches the data set that preprocess makes from the same --input.
 
-Rows are the same for any number of --workers. A run that was killed and is started again with the
-same flags keeps the files that it had finished (in OUT.csv.dsir until the output is written) and
-ends with the same bytes. --select, --seed, --min-ngrams and --workers may be others then.
-Exit code 0: written, 2: bad input.
+Rows are the same for any number of --workers. A killed run that is started again with the same
+flags keeps the input files that it had finished (in OUT.csv.dsir until the output is written) and
+ends with the same bytes. --select, --seed, --min-ngrams and --workers may change in between.
+Exit code 0: written; 2: bad input.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     files = "JSON Lines or plain text files or glob patterns, also .gz .bz2 .xz .zst"
     add("--input", nargs="+", required=True, metavar="FILE", help=f"texts to weigh: {files}")
-    add("--target", nargs="+", required=True, metavar="FILE", help="texts to be like, as --input")
+    add("--target", nargs="+", required=True, metavar="FILE", help="target texts, as for --input")
     add(
         "--input-format",
         choices=["auto", "jsonl", "text"],
         default="auto",
-        help="format of all files; auto goes by a file's name",
+        help="format of all files; auto decides by the file's name",
     )
     add("--json-key", default="text", metavar="KEY", help="key of the text in JSON Lines (text)")
     group = parser.add_argument_group("output")
@@ -49,14 +49,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("features")
     add = group.add_argument
-    add("--ngrams", type=int, default=2, metavar="N", help="words of the longest n-grams (2)")
-    add("--buckets", type=int, default=10_000, metavar="B", help="buckets of the hash (10000)")
+    add(
+        "--ngrams",
+        type=int,
+        default=2,
+        metavar="N",
+        help="length of the longest n-grams, in words (2)",
+    )
+    add("--buckets", type=int, default=10_000, metavar="B", help="number of hash buckets (10000)")
     add(
         "--smoothing",
         type=float,
         default=0.0,
         metavar="C",
-        help="pseudo-count of every bucket of the target, for a small one (0)",
+        help="pseudo-count added to every bucket of the target, for small targets (0)",
     )
     group = parser.add_argument_group("selection")
     add = group.add_argument
@@ -76,12 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
         metavar="N",
-        help="processes (default: as many as usable cores)",
+        help="processes (default: one per usable core)",
     )
     add(
         "--restart",
         action="store_true",
-        help="begin anew where a run with other flags or files has left its work",
+        help="start over, discarding the work that a run with other flags or files has left",
     )
 
 
@@ -102,7 +108,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--seed {args.seed}: must be at least 0")
     if args.min_ngrams and args.select is None:
         parser.error("--min-ngrams: needs --select")
-    # `weights make --from` tells the format by it.
+    # `weights make --from` recognises the format by it.
     if not args.output.endswith(".csv"):
         parser.error(f"--output {args.output}: the name must end in .csv")
     return args
@@ -118,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
     """Weighs and selects.
 
     Raises:
-        InputError: A fault in the input, or the work of another run in the way.
+        InputError: The input is bad, or another run's work is in the way.
     """
     from megatron_dwm.corpus.dsir_run import run as weigh
     from megatron_dwm.files.text_files import expand_inputs, input_format

@@ -2,8 +2,8 @@
 
     megatron-dwm inspect data/train_text_document --sequence-length 4096
 
-Exit code 0: the pair is whole, 2: it is missing or damaged, and one line says how. What a run's
-folder holds, `megatron-dwm convert inspect` says.
+Exit code 0: the pair is whole; 2: it is missing or damaged, and one line says how. For a run's
+folder, use `megatron-dwm convert inspect`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's flags."""
-    parser.add_argument("prefix", metavar="PREFIX", help="path of the pair without .idx and .bin")
+    parser.add_argument(
+        "prefix", metavar="PREFIX", help="path of the two files without .idx and .bin"
+    )
     parser.add_argument(
         "--sequence-length",
         type=int,
         metavar="N",
-        help="also print how many packed samples of N tokens one epoch has",
+        help="also print how many packed samples of N tokens there are in an epoch",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -72,7 +74,7 @@ def describe(found: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("tokens per document", f"{mean:,.1f} (mean)"))
     if "samples" in found:
         lines.append((f"samples of {found['sequence_length']:,} tokens", f"{found['samples']:,}"))
-    # Legitimate, but the usual sign of a .bin from another run than the .idx.
+    # Allowed, but usually a sign that .bin and .idx are from different runs.
     if found["unused_bytes"] > 0:
         lines.append(("bytes of the .bin that no sequence uses", f"{found['unused_bytes']:,}"))
     return lines

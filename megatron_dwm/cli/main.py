@@ -17,17 +17,17 @@ A run from text to report:
       --save runs/dwm --dwm --dwm-meta-data-path data/meta_text_document
   megatron-dwm report --run runs/dwm
 
-`megatron-dwm COMMAND --help` has a command's flags and examples. On many processes `train`, `probe`
-and `score` start as `torchrun --nproc-per-node N -m megatron_dwm COMMAND ...`.
-Exit codes: 0 done; 1 the answer is no (verify, probe, damage found); 2 bad input or usage, with
-one line on standard error."""
+`megatron-dwm COMMAND --help` shows a command's flags and examples. To use several processes, start
+`train`, `probe` and `score` as `torchrun --nproc-per-node N -m megatron_dwm COMMAND ...`. Exit
+codes: 0 done; 1 the answer is no (verify, probe, damage found); 2 bad input or usage, with one line
+on standard error."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command.
 
     Args:
-        argv: Words after the program's name; None takes the process's own.
+        argv: Arguments after the program's name; None takes the process's own.
 
     Returns:
         The exit code.

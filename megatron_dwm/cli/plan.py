@@ -1,15 +1,15 @@
-r"""Says what weighting will cost a run, from its flags alone: nothing is run, no rank is started.
+r"""Calculates what weighting will cost a run, from its flags alone: no rank is started.
 
     megatron-dwm plan --world-size 1024 pretrain_gpt.py YOUR FLAGS \
         --dwm --dwm-meta-data-path data/meta_text_document
 
-takes the words that `megatron-dwm train` would be given, on any machine. Printed are what a plain
-step and a meta step add to the stock trainer's: arithmetic by pass, bytes that a rank sends by
-process group, memory that it keeps and of what, and time, in stock steps a step, by arithmetic and
-idle pipeline stages. Where `--dwm-estimator auto` chooses, both estimators are shown, the chosen
-one first. Lines at the end say what the run itself would refuse; data files are not looked at.
+takes the same arguments as `megatron-dwm train`, and runs on any machine. It prints what a plain
+step and a meta step add to the stock trainer's step: arithmetic by pass, bytes that a rank sends by
+process group, memory that it keeps and what for, and time in stock steps per step, from arithmetic
+and idle pipeline stages. With `--dwm-estimator auto`, both estimators are shown, the chosen one
+first. Lines at the end say what the run itself would refuse; data files are not read.
 
-Exit code 0: the run would start; 1: it would be refused; 2: its flags cannot be planned.
+Exit code 0: the run would start; 1: it would be refused; 2: no plan can be made from its flags.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _plan(given: argparse.Namespace, words: list[str]) -> int:
     size = _world_size(given.world_size)
-    # What the host and Megatron print on their way belongs to a run.
+    # The host and Megatron print lines here that belong to a real run.
     with contextlib.redirect_stderr(io.StringIO()):
         from megatron_dwm.hosts import cpu
 
@@ -116,13 +116,13 @@ def table(plan: dict[str, Any]) -> list[str]:
     head = ["", "plain step", *["meta step"] * len(methods)]
     lines += ["", _row(head), _row(["", *names])]
     passes = list(dict.fromkeys(n for c in columns for n in c["flops"]["total"]))
-    lines.append("FLOPs added, of a stock step's")
+    lines.append("FLOPs added, as a share of a stock step's")
     for name in passes:
         shares = [c["flops"]["share_of_stock"].get(name) for c in columns]
         lines.append(_row([f"  {name}", *map(_share, shares)]))
     sums = [sum(c["flops"]["share_of_stock"].values()) for c in columns]
     lines.append(_row(["  all", *map(_share, sums)]))
-    lines.append("time, stock steps a step")
+    lines.append("time, in stock steps per step")
     lines.append(_row(["  this step", *(f"{c['stock_steps']:.3f}" for c in columns)]))
     if methods:
         for words, key in (
@@ -130,7 +130,7 @@ def table(plan: dict[str, Any]) -> list[str]:
             ("  mean of the run", "stock_steps_of_run"),
         ):
             lines.append(_row([words, "", *(f"{m['average'][key]:.3f}" for m in methods)]))
-    lines.append("bytes added that a rank sends (of the stage that sends most)")
+    lines.append("bytes added that a rank sends (in the stage that sends most)")
     for group in dict.fromkeys(g for c in columns for g in c["sent"]["most"]):
         lines.append(_row([f"  {group}", *(_bytes(c["sent"]["most"].get(group)) for c in columns)]))
     lines += _memory(plan, columns)
@@ -147,7 +147,7 @@ def table(plan: dict[str, Any]) -> list[str]:
 
 
 def _memory(plan: dict[str, Any], columns: list[dict[str, Any]]) -> list[str]:
-    """Returns the memory of each stage, and for the fullest one of what it consists."""
+    """Returns the memory of each stage, and what that of the fullest one consists of."""
     stock = plan["stock"]["bytes_by_stage"]
     lines = ["memory kept beyond the trainer's, by rank of a stage"]
     sums = [[sum(of_stage.values()) for of_stage in c["kept"]] for c in columns]

@@ -5,11 +5,11 @@ r"""Tokenizes JSON Lines or plain text into Megatron's indexed data sets (.bin a
         --tokenizer-model corpus/tokenizer.model --append-eod --workers 8
 
 writes data/train_text_document.bin and .idx for `--data-path data/train_text_document`. It
-takes the flags of Megatron's own tools/preprocess_data.py and tokenizes with Megatron's
-tokenizers. A line of JSON Lines is a document, and so is a whole plain text file. Documents
-stay in the order of the input whatever the number of workers, so the output is the same
-byte for byte. Nothing appears under the final names unless everything went well.
-Exit code 0: written, 2: bad input.
+takes the flags of Megatron's own tools/preprocess_data.py and tokenizes with Megatron's tokenizers.
+Each line of JSON Lines is a document, and so is each plain text file. Documents stay in input order
+whatever the number of workers, so the output is always the same, byte for byte. Files appear under
+their final names only if everything succeeded.
+Exit code 0: written; 2: bad input.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--input-format",
         choices=["auto", "jsonl", "text"],
         default="auto",
-        help="format of the input; auto goes by the file's name",
+        help="format of the input; auto decides by the file's name",
     )
     group.add_argument(
         "--json-keys",
         nargs="+",
         default=["text"],
         metavar="KEY",
-        help="keys of the texts, one dataset each (default: text); a list of strings "
+        help="keys of the texts, with one data set for each (default: text); a list of strings "
         "under a key is one document of several sequences",
     )
     add_tokenizer_args(parser)
@@ -64,19 +64,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=int,
         default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
-        help="tokenizing processes (default: as many as usable cores)",
+        help="tokenizing processes (default: one per usable core)",
     )
     group.add_argument(
         "--log-interval",
         type=int,
         default=10000,
         metavar="N",
-        help="without a terminal, report every N documents instead of a progress bar",
+        help="without a terminal: report every N documents (instead of a progress bar)",
     )
     group.add_argument(
         "--find-optimal-num-workers",
         action="store_true",
-        help="measure --workers-to-check on the first --max-documents, write nothing",
+        help="measure speed with --workers-to-check on the first --max-documents; write nothing",
     )
     group.add_argument(
         "--workers-to-check",
@@ -84,14 +84,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=[16, 32, 64],
         metavar="N",
-        help="numbers of workers to measure (default: 16 32 64)",
+        help="numbers of workers to try (default: 16 32 64)",
     )
     group.add_argument(
         "--max-documents",
         type=int,
         default=100_000,
         metavar="N",
-        help="documents of a measurement (default: 100000)",
+        help="documents per measurement (default: 100000)",
     )
     group = parser.add_argument_group(
         "accepted from command lines written for Megatron's tool",
@@ -123,7 +123,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--workers-to-check {args.workers_to_check}: must be at least 1")
     if len(set(args.json_keys)) < len(args.json_keys):
         parser.error(f"--json-keys {' '.join(args.json_keys)}: a key is named twice")
-    # Nothing stored depends on padding, and it would ask for flags of the parallel layout.
+    # The output does not depend on padding, which would need flags of the parallel layout.
     args.pad_vocab_size = False
     return args
 
@@ -135,10 +135,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Tokenizes, or measures numbers of workers.
+    """Tokenizes, or measures speed for several numbers of workers.
 
     Raises:
-        InputError: A fault in the input or in the flags of the tokenizer.
+        InputError: The input or the tokenizer's flags are bad.
     """
     from megatron_dwm.corpus.preprocess import find_optimal_num_workers, preprocess
     from megatron_dwm.corpus.preprocess_workers import (

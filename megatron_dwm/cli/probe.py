@@ -2,14 +2,15 @@
 
     megatron-dwm probe --checkpoint runs/dwm --samples 8
 
-starts the run again from its own saved command line, without writing anything into it: the weights
-of a few samples are really changed, and the effect on the meta loss is set against the estimate.
-A run that needs several processes:
+starts the run again from its own saved command line, without writing anything into its folder: the
+weights of a few samples are actually changed, and the effect on the meta loss is compared with the
+estimate. For a run that needs several processes:
 
     torchrun --nproc-per-node 2 -m megatron_dwm probe --checkpoint runs/dwm
 
-Words after `--` are more flags for the run's script, after the saved ones.
-Exit code 0: confirmed, 1: not, 2: no comparison, and one line says why; torchrun says 1 for both.
+Arguments after `--` are further flags for the run's script, after the saved ones.
+Exit code 0: confirmed; 1: not confirmed; 2: no comparison, and one line says why; torchrun exits
+with 1 for both.
 """
 
 from __future__ import annotations
@@ -33,8 +34,13 @@ STDOUT = "-"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's flags."""
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="RUN", help="the folder that --save named")
-    add("--iteration", type=int, metavar="N", help="of the checkpoint; default: the last one")
+    add("--checkpoint", required=True, metavar="RUN", help="the run's --save folder")
+    add(
+        "--iteration",
+        type=int,
+        metavar="N",
+        help="iteration of the checkpoint; default: the last one",
+    )
     add("--samples", type=int, default=8, metavar="N", help="samples that are compared (8)")
     add(
         "--json",
@@ -50,7 +56,7 @@ def parse(argv: list[str]) -> Request:
     """Reads the command line.
 
     Raises:
-        DWMError: there is no such checkpoint, or the file cannot be written.
+        DWMError: there is no such checkpoint, or the JSON file cannot be written.
     """
     at = argv.index("--") if "--" in argv else len(argv)
     parser = new_parser("probe", __doc__)
@@ -92,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def compared(words: list[str]) -> int:
-    """Does the work, and leaves the process group as it is."""
+    """Does the comparison; leaves the process group as it is."""
     return completed("probe", lambda: _probe(words))
 
 
@@ -100,7 +106,7 @@ def _probe(words: list[str]) -> int:
     try:
         request = parse(words)
     except DWMError:
-        # All ranks see it alike.
+        # All ranks see the same error.
         if os.environ.get("RANK", "0") == "0":
             raise
         return 2
@@ -110,7 +116,7 @@ def _probe(words: list[str]) -> int:
 
 
 def _checkpoint(path: str, iteration: int | None) -> tuple[str, int]:
-    """Returns the run's folder and the iteration, of a run or of one of its checkpoints."""
+    """Returns the run's folder and the iteration, given a run or one of its checkpoints."""
     if not os.path.isdir(path):
         raise DWMError(f"--checkpoint {path}: no such folder")
     named = re.fullmatch(r"iter_(\d+)", os.path.basename(path))

@@ -1,4 +1,4 @@
-"""Reports what a run's data weighting model preferred, and how runs did against each other.
+"""Reports what a run's data weighting model preferred, and compares runs.
 
     megatron-dwm report --run runs/dwm
     megatron-dwm report --run runs/dwm --log dwm.log --stock-log stock.log --bad-domain corrupt
@@ -6,15 +6,15 @@
     megatron-dwm report runs/dwm runs/uniform --html report.html
 
 RUN is the run's --save folder with `dwm_log.jsonl` and its older parts; the logs are what the
-trainer printed. All runs of --compare are set against the first, at equal tokens and at equal time.
-The plot shows their validation losses over both, and the weights of RUN's domains.
+trainer printed. All runs of --compare are compared with the first, at equal tokens and at equal
+time. The plot shows their validation losses over both, and the weights of RUN's domains.
 
---html makes one page of up to 8 runs side by side, which needs no network and no other file: loss,
-evidence and weights over the steps, domains, cost, and where a run was started with
---dwm-document-weights, what its documents weigh by length, variety, repetition and symbols, with
-the passages that it wants most and least. Their texts need the tokenizer; without one, tokens below
-256 are bytes.
-Exit code 0: done, 2: bad input.
+--html makes one page with up to 8 runs side by side, which needs no network and no other file:
+loss, evidence and weights over the steps, domains and cost. For a run started with
+--dwm-document-weights it also shows how its documents are weighted by length, variety, repetition
+and symbols, with the passages of highest and lowest weight. Their texts need the tokenizer; without
+one, tokens below 256 are read as bytes.
+Exit code 0: done; 2: bad input.
 """
 
 from __future__ import annotations
@@ -37,7 +37,12 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's flags."""
     add = parser.add_argument
-    add("runs", nargs="*", metavar="RUN", help="--save folders of runs with --dwm; several: --html")
+    add(
+        "runs",
+        nargs="*",
+        metavar="RUN",
+        help="--save folders of runs with --dwm; several only with --html",
+    )
     add("--run", metavar="RUN", help="one more RUN")
     add("--log", metavar="FILE", help="what the trainer printed in that run")
     add("--stock-log", metavar="FILE", help="what the stock trainer printed on the same data")
@@ -48,14 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=LOG",
         help="a run's name and what its trainer printed; once for each run, the baseline first",
     )
-    add("--plot", metavar="FILE.png", help="draw it as well (needs matplotlib)")
+    add("--plot", metavar="FILE.png", help="also draw a plot (needs matplotlib)")
     add("--bad-domain", default="corrupt", help="a domain that is known to be bad")
-    add("--good-domains", nargs="+", default=[], help="domains that it should end below")
+    add("--good-domains", nargs="+", default=[], help="domains that the bad one should end below")
     add("--json", action="store_true", help="print one JSON object")
     group = parser.add_argument_group("page for a browser")
     add = group.add_argument
     add("--html", metavar="FILE.html", help="write the page (needs matplotlib)")
-    add("--png", metavar="FOLDER", help="write its charts as PNG as well")
+    add("--png", metavar="FOLDER", help="also write the charts of the page as PNG")
     add(
         "--data",
         nargs="+",
@@ -63,10 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where the training data sets lie now, in the order of the run's (default: where "
         "they lay)",
     )
-    add("--documents", type=int, default=2000, metavar="N", help="documents that are read (2000)")
-    add("--seed", type=int, default=1234, help="seed of their draw (1234)")
+    add("--documents", type=int, default=2000, metavar="N", help="documents to read (2000)")
+    add("--seed", type=int, default=1234, help="seed for choosing them (1234)")
     add_tokenizer_args(parser, required=False)
-    # Nothing is tokenized, only read back.
+    # Nothing is tokenized here, only decoded.
     parser.set_defaults(append_eod=False, pad_vocab_size=False)
 
 
@@ -79,10 +84,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Reads, prints, and draws the plot or writes the page where one is asked for.
+    """Reads, prints, and draws the plot or writes the page if asked to.
 
     Raises:
-        DWMError: What is given cannot be reported.
+        DWMError: The given runs or logs cannot be reported.
     """
     folders = [*args.runs, *([] if args.run is None else [args.run])]
     if not folders and not args.compare:
@@ -94,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
         from megatron_dwm.logs.plot import check_plot, domain_weights_over_run, draw
 
         check_plot(args.plot)
-    # Tables on a terminal are of one run; several are side by side on the page.
+    # The tables on a terminal show one run; the page shows several side by side.
     log = summary.step_log(folders[0]) if len(folders) == 1 else None
     by_stage = None if log is None else summary.stages_of(log)
     found = summary.Summary(
@@ -121,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check_page(args: argparse.Namespace, folders: list[str]) -> None:
-    """Finds out, before any work, whether the page can be made.
+    """Checks, before any work, whether the page can be made.
 
     Raises:
         DWMError: It cannot.
@@ -134,7 +139,7 @@ def _check_page(args: argparse.Namespace, folders: list[str]) -> None:
             )
         for flag in ("png", "data", "tokenizer_type", "tokenizer_model"):
             if getattr(args, flag) is not None:
-                raise DWMError(f"--{flag.replace('_', '-')} is of the page; give --html FILE.html")
+                raise DWMError(f"--{flag.replace('_', '-')} is for the page; give --html FILE.html")
         return
     from megatron_dwm.logs.html_report import MOST_RUNS
     from megatron_dwm.logs.plot import check_matplotlib
@@ -185,7 +190,7 @@ def _documents_of(folder: str, args: argparse.Namespace, decode: Decode | None) 
     except DWMError as error:
         if named:
             raise
-        # Nobody has asked for them: the rest of the report stands without.
+        # They were not asked for explicitly: the rest of the report works without them.
         print(f"NOTE: {folder}: documents are left out: {error}", file=sys.stderr)
         return Documents(None, f"Documents are left out: {error}")
     if sample is None:
@@ -196,17 +201,17 @@ def _documents_of(folder: str, args: argparse.Namespace, decode: Decode | None) 
 
 
 def _decoder(args: argparse.Namespace) -> Decode | None:
-    """Returns what turns token ids into text; None where tokens are bytes.
+    """Returns a function that turns token ids into text; None if tokens are bytes.
 
     Raises:
-        DWMError: The flags make no tokenizer.
+        DWMError: No tokenizer can be built from the flags.
     """
     if args.tokenizer_type is None:
         if args.tokenizer_model is None:
             return None
         file = os.path.isfile(args.tokenizer_model)
         args.tokenizer_type = "SentencePieceTokenizer" if file else "HuggingFaceTokenizer"
-    # Its tokens stand for themselves, which in a data set of texts are bytes.
+    # Its token ids are values as they are: in a data set of text, bytes.
     if args.tokenizer_type == "NullTokenizer":
         return None
     from megatron_dwm.corpus.preprocess_workers import (
@@ -218,7 +223,7 @@ def _decoder(args: argparse.Namespace) -> Decode | None:
     with working("loading the tokenizer"), quiet_megatron_import():
         tokenizer = build_megatron_tokenizer(args)
     end = None
-    with contextlib.suppress(Exception):  # a tokenizer without one says so in its own way
+    with contextlib.suppress(Exception):  # a tokenizer without one raises its own kind of error
         end = tokenizer.eod
 
     def decode(tokens: list[int]) -> str:

@@ -1,29 +1,29 @@
-r"""Scores every document of a corpus with a trained data weighting model (DWM), as weights.
+r"""Scores every document of a corpus with a trained data weighting model (DWM), giving weights.
 
     megatron-dwm score --checkpoint runs/dwm --data data/web_text_document --domain web
     torchrun --nproc-per-node 8 -m megatron_dwm score --checkpoint runs/dwm \
         --data data/web_text_document data/books_text_document --domain web books
 
-writes PREFIX.weights beside each PREFIX.idx and prints what each domain gets. Every rank holds the
-whole model, whatever layout it was trained with, and takes its share of the documents; without
-torchrun there is one rank. On a CPU a rank computes with one thread, so that the result does not
-depend on the number of ranks: start one for each core.
+writes PREFIX.weights beside each PREFIX.idx and prints the share of each domain. Every rank holds
+the whole model, whatever layout it was trained with, and takes its share of the documents; without
+torchrun there is one rank. On a CPU each rank uses one thread, so that the result does not depend
+on the number of ranks: start one rank per core.
 
-A document is scored by itself, from its first token. One that is longer than --seq-length is cut
-into windows of that length, and its score is the mean of theirs, weighted by their tokens. (In
-training the DWM saw packed samples of full length, so very short documents are strange to it.)
-A document without tokens gets weight 0.
+A document is scored by itself, from its first token. One longer than --seq-length is cut into
+windows of that length, and its score is the mean of their scores, weighted by their number of
+tokens. (In training the DWM saw packed samples of full length, so very short documents are out of
+distribution.) A document without tokens gets weight 0.
 
-Weights are w = exp((s - max s) / T), scaled to mean 1 over all documents that have tokens, of all
-files together: they compare across files.
+Weights are w = exp((s - max s) / T), scaled to mean 1 over all documents with tokens, over all
+files together, so they are comparable across files.
 
-A run that was killed resumes when it is started again, on any number of ranks, and ends with the
-same bytes (it needs --force if some of several weight files were written already).
-Finished chunks of scores lie in PREFIX.weights.scores until the weights are written; another model,
-corpus, --seq-length, --micro-batch-size or --chunk-tokens starts anew, another --temperature or
---top-fraction does not.
+A killed run resumes when it is started again, on any number of ranks, and ends with the same bytes
+(it needs --force if some of the weight files were already written). Finished chunks of scores are
+kept in PREFIX.weights.scores until the weights are written. Another model, corpus, --seq-length,
+--micro-batch-size or --chunk-tokens starts from scratch; another --temperature or --top-fraction
+does not.
 
-Exit code 0: done, 2: bad input; torchrun itself then ends with 1.
+Exit code 0: done; 2: bad input (torchrun itself then exits with 1).
 """
 
 from __future__ import annotations
@@ -70,21 +70,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_positive(int),
         default=8,
         metavar="B",
-        help="windows of --seq-length in a batch, or as many tokens in shorter windows (8)",
+        help="windows of --seq-length per batch, or as many tokens in shorter windows (8)",
     )
     add(
         "--chunk-tokens",
         type=_positive(int),
         default=1 << 20,
         metavar="N",
-        help="tokens of a chunk, the unit that a killed run loses (2^20)",
+        help="tokens per chunk, the most work that a killed run loses on a rank (2^20)",
     )
     add(
         "--temperature",
         type=_positive(float),
         metavar="T",
         help="a difference of T in score is a factor of e in weight (default: the run's "
-        "--dwm-temperature; 1 where that is unknown)",
+        "--dwm-temperature; 1 if that is unknown)",
     )
     add(
         "--top-fraction",
@@ -102,10 +102,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--domain",
         nargs="+",
         metavar="NAME",
-        help="domain of all documents of each prefix (default: those of the weight file that is "
-        "there already, if any)",
+        help="domain of all documents of each prefix (default: those of the existing weight file, "
+        "if any)",
     )
-    add("--force", action="store_true", help="replace weight files that are there")
+    add("--force", action="store_true", help="replace existing weight files")
     add(
         "--keep-scores",
         action="store_true",
@@ -156,7 +156,7 @@ def run(args: argparse.Namespace) -> None:
     """Scores and writes.
 
     Raises:
-        DWMError: what a user can mend.
+        DWMError: something that a user can fix.
     """
     import torch.distributed as dist
 
@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command.
 
     Args:
-        argv: Words after the command's name; None takes the process's own.
+        argv: Arguments after the command's name; None takes the process's own.
 
     Returns:
         0, or 2 after an error that was printed as one line.
@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _on_this_rank(args: argparse.Namespace) -> int:
-    """Joins the other ranks and scores; an error that all ranks see is said once."""
+    """Joins the other ranks and scores; an error that all ranks see is printed once."""
     import torch
     import torch.distributed as dist
 
@@ -219,7 +219,7 @@ def _on_this_rank(args: argparse.Namespace) -> int:
         if args.checkpoint is not None:
             cpu.install()
         if cpu.wanted():
-            # More would change the order of sums, and with it the last bits of the scores.
+            # More threads would change the order of sums, and with it the last bits of the scores.
             torch.set_num_threads(1)
         else:
             local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -229,7 +229,7 @@ def _on_this_rank(args: argparse.Namespace) -> int:
     except DWMError as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank == 0 or error.this_rank_only:
-            # The cursor may be behind rank 0's progress bar.
+            # The cursor may be at the end of rank 0's progress bar.
             if rank:
                 print(file=sys.stderr)
             say_error("score", str(error))

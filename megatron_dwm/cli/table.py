@@ -1,4 +1,4 @@
-"""The table of the commands. A command's module is imported when it is called."""
+"""The table of commands. A command's module is imported only when it is called."""
 
 from __future__ import annotations
 
@@ -30,11 +30,13 @@ class Command:
 COMMANDS = (
     Command("tokenizer", "tokenizer", "train a SentencePiece tokenizer on your text"),
     Command("preprocess", "preprocess", "text to Megatron's indexed data sets (.bin, .idx)"),
-    Command("dsir", "dsir", "weigh and select documents by how they are like a target text"),
-    Command("inspect", "inspect", "check a data set and print what is in it"),
+    Command("dsir", "dsir", "weigh and select documents by their similarity to a target text"),
+    Command("inspect", "inspect", "check a data set and print its contents"),
     Command("train", "train", "run your Megatron script with the weighting attached"),
-    Command("plan", "plan", "what weighting will cost a run, before it is started"),
-    Command("report", "report", "tables and plots of what a run preferred, and of runs compared"),
+    Command("plan", "plan", "what weighting will cost a run, before you start it"),
+    Command(
+        "report", "report", "tables and plots of what a run preferred, and comparisons of runs"
+    ),
     Command("probe", "probe", "is the meta-gradient of a saved run right? (brute force)"),
     Command("score", "score", "score every document of a corpus, as a weight file"),
     Command("weights", "weights", "make, combine and show weight files"),

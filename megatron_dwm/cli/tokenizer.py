@@ -1,13 +1,13 @@
-r"""Trains a SentencePiece tokenizer of Llama's kind on JSON Lines or plain text.
+r"""Trains a Llama-style SentencePiece tokenizer on JSON Lines or plain text.
 
     megatron-dwm tokenizer --input corpus/train/*.jsonl \
         --out corpus/tokenizer --vocab-size 4096
 
 writes corpus/tokenizer.model for Megatron (`--tokenizer-type SentencePieceTokenizer
---tokenizer-model corpus/tokenizer.model`) and, as the file carries the name tokenizer.model,
-for Hugging Face (`LlamaTokenizer.from_pretrained("corpus")`). The same input, flags and
-sentencepiece release give the same file, byte for byte.
-Exit code 0: written, or there already with --skip-existing, 2: bad input.
+--tokenizer-model corpus/tokenizer.model`) and, because the file is named tokenizer.model, for
+Hugging Face (`LlamaTokenizer.from_pretrained("corpus")`). The same input, flags and sentencepiece
+release give the same file, byte for byte.
+Exit code 0: written, or already there with --skip-existing; 2: bad input.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--input-format",
         choices=["auto", "jsonl", "text"],
         default="auto",
-        help="format of the input; auto goes by the file's name",
+        help="format of the input; auto decides by the file's name",
     )
     parser.add_argument(
         "--max-mb",
@@ -45,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=100.0,
         help="train on a uniform sample of documents of this size (default: 100)",
     )
-    parser.add_argument("--seed", type=int, default=1234, help="seed of the sample and trainer")
+    parser.add_argument(
+        "--seed", type=int, default=1234, help="seed of the sample and of the trainer"
+    )
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument(
         "--skip-existing", action="store_true", help="do nothing if PREFIX.model exists"
@@ -75,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     """Reads, samples, trains and writes.
 
     Raises:
-        InputError: A fault in the input, or the output exists.
+        InputError: The input is bad, or the output exists.
     """
     from megatron_dwm.corpus.train_tokenizer import run as train
 

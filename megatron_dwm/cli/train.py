@@ -3,13 +3,13 @@ r"""Runs a script that calls Megatron's `pretrain`, unchanged, with the weightin
     megatron-dwm train pretrain_gpt.py YOUR FLAGS \
         --dwm --dwm-meta-data-path data/meta_text_document
 
-is one process. On many it starts under torchrun, and so on several nodes:
+runs in one process. For several processes, also on several nodes, start it under torchrun:
 
     torchrun --nproc-per-node 8 -m megatron_dwm train pretrain_gpt.py YOUR FLAGS --dwm ...
 
-All words after SCRIPT are the script's, and it takes the flags below besides its own. Without --dwm
-it is the stock trainer. The exit code is the script's own, and 2 where the flags or the data are
-refused, after one line on standard error.
+All arguments after SCRIPT are the script's, and it takes the flags below in addition to its own.
+Without --dwm it is the stock trainer. The exit code is the script's own, or 2 if the flags or the
+data are refused, after one line on standard error.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     if words[:1] == ["--"]:
         del words[0]
     if not words or words[0].startswith("-"):
-        # Only here: the parser would take `--` out of the script's words.
+        # Only here: the parser would remove `--` from the script's arguments.
         parser = new_parser("train", __doc__)
         add_arguments(parser)
         parser.parse_args(words)

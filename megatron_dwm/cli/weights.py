@@ -4,12 +4,12 @@ r"""Makes, combines and shows weight files: how often documents of a data set ar
         --scores --temperature 0.5 --domain web
     megatron-dwm weights show data/web_text_document
 
-PREFIX.weights lies beside PREFIX.idx and PREFIX.bin and has one number for every document of
-the index, and perhaps its domain. A document of weight 2 is drawn twice as often as one of
-weight 1. `make` reads numbers from .npy, .csv or .jsonl, `merge` combines weight files of one
-data set (quality times domain, say), `concat` those of data sets that Megatron's merge_datasets.py
-put one after another. `megatron-dwm weights COMMAND --help` has the flags.
-Exit code 0: done, 2: something is wrong, and one line says what.
+PREFIX.weights lies beside PREFIX.idx and PREFIX.bin and has one number for every document of the
+index, and optionally its domain. A document of weight 2 is drawn twice as often as one of weight 1.
+`make` reads numbers from .npy, .csv or .jsonl, `merge` combines weight files of one data set
+(quality times domain, say), `concat` joins those of data sets that Megatron's merge_datasets.py has
+concatenated. `megatron-dwm weights COMMAND --help` shows the flags.
+Exit code 0: done; 2: something is wrong, and one line says what.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 SUFFIX = ".weights"
 SHOWN_DOMAINS = 40
 PRIOR_TOKENS = 200.0
-# The keys of `weight_combine.COMBINE`, known without NumPy.
+# The keys of `weight_combine.COMBINE`, available without NumPy.
 COMBINATIONS = ("mean", "product", "max", "min")
 
 
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     example = "megatron-dwm weights make data/web_text_document --from quality.csv --column score"
     make = commands.add_parser("make", help=about, **_explained(about, example))
     _add_make_args(make)
-    # What else is to be checked has the parser's way of saying it.
+    # Further checks report errors in the parser's way.
     make.set_defaults(refuse=make.error)
 
     about = "show what is in a weight file"
@@ -66,19 +66,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--no-normalise",
         action="store_true",
-        help="take the weights as they are, not each file scaled to mean 1 first",
+        help="use the weights as they are; do not scale each file to mean 1 first",
     )
     _add_force(command)
 
-    about = "make weight files of what a run with --dwm-document-weights has made of its documents"
+    about = "make weight files from the document weights of a run with --dwm-document-weights"
     example = "megatron-dwm weights from-run runs/small data/web data/books --blend blend.txt"
     command = commands.add_parser("from-run", help=about, **_explained(about, example))
-    command.add_argument("run", metavar="RUN", help="folder of --save of that run")
+    command.add_argument("run", metavar="RUN", help="--save folder of that run")
     command.add_argument(
         "prefixes",
         nargs="*",
         metavar="PREFIX",
-        help="data sets to make weight files of, in the order of that run's (default: these)",
+        help="data sets to make weight files for, in the run's order (default: the run's own)",
     )
     command.add_argument("--iteration", type=int, metavar="N", help="default: the last")
     command.add_argument(
@@ -94,22 +94,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=float,
         metavar="SHARE",
-        help="of each data set in that run's blend (default: as its tokens were read)",
+        help="share of each data set in that run's blend (default: in proportion to tokens read)",
     )
     command.add_argument(
         "--blend", metavar="FILE", help="write the new shares for --data-args-path"
     )
     _add_force(command)
 
-    about = "join the weights of data sets that were put one after another"
+    about = "join the weights of data sets that were concatenated"
     example = "megatron-dwm weights concat data/all data/web data/books"
     command = commands.add_parser("concat", help=about, **_explained(about, example))
-    command.add_argument("output", metavar="OUT_PREFIX", help="prefix of the joined dataset")
+    command.add_argument("output", metavar="OUT_PREFIX", help="prefix of the joined data set")
     command.add_argument("parts", nargs="+", metavar="PREFIX", help="its parts, in their order")
     command.add_argument(
         "--normalise",
         action="store_true",
-        help="scale each part to mean 1 first, so that none is drawn more often as a whole",
+        help="scale each part to mean 1 first, so that no part as a whole is drawn more often",
     )
     _add_force(command)
 
@@ -135,29 +135,33 @@ def _add_force(parser: argparse.ArgumentParser) -> None:
 def _add_make_args(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("prefixes", nargs="+", metavar="PREFIX", help="path of a dataset without .idx and .bin")
-    group = parser.add_argument_group("where the weights are from (one of these)")
+    group = parser.add_argument_group("source of the weights (one of these)")
     source = group.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--from",
         dest="sources",
         nargs="+",
         metavar="FILE",
-        help="one file for each PREFIX: .npy (one number a document), .csv with a header or "
-        ".jsonl; rows are in the order of the documents unless they have a 'document' number",
+        help="one file for each PREFIX: .npy (one number per document), .csv with a header, or "
+        ".jsonl; rows are in document order unless they have a 'document' number",
     )
     source.add_argument("--equal", action="store_true", help="weight 1 for every document")
     group = parser.add_argument_group("reading the file")
     add = group.add_argument
-    add("--column", metavar="NAME", help="column or key of the number (default: weight)")
-    add("--domain-column", metavar="NAME", help="column or key of the document's domain")
+    add("--column", metavar="NAME", help="column or key that holds the number (default: weight)")
+    add("--domain-column", metavar="NAME", help="column or key that holds the document's domain")
     add(
         "--domains-only",
         action="store_true",
         help="read only the domains of the file and give every document weight 1",
     )
-    add("--default", type=float, metavar="W", help="number of documents that the file leaves out")
-    add("--scores", action="store_true", help="numbers s are scores: weight exp(s / temperature)")
-    add("--temperature", type=float, metavar="T", help="of --scores (default: 1)")
+    add("--default", type=float, metavar="W", help="number for documents that the file leaves out")
+    add(
+        "--scores",
+        action="store_true",
+        help="the numbers s are scores: weight exp(s / temperature)",
+    )
+    add("--temperature", type=float, metavar="T", help="temperature for --scores (default: 1)")
     group = parser.add_argument_group("result")
     add = group.add_argument
     add("--top-fraction", type=float, metavar="F", help="weight 0 for all but the best share F")
@@ -183,7 +187,7 @@ def _check_make_args(args: argparse.Namespace) -> None:
         refuse(f"--domain: {len(args.domains)} names for {count} datasets; give 1 or {count}")
     if args.output and count > 1:
         refuse("--output: names one file, for one PREFIX")
-    # Anything else might be the index itself.
+    # Any other name might be the index itself.
     if args.output and not args.output.endswith(SUFFIX):
         refuse(f"--output {args.output}: the name of a weight file ends in {SUFFIX}")
     if args.domains and args.domain_column:
@@ -193,7 +197,7 @@ def _check_make_args(args: argparse.Namespace) -> None:
     needs_file = ("column", "domain_column", "domains_only", "default", "scores", "temperature")
     for name in needs_file if args.equal else ():
         value = getattr(args, name)
-        # A number of 0 was given as well, though it equals False.
+        # An explicit 0 counts as given, although it equals False.
         if value is not None and value is not False:
             refuse(f"--{name.replace('_', '-')}: needs --from")
     if args.domains_only and (args.column or args.scores):
@@ -214,8 +218,8 @@ def make(args: argparse.Namespace) -> None:
     """Makes the weight files.
 
     Raises:
-        DWMError: A data set is damaged, or the weights are not fit to draw by, a file of `--from`
-            is at fault, or an output exists.
+        DWMError: A data set is damaged, the weights cannot be used for drawing, a file of `--from`
+            is bad, or an output exists.
     """
     from megatron_dwm.data import weight_making
     from megatron_dwm.data.weight_file import weights_path

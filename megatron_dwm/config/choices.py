@@ -1,4 +1,4 @@
-"""What settings may be, which of them belong to what, and what each is called as a flag."""
+"""Allowed values of settings, what each setting belongs to, and the name of its flag."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ MODEL_ONLY = (
     "replay_steps",
     "teacher",
 )
-# Settings that only some policies read: by what of `Needs` such a policy asks for, what they are
-# about and what to do instead of leaving them out. `learned`: the learned policy, or a control made
-# of it.
+# Settings that only some policies read. For each field of `Needs` that such a policy sets: what the
+# settings are about, and what to do instead of leaving them out. `learned`: the learned policy, or
+# a control derived from it.
 READ_BY: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "model": ("the separate model", "take --dwm-policy model", MODEL_ONLY),
     "map": (
@@ -64,7 +64,7 @@ OF_POLICY = {
     ),
     "rho": ("reference_losses",),
 }
-# Settings that name a number of each document whose place among all of them is read.
+# Settings that name a number of each document, of which only the rank among all documents is used.
 RANKED = ("curriculum_by",)
 PACINGS = ("linear", "root", "step")
 ORDERS = ("ascending", "descending")

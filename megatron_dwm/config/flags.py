@@ -1,4 +1,4 @@
-"""`DWMConfig` as an argparse group: one flag a field, help from the field itself."""
+"""`DWMConfig` as an argparse group: one flag per field, help text from the field itself."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from megatron_dwm.config.schema import DWMConfig
 
 
 def add_dwm_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Adds the `--dwm-*` flags; hand it to Megatron as (part of) `extra_args_provider`.
+    """Adds the `--dwm-*` flags; pass it to Megatron as (part of) `extra_args_provider`.
 
-    Adding twice is harmless, so the launcher and a script that adds them itself can meet.
+    Adding the flags twice is harmless, so the launcher works with a script that adds them itself.
 
     Args:
         parser: Megatron's argument parser.

@@ -1,4 +1,4 @@
-"""Which policies `--dwm-policy` names, and what each needs of a step."""
+"""The policies that `--dwm-policy` can name, and what each needs from a step."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ class Needs:
         tokens: the step's token ids before the trainer's own step (`StepView.batches`).
         losses: per-token losses and their mask in `weights`.
         states: the language model's final hidden states in `weights`.
-        domains: which data set of the blend each sample is from.
+        domains: which data set of the blend each sample comes from.
         influence: each sample's influence on the meta loss, on meta steps.
-        influence_ahead: the same before every weighted step.
+        influence_ahead: the same, before every weighted step.
         model: a separate weighting model, which `PolicyContext.scorer` builds.
         map: the map from scores to weights that the settings ask for, see `policies.maps`.
-        whole_batch: that map is asked once for all samples of a step, so that any map will do.
+        whole_batch: the map is called once for all samples of a step, so any map works.
         documents: settings that name a number of each document, which `weights` reads.
-        loss_shape: weights are a shape of the scaled loss at a temperature, after a burn-in.
+        loss_shape: weights are a shape function of the scaled loss at a temperature, after a
+            burn-in.
 
-    Settings about what the policy does not ask for are refused, see `choices.READ_BY`.
+    Settings for anything that the policy does not ask for are refused, see `choices.READ_BY`.
     """
 
     tokens: bool = False
@@ -50,13 +51,14 @@ class Needs:
         return Needs(**either, documents=documents)
 
 
-# Name in --dwm-policy -> where it is, and what it needs (as its class says too, so that settings
-# are checked without importing it). `learned` stands for the form that --dwm-form names.
+# Name in --dwm-policy -> where it is defined, and what it needs (repeated from its class, so that
+# settings can be checked without importing it). `learned` stands for the form that --dwm-form
+# names.
 _HOME = "megatron_dwm.policies"
 _LOSS_SHAPE = Needs(losses=True, loss_shape=True)
 BUILT_IN = {
     "uniform": (f"{_HOME}.controls:Uniform", Needs()),
-    "shuffled": (f"{_HOME}.controls:Shuffled", Needs()),  # what the learned policy needs
+    "shuffled": (f"{_HOME}.controls:Shuffled", Needs()),  # needs what the learned policy needs
     "head": (f"{_HOME}.head:Head", Needs(losses=True, states=True, influence=True, map=True)),
     "model": (
         f"{_HOME}.model:Model",
@@ -81,13 +83,13 @@ BUILT_IN = {
 
 
 def policy_needs(name: str) -> Needs:
-    """Returns what the policy of a name asks for, without importing one of our own.
+    """Returns what the named policy needs; built-in policies are not imported.
 
     Args:
-        name: of one, or of several with `+` between them.
+        name: of one policy, or of several joined by `+`.
 
     Raises:
-        DWMError: as `named`, or what it names is no policy.
+        DWMError: see `named`; or the name stands for something that is not a policy.
     """
     first, *others = name.split("+")
     if others:
@@ -104,10 +106,10 @@ def policy_needs(name: str) -> Needs:
 
 
 def named(name: str) -> Any:
-    """Returns what a name in `BUILT_IN`, or a dotted path `package.module:Class`, stands for.
+    """Returns the object that a name in `BUILT_IN`, or a path `package.module:Class`, stands for.
 
     Raises:
-        DWMError: there is none.
+        DWMError: there is no such object.
     """
     path = BUILT_IN[name][0] if name in BUILT_IN else name
     module, _, attribute = path.partition(":")
@@ -128,7 +130,7 @@ def named(name: str) -> Any:
 
 
 def no_policy(name: str) -> DWMError:
-    """Returns the error for something that has a name and is no policy."""
+    """Returns the error for a name that stands for something that is not a policy."""
     return DWMError(
         f"--dwm-policy {name} is not a subclass of megatron_dwm.policies.base.WeightPolicy"
     )

@@ -13,7 +13,7 @@ from megatron_dwm.errors import DWMError
 
 
 def _option(default: Any, help: str, **metadata: Any) -> Any:
-    """Declares a field whose help text and argparse details travel with it."""
+    """Declares a field that carries its help text and argparse details."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -23,18 +23,18 @@ class DWMConfig:
 
     Attributes:
         enabled: the flag `--dwm`.
-        policy: how samples are weighted: `learned` (in the form that `form` names) or another
-            policy of `megatron_dwm.policies`, or one's own as `package.module:Class`.
+        policy: how samples are weighted: `learned` (in the form that `form` names), another policy
+            of `megatron_dwm.policies`, or your own as `package.module:Class`.
         form: `head` (a linear score on the LLM's own states) or `model` (a separate transformer).
         rule: how the form learns: `regression` of the influence, or `chain`, the paper's gradient
             through the weights.
         map: scores to weights.
-        gate: whether weights leave 1 only as far as out-of-sample correlation has proved.
+        gate: whether weights move away from 1 only as far as out-of-sample correlation justifies.
         schedule: `staged`, `joint` or `frozen` (weights from `load`, no meta steps).
         estimator: how `c_i = dL_meta(theta+)/dw_i` is estimated.
         lookahead: whether the meta loss is differentiated after the LLM's step or before it.
         jacobian: the derivative of the optimizer's step that the meta-gradient goes through.
-        mtp: whether weights are those of the losses of multi-token prediction, too.
+        mtp: whether weights also apply to the losses of multi-token prediction.
         sampling: which documents are read: Megatron's own order, or drawn by weight files.
     """
 
@@ -42,16 +42,16 @@ class DWMConfig:
     policy: str = _option(
         "learned",
         "learned: what --dwm-form names; uniform: w = 1; linupper, quadratic, extremes, "
-        "truncation: by the sample's loss; rho: by that over a reference model's; static: by a "
-        "number of its documents; curriculum: easy documents first; domains: by the influence of "
-        "their domain; influence: by the sample's own influence at every step; shuffled: the "
-        "learned weights of other samples, a control; or a policy of your own, "
-        "package.module:Class; several with + between them: the product of their weights",
+        "truncation: by the sample's loss; rho: by its loss relative to a reference model's; "
+        "static: by a number of its documents; curriculum: easy documents first; domains: by the "
+        "influence of its domain; influence: by the sample's own influence at every step; "
+        "shuffled: the learned weights of other samples, a control; or your own policy, "
+        "package.module:Class; several joined by +: the product of their weights",
     )
     form: str = _option(
         "head",
         "what is learned: head, a linear score on the LLM's own hidden states and losses, without "
-        "a pass of its own; model, a separate transformer (the paper's)",
+        "an extra pass; model, a separate transformer (the paper's)",
     )
     rule: str | None = _option(
         None,
@@ -60,37 +60,39 @@ class DWMConfig:
     )
     map: str | None = _option(
         None,
-        "scores to weights: sigmoid, bounded, with running centre and normaliser; softmax over "
-        "the global batch (form model only); default: sigmoid, with --dwm-rule chain softmax",
+        "scores to weights: sigmoid, bounded, with running centre and normaliser; softmax over the "
+        "global batch (form model only); default: sigmoid; with --dwm-rule chain: softmax",
     )
     loss_temperature: float = _option(
         1.0,
-        "policies linupper, quadratic and extremes: r in exp(shape(loss) / r); the smaller, the "
-        "further weights are from 1",
+        "policies linupper, quadratic and extremes: r in exp(shape(loss) / r); the smaller it is, "
+        "the further weights are from 1",
     )
     static_weights: str = _option(
         "weights",
-        "policy static: which weight file beside each training data set has a document's weight: "
-        "NAME for PREFIX.NAME.weights, weights for PREFIX.weights (megatron-dwm weights make)",
+        "policy static: the weight file beside each training data set that holds the documents' "
+        "weights: NAME for PREFIX.NAME.weights, weights for PREFIX.weights (megatron-dwm weights "
+        "make)",
     )
     curriculum_by: str = _option(
         "length",
-        "policy curriculum: how difficult a document is: length, in tokens, or NAME for the "
-        "numbers in PREFIX.NAME.weights beside each training data set",
+        "policy curriculum: what measures a document's difficulty: length, in tokens, or NAME for "
+        "the numbers in PREFIX.NAME.weights beside each training data set",
     )
     curriculum_order: str = _option(
-        "ascending", "policy curriculum: ascending, small numbers first; descending, large ones"
+        "ascending",
+        "policy curriculum: ascending, small numbers first; descending, large numbers first",
     )
     curriculum_pacing: str = _option(
         "linear",
-        "policy curriculum: how the share of the samples that count grows with the training: "
-        "linear, root (of its square), step (five equal ones)",
+        "policy curriculum: how the share of samples that count grows during training: linear, "
+        "root (its square grows linearly), step (five equal steps)",
     )
     curriculum_start: float = _option(
-        0.2, "policy curriculum: the share of the samples that count at first, in (0, 1]"
+        0.2, "policy curriculum: the share of samples that count at first, in (0, 1]"
     )
     curriculum_share: float = _option(
-        0.5, "policy curriculum: the share of the training after which all count, in (0, 1]"
+        0.5, "policy curriculum: the share of the training after which all samples count, in (0, 1]"
     )
     reference_losses: str = _option(
         "reference_loss",
@@ -100,51 +102,52 @@ class DWMConfig:
     slope: float = _option(3.0, "slope of the sigmoid, per standard deviation of the scores")
     gate: str | None = _option(
         None,
-        "on: weights leave 1 only as far as the out-of-sample correlation of scores and influence "
-        "has proved; off: at once; default: on, with --dwm-rule chain off",
+        "on: weights move away from 1 only as far as the out-of-sample correlation of scores and "
+        "influence justifies; off: at once; default: on; with --dwm-rule chain: off",
     )
     forgetting: float = _option(
-        0.98, "regression of form head: what a meta step counts after the next one, in (0, 1]"
+        0.98,
+        "regression of form head: how much a meta step counts relative to the next, in (0, 1]",
     )
     ridge: float | None = _option(
         None,
-        "regression of form head: ridge penalty, over the features' variance; default: by how many "
-        "samples there are and how well scores have predicted influence",
+        "regression of form head: ridge penalty, relative to the features' variance; default: set "
+        "from the number of samples and from how well scores have predicted influence",
     )
     replay: int = _option(8, "regression of form model: meta steps whose samples are kept")
     replay_steps: int = _option(
-        2, "regression of form model: kept meta steps that are learned again at each meta step"
+        2, "regression of form model: kept meta steps that are replayed at each meta step"
     )
     teacher: str = _option(
         "head",
-        "regression of form model: head, a head's scores are labels between meta steps; none",
+        "regression of form model: head, a head's scores are the labels between meta steps; none",
     )
     schedule: str | None = _option(
         None,
         "staged: each stage is a meta window and a frozen window; joint: a meta step every "
         "--dwm-meta-interval steps; frozen: weights from --dwm-load, no meta steps; default: "
-        "joint, with --dwm-rule chain staged",
+        "joint; with --dwm-rule chain: staged",
     )
     stages: int = _option(
-        5, "number of stages that the training is cut into; a snapshot is taken after each"
+        5, "number of stages that the training is divided into; a snapshot is saved after each"
     )
     stage_meta_steps: int | None = _option(
         None, "length of each stage's meta window in steps; default: half of the stage"
     )
     warmup_steps: int | None = _option(
         None,
-        "steps of uniform weights at the start of the training; default: 0, for policies linupper, "
-        "quadratic and extremes a twentieth of the training, as in their paper",
+        "steps of uniform weights at the start of the training; default: 0; for policies linupper, "
+        "quadratic and extremes: a twentieth of the training, as in their paper",
     )
     meta_interval: int | None = _option(
         None,
-        "a meta step every this many steps (joint, meta windows); default: 16, with --dwm-rule "
-        "chain 1",
+        "steps from one meta step to the next (joint, meta windows); default: 16; with --dwm-rule "
+        "chain: 1",
     )
     meta_dense_steps: int | None = _option(
         None,
-        "steps after the warm-up in which meta steps are taken four times as often, so that the "
-        "weighting knows something early; default: 128, with --dwm-rule chain 0",
+        "steps after the warm-up in which meta steps come four times as often, so that the "
+        "weighting learns something early; default: 128; with --dwm-rule chain: 0",
     )
     meta_data_path: list[str] | None = _option(
         None,
@@ -153,7 +156,7 @@ class DWMConfig:
         nargs="+",
     )
     meta_batch_size: int | None = _option(
-        None, "samples of the meta set a meta step; default: a quarter of the global batch"
+        None, "samples of the meta set per meta step; default: a quarter of the global batch"
     )
     estimator: str = _option(
         "auto",
@@ -162,19 +165,19 @@ class DWMConfig:
     )
     lookahead: str | None = _option(
         None,
-        "next: the meta loss after the LLM's step, exact; current: from before the step, with "
-        "Adam's preconditioner as it stands, at the cost of one forward (ghost only); default: "
-        "current where ghost covers the LLM, with --dwm-rule chain next",
+        "next: the meta loss after the LLM's step, exact; current: before the step, with Adam's "
+        "current preconditioner, at the cost of one forward (ghost only); default: current if "
+        "ghost covers the LLM, else next; with --dwm-rule chain: next",
     )
     jacobian: str = _option(
         "exact",
-        "derivative of the LLM's optimizer step: exact (Adam, AdamW, SGD, Muon) or identity "
-        "(any optimizer, taken for plain SGD with one learning rate)",
+        "derivative of the LLM's optimizer step: exact (Adam, AdamW, SGD, Muon) or identity (any "
+        "optimizer, treated as plain SGD with one learning rate)",
     )
     mtp: str = _option(
         "weighted",
         "losses of multi-token prediction (--mtp-num-layers): weighted, by their sample's weight, "
-        "and part of its influence; plain, as without weighting, and no part of it",
+        "and part of its influence; plain, as without weighting, and not part of its influence",
     )
     overhead_budget: float | None = _option(
         None,
@@ -183,8 +186,8 @@ class DWMConfig:
     )
     verify_meta_gradient: int | None = _option(
         None,
-        "every this many meta steps, re-run the LLM's step with a changed weight for a few samples "
-        "and compare with the meta-gradient; default: never",
+        "interval in meta steps at which the LLM's step is re-run with a changed weight for a few "
+        "samples and compared with the meta-gradient; default: never",
     )
     verify_samples: int = _option(4, "samples that are verified each time")
     verify_correlation: float = _option(
@@ -192,8 +195,8 @@ class DWMConfig:
     )
     fd_relative_step: float | None = _option(
         None,
-        "finite difference: norm of eps v over that of theta; default: at each meta step the "
-        "smallest that the parameters' precision resolves (3e-4 to 2e-2)",
+        "finite difference: norm of eps v relative to that of theta; default: at each meta step "
+        "the smallest that the parameters' precision resolves (3e-4 to 2e-2)",
     )
     num_layers: int = _option(4, "layers of the DWM (llm:K and hf:DIR set it themselves)")
     hidden_size: int = _option(256, "hidden size of the DWM")
@@ -206,13 +209,14 @@ class DWMConfig:
     )
     pooling: str = _option(
         "mean",
-        "how token states become one sample vector: last or mean (hf:DIR of a classifier sets it)",
+        "how token states become one vector per sample: last or mean (set by hf:DIR if DIR is a "
+        "classifier)",
     )
     init: str = _option(
         "random",
         "random; llm:K (the LLM's embedding and first K layers, copied at the first meta step); "
-        "hf:DIR (a Hugging Face Llama folder; of a classifier with one label its head and pooling "
-        "too)",
+        "hf:DIR (a Hugging Face Llama folder; if it is a classifier with one label, also its head "
+        "and pooling)",
     )
     load: str | None = _option(
         None, "folder with stage snapshots (or one snapshot) that the DWM starts from"
@@ -239,9 +243,9 @@ class DWMConfig:
     )
     max_bad_steps: int = _option(
         10,
-        "end the run after this many steps in a row in which a loss, a score, the meta-gradient "
-        "or the DWM was NaN or infinite; such a step leaves the DWM as it was, and with such "
-        "scores its weights are 1",
+        "end the run after this many steps in a row in which a loss, a score, the meta-gradient or "
+        "the DWM was NaN or infinite; such a step leaves the DWM unchanged, and if scores are bad, "
+        "its weights are 1",
     )
     sampling: str = _option(
         "stock",
@@ -252,54 +256,55 @@ class DWMConfig:
     sampling_draws: str = _option(
         "systematic",
         "systematic: a document is read its expected number of times, rounded down or up; "
-        "independent: independent draws, whose numbers scatter",
+        "independent: independent draws, so the number of times varies",
     )
     sampling_max_repeats: int | None = _option(
-        None, "highest expected number of times that a document is read an epoch; default: no limit"
+        None,
+        "highest expected number of times that a document is read per epoch; default: no limit",
     )
     seed: int = _option(1234, "seed of the DWM's initialisation and of the shuffled policy")
     document_weights: bool = _option(
         False,
-        "keep the mean weight of every document that was read, in the folder of --save, without a "
-        "pass of its own; megatron-dwm weights from-run makes weight files of them, by which "
-        "another run draws",
+        "record the mean weight of every document read, in the --save folder, without an extra "
+        "pass; megatron-dwm weights from-run turns them into weight files, by which another run "
+        "can draw",
     )
     log_samples: bool = _option(False, "write every sample's weight to the step log as well")
     log_expert_load: int = _option(
         0,
-        "every so many steps, write to the step log how evenly the samples of each domain use the "
-        "experts of the MoE layers of the last pipeline stage; 0: never",
+        "interval in steps at which the step log gets how evenly the samples of each domain use "
+        "the experts of the MoE layers of the last pipeline stage; 0: never",
     )
 
     @property
     def trains(self) -> bool:
-        """Whether meta steps are taken at all."""
+        """Whether the run takes any meta steps."""
         return self.uses_meta_set and self.schedule != "frozen" and self.needs.influence
 
     @property
     def uses_meta_set(self) -> bool:
-        """Whether samples' influence on the meta set is wanted, on meta steps or ahead of steps."""
+        """Whether samples' influence on the meta set is needed, on meta steps or ahead of steps."""
         needs = self.needs
         return needs.influence_ahead or (needs.influence and self.schedule != "frozen")
 
     @property
     def scores(self) -> bool:
-        """Whether samples are weighed at all."""
+        """Whether samples are weighted at all."""
         return self.policy != "uniform"
 
     @property
     def learned(self) -> bool:
-        """Whether the policy is the learned one, or a control made of it."""
+        """Whether the policy is the learned one, or a control derived from it."""
         return not {"learned", "shuffled", *FORMS}.isdisjoint(self.parts)
 
     @property
     def parts(self) -> list[str]:
-        """Names of the policies that work together, mostly one."""
+        """Names of the policies that are combined, usually just one."""
         return self.policy.split("+")
 
     @property
     def policies(self) -> str:
-        """As `policy`, with what is learned by its own name."""
+        """Like `policy`, with `learned` replaced by the name of its form."""
         return "+".join(self.form if part == "learned" else part for part in self.parts)
 
     @property
@@ -309,7 +314,7 @@ class DWMConfig:
 
     @property
     def needs(self) -> Needs:
-        """What the policy asks for; nothing where there is none of that name."""
+        """What the policy needs; nothing if there is no policy of that name."""
         names = [self.form if n in ("learned", "shuffled") else n for n in self.parts]
         try:
             return policy_needs("+".join(names))
@@ -317,7 +322,7 @@ class DWMConfig:
             return Needs()
 
     def with_defaults(self) -> DWMConfig:
-        """Returns the settings with those filled in that follow from form and rule."""
+        """Returns the settings, with defaults that depend on form and rule filled in."""
         form = self.form
         named = [part for part in self.parts if part in FORMS]
         if named and form == DWMConfig.form:
@@ -341,13 +346,13 @@ class DWMConfig:
 
     @property
     def resolved_ffn_hidden_size(self) -> int:
-        """MLP size, with the Llama default of 8/3 of the hidden size rounded up to 64."""
+        """MLP size; by default Llama's 8/3 of the hidden size, rounded up to a multiple of 64."""
         if self.ffn_hidden_size is not None:
             return self.ffn_hidden_size
         return -(-self.hidden_size * 8 // (3 * 64)) * 64
 
     def shape(self) -> dict[str, Any]:
-        """Returns the sizes that the flags set, resolved."""
+        """Returns the sizes of the DWM, with defaults resolved."""
         names = ("num_layers", "hidden_size", "num_attention_heads", "pooling")
         return {
             **{name: getattr(self, name) for name in names},
@@ -357,7 +362,7 @@ class DWMConfig:
 
     @classmethod
     def from_args(cls, args: Any) -> DWMConfig:
-        """Reads the config from parsed arguments; flags that are missing keep their default."""
+        """Reads the config from parsed arguments; missing flags keep their default."""
         values = {}
         for spec in dataclasses.fields(cls):
             attribute = attribute_name(spec.name)

@@ -1,4 +1,4 @@
-"""Settings that cannot work, each with one line that names the flag and what to do."""
+"""Finds settings that cannot work: for each, one line that names the flag and what to do."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def problems(config: DWMConfig) -> list[str]:
     try:
         policy_needs(config.policies)
     except DWMError as error:
-        # The rest is looked at all the same.
+        # The other settings are still checked.
         return [str(error), *_problems(dataclasses.replace(config, policy="learned"))]
     return _problems(config)
 
@@ -121,8 +121,8 @@ def _problems(config: DWMConfig) -> list[str]:
         found.append(f"{flag('verify_correlation')} is {config.verify_correlation}; use [0, 1)")
     if config.lookahead == "current" and config.estimator == "finite_difference":
         found.append(
-            "--dwm-lookahead current needs --dwm-estimator ghost: its gain is to read the "
-            "influence off the training pass, which finite_difference cannot do"
+            "--dwm-lookahead current needs --dwm-estimator ghost: its gain is to get the influence "
+            "from the training pass, which finite_difference cannot do"
         )
     if not 0 < config.forgetting <= 1:
         found.append(f"{flag('forgetting')} is {config.forgetting}; use (0, 1]")
@@ -135,13 +135,13 @@ def _problems(config: DWMConfig) -> list[str]:
         found.append("--dwm-schedule frozen needs --dwm-load DIR, the weights to be used")
     if config.schedule == "frozen" and config.needs.influence and not config.learned:
         found.append(
-            f"--dwm-schedule frozen: --dwm-policy {config.policy} takes over nothing that another "
-            "run has learned, and would learn nothing; leave it out"
+            f"--dwm-schedule frozen: --dwm-policy {config.policy} uses nothing that another run "
+            "has learned, and would learn nothing; leave it out"
         )
     if config.load and config.learned and "domains" in config.parts:
         found.append(
-            f"--dwm-load {config.load}: what --dwm-policy domains has learned is of its own run's "
-            "data sets; load the learned policy alone"
+            f"--dwm-load {config.load}: what --dwm-policy domains learns holds only for its own "
+            "run's data sets; load the learned policy alone"
         )
     return found
 
@@ -163,7 +163,7 @@ def _form_problems(config: DWMConfig) -> list[str]:
                 what = f"--dwm-form {config.form}"
             found.append(
                 "--dwm-map softmax needs the scores of the whole batch before the step, but "
-                f"{what} makes them inside it; use sigmoid, or --dwm-form model"
+                f"{what} computes them inside it; use sigmoid, or --dwm-form model"
             )
     others = {"slope": "sigmoid", "temperature": "softmax"}
     for name, wanted in others.items():
@@ -200,14 +200,14 @@ def _combination_problems(config: DWMConfig) -> list[str]:
 
 
 def _learns(config: DWMConfig) -> bool:
-    """Whether settings about learning have a reader: the learned policy, or one of one's own."""
+    """Whether anything reads settings about learning: the learned policy, or a user's own."""
     own = any(":" in part for part in config.parts)
     return config.learned or (own and config.needs.influence)
 
 
 def _unread_problems(config: DWMConfig) -> list[str]:
-    """Returns one line for each kind of settings that were given and that nothing reads."""
-    # Map and gate follow from form and rule where they are not given.
+    """Returns one line for each kind of setting that was given but that nothing reads."""
+    # If map and gate are not given, they follow from form and rule.
     usual = vars(type(config)(form=config.form, rule=config.rule).with_defaults())
     usual = {**usual, "form": "head", "rule": "regression"}
     needs, found = config.needs, []
@@ -264,7 +264,7 @@ def _guard_problems(config: DWMConfig) -> list[str]:
 
 
 def head_dim_problems(config: DWMConfig, tensor_parallel_size: int) -> list[str]:
-    """Returns one line for each DWM shape that does not divide.
+    """Returns one line for each size of the DWM that is not divisible as needed.
 
     Args:
         config: all settings.

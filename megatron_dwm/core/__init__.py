@@ -1,1 +1,1 @@
-"""What is relied on in megatron.core, the run's layout, and the collectives."""
+"""What the package relies on in megatron.core, the run's parallel layout, and the collectives."""

@@ -1,8 +1,8 @@
-"""What only some ranks do, or only some fail in: all learn of it, so that none waits for another.
+"""Shares what only some ranks do, or where only some fail, with all ranks, so that none hangs.
 
-torchrun ends the other ranks when one has failed. Other launchers (srun) need not: in their next
-collective those ranks then wait until its timeout (NCCL), or end with an error of their own about a
-closed connection (gloo).
+torchrun ends the other ranks when one has failed. Other launchers (srun) may not: those ranks then
+wait in their next collective until its timeout (NCCL), or end with an error about a closed
+connection (gloo).
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from megatron_dwm.errors import DWMError
 
 
 def agreed(found: dict[str, Any], device: torch.device) -> list[str]:
-    """Returns the causes that any rank has found, on every rank alike.
+    """Returns the causes that any rank has found, the same on every rank.
 
     Args:
-        found: whether this rank sees each cause, as bools or scalar tensors; on every rank for the
-            same causes.
-        device: of the collective.
+        found: whether this rank sees each cause, as bools or scalar tensors; every rank must pass
+            the same causes.
+        device: device of the collective.
     """
     flags = [torch.as_tensor(v, device=device).double() for v in found.values()]
-    # One wait for the device.
+    # A single wait for the device.
     worst = collectives.largest(torch.stack(flags), torch.distributed.group.WORLD).tolist()
     return [cause for cause, seen in zip(found, worst, strict=True) if seen]
 
@@ -55,7 +55,8 @@ def on_first_rank[T](call: Callable[[], T]) -> T:
 def on_each_rank[T](call: Callable[[], T]) -> T:
     """Calls on every rank, and returns once it has succeeded on all.
 
-    A collective over all ranks, so that `call` must fail on all alike before its own collectives.
+    This is a collective over all ranks. If `call` has collectives of its own, any failure before
+    them must occur on all ranks.
 
     Raises:
         DWMError: on every rank, what `call` raised on the lowest rank on which it failed.
@@ -75,7 +76,7 @@ def on_each_rank[T](call: Callable[[], T]) -> T:
 
 
 def _text(error: Exception) -> str:
-    """Returns the error in one line; one that nobody thought of is printed whole, where it is."""
+    """Returns the error in one line; prints an unexpected one in full, on its own rank."""
     if isinstance(error, DWMError | OSError):
         return str(error)
     traceback.print_exception(error)

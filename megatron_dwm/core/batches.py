@@ -1,4 +1,4 @@
-"""The step's micro-batches, read once and handed to every pass of the step."""
+"""The step's micro-batches, read once and passed to every pass of the step."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class StepBatches:
     """Micro-batches of one step, as each model chunk of this rank sees them.
 
     Args:
-        data_iterator: what the trainer hands to `train_step`: an iterator, None (no data on this
-            rank), or, with virtual pipeline stages, a list of those, one a model chunk.
-        num_microbatches: how many to take.
+        data_iterator: what the trainer passes to `train_step`: an iterator, None (no data on this
+            rank), or, with virtual pipeline stages, a list of these, one per model chunk.
+        num_microbatches: how many to read.
     """
 
     def __init__(self, data_iterator: Any, num_microbatches: int) -> None:
@@ -28,8 +28,8 @@ class StepBatches:
                 self.chunks.append(None)
                 continue
             if hasattr(iterator, "advance"):
-                # Megatron's replaying iterator keeps what it hands out until it advances; the
-                # step's own copies are here.
+                # Megatron's replaying iterator keeps its batches until it advances; the step's own
+                # copies are here.
                 iterator.advance()
             self.chunks.append([next(iterator) for _ in range(num_microbatches)])
             if hasattr(iterator, "advance"):
@@ -63,18 +63,18 @@ class StepBatches:
 
 
 def _copies(chunk: list[Any]) -> Iterator[Any]:
-    """Yields shallow copies: `get_batch` functions put device tensors back into the dict."""
+    """Yields shallow copies, because `get_batch` functions write device tensors into the dict."""
     for batch in chunk:
         yield dict(batch) if isinstance(batch, dict) else batch
 
 
 def document_field(setting: str) -> str:
-    """Returns the field of a batch with a number of the samples' documents, by the setting."""
+    """Returns the batch field that holds the samples' document numbers for a setting."""
     return f"dwm_{setting}"
 
 
 def tokens_of(batches: list[Any] | None) -> list[torch.Tensor] | None:
-    """Returns the `[b, s]` token ids of each micro-batch, None where this rank has no data."""
+    """Returns the `[b, s]` token ids of each micro-batch; None if this rank has no data."""
     if batches is None:
         return None
     if not all(isinstance(batch, dict) and "tokens" in batch for batch in batches):

@@ -1,4 +1,4 @@
-"""Every collective of the meta step, named, with what it sums and why once.
+"""Every collective of a meta step, by name, with what it sums and why each part counts once.
 
 Groups are those of the LLM. "Last stage" ranks are the ones that see losses. The reduction of the
 meta loss's gradient h over data parallelism is the trainer's own (DDP, overlapped with pass C
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Bytes that this rank handed to each collective since the counter was last cleared.
+# Bytes that this rank passed to each collective since the counter was last cleared.
 traffic: collections.Counter[str] = collections.Counter()
 
 
@@ -23,7 +23,7 @@ def _count(name: str, tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
 
 
 def gather_samples(local: torch.Tensor, dp_group: dist.ProcessGroup) -> torch.Tensor:
-    """All-gathers per-sample values over data parallelism.
+    """All-gathers per-sample values over data-parallel ranks.
 
     Gathered, not summed: each data-parallel rank has its own samples. Ranks of one tensor-
     parallel group hold equal values and gather among their own data-parallel peers.
@@ -43,7 +43,7 @@ def gather_samples(local: torch.Tensor, dp_group: dist.ProcessGroup) -> torch.Te
 
 
 def sum_over_data_parallel(value: torch.Tensor, dp_cp_group: dist.ProcessGroup) -> torch.Tensor:
-    """Sums over data (and context) parallelism what each rank computed on its own samples.
+    """Sums over data- (and context-) parallel ranks what each computed on its own samples.
 
     Once: tensor-parallel peers hold the same value and are not in the group.
     """
@@ -54,9 +54,9 @@ def sum_over_data_parallel(value: torch.Tensor, dp_cp_group: dist.ProcessGroup) 
 
 
 def sum_over_model_parallel(value: torch.Tensor, mp_group: dist.ProcessGroup) -> torch.Tensor:
-    """Sums `<v, g_i>` over the ranks that hold parts of one model: tensor x pipeline parallel.
+    """Sums `<v, g_i>` over the ranks that hold parts of one replica: tensor x pipeline parallel.
 
-    Once: each rank's part has the parameters of its pipeline stage and its tensor-parallel
+    Once: each rank's part covers the parameters of its pipeline stage and its tensor-parallel
     shards, and replicated parameters on one tensor-parallel rank only (or, where each rank sees
     only a part of their gradient, that part). Tied embeddings add their input's term on the first
     stage and their output's on the last. Data-parallel ranks have other samples and are not in the
@@ -71,9 +71,9 @@ def sum_over_model_parallel(value: torch.Tensor, mp_group: dist.ProcessGroup) ->
 def sum_of_shards(value: torch.Tensor, grad_stats_group: dist.ProcessGroup) -> torch.Tensor:
     """Sums dot products of gradient shards over the ranks that hold different shards.
 
-    The optimizer's own group for gradient norms: tensor x pipeline parallel, and data parallel
-    too with the distributed optimizer. Replicated and shared parameters must have been left out
-    on all ranks but one by the caller.
+    This is the optimizer's own group for gradient norms: tensor x pipeline parallel, and with the
+    distributed optimizer also data parallel. The caller must leave out replicated and shared
+    parameters on all ranks but one.
     """
     value = value.clone()
     _count("sum_of_shards", value, grad_stats_group)
@@ -82,7 +82,7 @@ def sum_of_shards(value: torch.Tensor, grad_stats_group: dist.ProcessGroup) -> t
 
 
 def largest(value: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Returns the elementwise maximum over a group, so that all its ranks decide alike."""
+    """Returns the elementwise maximum over a group, so that all its ranks decide the same."""
     value = value.clone()
     _count("largest", value, group)
     dist.all_reduce(value, op=dist.ReduceOp.MAX, group=group)
@@ -110,7 +110,8 @@ def broadcast_from_first_tensor_rank(
     """Sends integers of the data from tensor-parallel rank 0, which alone reads it, to its peers.
 
     Args:
-        tokens: what rank 0 has (its peers' value, if any, is overwritten); None: nothing here.
+        tokens: rank 0's values (its peers' values, if any, are overwritten); None: none on this
+            rank.
         shape: shape to receive.
         tp_group: tensor-parallel group.
         device: where the result lives.
@@ -126,7 +127,7 @@ def broadcast_from_first_tensor_rank(
 
 
 def gather_sequence(part: torch.Tensor, tp_group: dist.ProcessGroup) -> torch.Tensor:
-    """All-gathers tokens that sequence parallelism has spread over tensor-parallel ranks.
+    """All-gathers tokens that sequence parallelism has split over tensor-parallel ranks.
 
     Args:
         part: `[s / tp, b, ...]`.
@@ -145,9 +146,9 @@ def gather_sequence(part: torch.Tensor, tp_group: dist.ProcessGroup) -> torch.Te
 
 
 def gather_moments(part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """All-gathers moments over positions from ranks that have other positions of the same samples.
+    """All-gathers moments from ranks that have other positions of the same samples.
 
-    Gathered, not summed, as merging them takes each part's own mean.
+    Gathered, not summed, because merging them needs each part's own mean.
 
     Args:
         part: `[b, f]`.
@@ -191,12 +192,12 @@ def sum_over_experts(value: torch.Tensor, ep_group: dist.ProcessGroup) -> torch.
 
 
 def start_sum_over_data_parallel(value: torch.Tensor, dp_group: dist.ProcessGroup) -> Any:
-    """Starts summing, in place, what each data-parallel rank found on its own samples.
+    """Starts to sum, in place, what each data-parallel rank computed on its own samples.
 
-    Without waiting: the sum is wanted in the next step.
+    It does not wait: the sum is needed in the next step.
 
     Returns:
-        A handle to wait for; None when there is nothing to sum.
+        A handle to wait for; None if there is nothing to sum.
     """
     if dist.get_world_size(dp_group) == 1:
         return None
@@ -205,7 +206,7 @@ def start_sum_over_data_parallel(value: torch.Tensor, dp_group: dist.ProcessGrou
 
 
 def start_largest(value: torch.Tensor, dp_group: dist.ProcessGroup) -> Any:
-    """As `start_sum_over_data_parallel`, for the elementwise maximum."""
+    """Like `start_sum_over_data_parallel`, for the elementwise maximum."""
     if dist.get_world_size(dp_group) == 1:
         return None
     _count("largest", value, dp_group)
@@ -215,7 +216,7 @@ def start_largest(value: torch.Tensor, dp_group: dist.ProcessGroup) -> Any:
 def broadcast_over_tensor_parallel(
     value: torch.Tensor, tp_group: dist.ProcessGroup
 ) -> torch.Tensor:
-    """Makes tensor-parallel peers, which computed the same, agree to the last bit."""
+    """Makes tensor-parallel peers, which computed the same values, agree to the last bit."""
     if dist.get_world_size(tp_group) > 1:
         _count("broadcast_over_tensor_parallel", value, tp_group)
         dist.broadcast(value, src=dist.get_global_rank(tp_group, 0), group=tp_group)
@@ -228,8 +229,8 @@ def gather_shards(buffer: torch.Tensor, dp_group: dist.ProcessGroup) -> Any:
     The distributed optimizer's layout: rank r owns the r-th of equally long shards.
 
     Returns:
-        A handle to wait for; None when there is nothing to gather. Started without waiting, so
-        that the Jacobian of the next bucket is computed meanwhile.
+        A handle to wait for; None if there is nothing to gather. Started without waiting, so that
+        the Jacobian of the next bucket is computed in the meantime.
     """
     size = dist.get_world_size(dp_group)
     if size == 1:
@@ -242,7 +243,7 @@ def gather_shards(buffer: torch.Tensor, dp_group: dist.ProcessGroup) -> Any:
 def sum_of_owners(buffer: torch.Tensor, dp_group: dist.ProcessGroup) -> None:
     """Sums, in place, a buffer in which one data-parallel rank filled each parameter, others 0.
 
-    The layer-wise distributed optimizer's layout, whose ranks step whole parameters.
+    This is the layout of the layer-wise distributed optimizer, whose ranks update whole parameters.
     """
     if dist.get_world_size(dp_group) > 1:
         _count("sum_of_owners", buffer, dp_group)
@@ -250,7 +251,7 @@ def sum_of_owners(buffer: torch.Tensor, dp_group: dist.ProcessGroup) -> None:
 
 
 def count_gradient_reduction(model: list[Any]) -> None:
-    """Counts the bytes of h that the trainer reduces over data parallelism in pass C."""
+    """Counts the bytes of h that the trainer reduces over data-parallel ranks in pass C."""
     for chunk in model:
         for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
             _count("gradient_reduction", buffer.grad_data, buffer.data_parallel_group)

@@ -1,4 +1,4 @@
-"""Contexts for the extra passes of a meta step: what they must not disturb in the trainer."""
+"""Contexts for the extra passes of a meta step, which keep them from disturbing the trainer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron.core.utils import unwrap_model
 from megatron_dwm.core.further_losses import logged, put_back_logged, without_further_losses
 from megatron_dwm.core.random_states import random_states, restore_random_states
 
-# Buffers of Megatron's routers that each pass or its end changes.
+# Buffers of Megatron's routers that change in each pass or at its end.
 _BALANCE = {
     "expert_bias",
     "local_tokens_per_expert",
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def gathered_parameters(trainee: Trainee) -> Iterator[None]:
-    """Keeps all parameters gathered within it, under `--overlap-param-gather` too.
+    """A context in which all parameters are gathered, even with `--overlap-param-gather`.
 
-    There the gathering is spread over the next forward pass by hooks, which would overwrite the
+    With that flag, hooks spread the gathering over the next forward pass, and would overwrite the
     perturbed parameters of pass D.
     """
     overlapping = [c for c in trainee.model if c.ddp_config.overlap_param_gather]
@@ -65,14 +65,14 @@ def gathered_parameters(trainee: Trainee) -> Iterator[None]:
 def quiet(trainee: Trainee) -> Iterator[None]:
     """Keeps the extra passes out of the trainer's timers, checks of results, and routers' balance.
 
-    What routers of MoE layers count, and the biases that follow from it, come from the trainer's
-    own passes alone, and so does what it logs of multi-token prediction. The rerun state machine
-    validates those only, and its checks, like DDP's for NaN in gradients, would end the run where a
-    meta step should just be skipped.
+    The counts of MoE routers, the biases derived from them, and the logged losses of multi-token
+    prediction then come from the trainer's own passes alone. The rerun state machine validates only
+    those, and its checks, like DDP's for NaN in gradients, would end the run when a meta step
+    should just be skipped.
     """
     machine = get_rerun_state_machine()
     mode, timers = machine.mode, trainee.config.timers
-    # Within another `quiet`, the check is replaced already.
+    # Within another `quiet`, the check has already been replaced.
     nested = "validate_result" in vars(machine)
     checks = [(c.ddp_config, c.ddp_config.check_for_nan_in_grad) for c in trainee.model]
     # Not set_mode(), which prints a warning at every call.
@@ -98,7 +98,7 @@ def quiet(trainee: Trainee) -> Iterator[None]:
 
 
 def _balance_of_routers(model: list[Any]) -> Iterator[torch.Tensor]:
-    """Yields the buffers by which routers of MoE layers keep the load of their experts."""
+    """Yields the buffers in which routers of MoE layers keep the load of their experts."""
     for chunk in model:
         for module in chunk.modules() if isinstance(chunk, torch.nn.Module) else ():
             if isinstance(module, Router):
@@ -109,11 +109,11 @@ def _balance_of_routers(model: list[Any]) -> Iterator[torch.Tensor]:
 
 @contextlib.contextmanager
 def deterministic(trainee: Trainee) -> Iterator[None]:
-    """The meta loss is a validation loss: no dropout, no auxiliary losses, next tokens only.
+    """A context for the meta loss, a validation loss: no dropout, no auxiliary losses, no MTP.
 
-    Activation recomputation happens in training mode only, so a run that needs it to fit keeps
-    that mode (and its dropout, if it has any); the auxiliary losses are switched off by their
-    coefficients, and the random state is put back afterwards.
+    Activation recomputation works in training mode only, so a run that needs it to fit in memory
+    keeps that mode (and its dropout, if any); auxiliary losses are switched off by their
+    coefficients, and the random state is restored afterwards.
     """
     rng = random_states()
     if trainee.config.recompute_granularity is None:
@@ -131,7 +131,7 @@ def deterministic(trainee: Trainee) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_gradients(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
-    """Within it, backward passes make no gradients of these parameters."""
+    """A context in which backward passes compute no gradients of these parameters."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
@@ -150,7 +150,7 @@ def configs_of(model: list[Any]) -> list[Any]:
 
 @contextlib.contextmanager
 def without_auxiliary_losses(*configs: Any) -> Iterator[None]:
-    """Switches the auxiliary losses of MoE layers off, which no sample's weight scales.
+    """Switches off the auxiliary losses of MoE layers, which no sample's weight scales.
 
     Args:
         configs: the `TransformerConfig` of each model chunk, which its routers read in each pass.
@@ -158,7 +158,7 @@ def without_auxiliary_losses(*configs: Any) -> Iterator[None]:
     having = [config for config in configs if config.num_moe_experts is not None]
     kept = [(config.moe_aux_loss_coeff, config.moe_z_loss_coeff) for config in having]
     for config, (aux, _) in zip(having, kept, strict=True):
-        # One coefficient for each of several balancing types.
+        # With several balancing types there is one coefficient for each.
         config.moe_aux_loss_coeff = [0.0] * len(aux) if isinstance(aux, list) else 0.0
         config.moe_z_loss_coeff = None
     try:

@@ -1,7 +1,7 @@
-"""Which experts of the MoE layers the tokens of each domain are sent to.
+"""Counts which experts of the MoE layers the tokens of each domain are sent to.
 
 Shapes: n samples on this rank, b in a micro-batch, m micro-batches, s tokens in a sample, L MoE
-layers, E experts, K = 258 places: samples of no domain, 256 domains, those of all others.
+layers, E experts, K = 258 rows: samples without a domain, 256 domains, samples of all others.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from megatron.core.utils import unwrap_model
 from megatron_dwm.core import collectives
 from megatron_dwm.errors import DWMError
 
-_MOST = 256  # domains that are told apart
+_MOST = 256  # domains that are counted separately
 
 
 class ExpertLoad:
-    """Counts tokens by domain and expert, of the trainer's own passes over some steps.
+    """Counts tokens by domain and expert in the trainer's own passes, over several steps.
 
-    Of the layers of the last pipeline stage, whose ranks know which samples a micro-batch has.
+    It counts in the layers of the last pipeline stage, whose ranks know a micro-batch's samples.
 
     Args:
         chunk: the last model chunk of this rank (DDP-wrapped or not).
-        interval: steps that are counted together.
+        interval: number of steps that are counted together.
 
     Raises:
         DWMError: it has no MoE layers.
@@ -52,22 +52,22 @@ class ExpertLoad:
 
     @contextlib.contextmanager
     def listening(self, domains: torch.Tensor, num_microbatches: int) -> Iterator[None]:
-        """Within it, what the routers decide is counted.
+        """A context in which the routers' decisions are counted.
 
         Args:
             domains: `[n]` domain of each local sample, -1 unknown.
             num_microbatches: m.
         """
-        # No look at the largest one, for which the device would be waited for.
+        # Reading the largest value would wait for the device.
         by_micro_batch = (domains + 1).clamp(max=_MOST + 1).view(num_microbatches, -1)
         calls: Counter[int] = Counter()
 
         def count(layer: int, module: Any, args: tuple, output: Any) -> None:
-            # Under recomputation the pass that counts is the one with gradients.
+            # With recomputation, the pass with gradients is the one that counts.
             if not torch.is_grad_enabled():
                 return
-            chosen = output[1]  # [s b, E], the samples of a position one after the other
-            k = calls[layer] % num_microbatches  # a step's passes may be run again
+            chosen = output[1]  # [s b, E], with the samples of one position next to each other
+            k = calls[layer] % num_microbatches  # a step's passes may be repeated
             calls[layer] += 1
             places = by_micro_batch[k]
             places = places.repeat(chosen.size(0) // places.numel())
@@ -84,9 +84,9 @@ class ExpertLoad:
                 handle.remove()
 
     def take(self, groups: Any) -> torch.Tensor | None:
-        """Returns the tokens `[L, K, E]` since this was last called, over all ranks.
+        """Returns the tokens `[L, K, E]` since the last call, over all ranks.
 
-        On every rank that counts; None where no sample was seen.
+        Called on every rank that counts; None if no sample was seen.
 
         Args:
             groups: the language model's `ProcessGroupCollection`.
@@ -98,7 +98,7 @@ class ExpertLoad:
         return collectives.sum_over_data_parallel(counts, groups.dp_cp)
 
     def _room(self, chosen: torch.Tensor) -> torch.Tensor:
-        """Returns the counts, new ones where there are none."""
+        """Returns the counts, creating them if needed."""
         if self._counts is None:
             shape = (len(self.routers), _MOST + 2, chosen.size(1))
             self._counts = torch.zeros(shape, dtype=torch.float64, device=chosen.device)
@@ -106,16 +106,16 @@ class ExpertLoad:
 
 
 def load_by_domain(counts: torch.Tensor, names: list[str]) -> dict[str, dict[str, float]]:
-    """Returns how evenly experts are used, for each domain of which there were tokens.
+    """Returns how evenly experts are used, for each domain with tokens.
 
     Args:
         counts: see `ExpertLoad.take`.
-        names: of the domains.
+        names: names of the domains.
 
     Returns:
-        By domain, means over the layers: `imbalance`, the busiest expert's tokens over the mean
-        (1: even), and `distance`, the share of the domain's tokens that go to other experts than
-        those of all samples do (0: as all, 1: to experts of its own).
+        By domain, means over the layers: `imbalance`, the busiest expert's tokens divided by the
+        mean (1: even), and `distance`, half the summed difference between the domain's distribution
+        over experts and that of all samples (0: the same, 1: experts of its own).
     """
     counts = counts.cpu()
     everything = counts.sum(1)

@@ -1,22 +1,22 @@
-"""Losses of multi-token prediction: per sample, and weighted, though no loss function sees them.
+"""Losses of multi-token prediction, per sample and weighted, though no loss function sees them.
 
 With `--mtp-num-layers` Megatron adds further losses inside the model's forward pass. For each of
-the extra layers `process_mtp_loss` makes `[b, s]` of the tokens' losses, masked and divided as the
-schedule's loss is,
+the extra layers `process_mtp_loss` computes token losses `[b, s]`, masked and divided like the
+schedule's loss,
 
     factor / layers * mask * loss / (the mask's sum, shifted)
 
-and hands it to `MTPLossAutoScaler.apply(hidden_states, losses)`. That passes the states through,
-and in the backward pass gives every one of those losses the gradient that the schedule's loss has:
+and passes them to `MTPLossAutoScaler.apply(hidden_states, losses)`. This returns the states
+unchanged, and in the backward pass gives each of those losses the gradient of the schedule's loss:
 1 / micro-batches, or 1 with `--calculate-per-token-loss`. So sample i's part of the trainer's loss
 is
 
     sum over layers and tokens of row i, / micro-batches / data-parallel size
     the same / tokens of the global batch, with `--calculate-per-token-loss`
 
-and a weight enters as a factor on the gradient of row i. Weights may be made after the forward
-pass, from its losses and states, as the backward pass comes later. Values stay as they are, so what
-is reported stays unweighted.
+and a weight is applied as a factor on the gradient of row i. Weights may be computed after the
+forward pass, from its losses and states, because the backward pass comes later. Values stay as they
+are, so reported losses stay unweighted.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class _Now:
 
 
 def hand_on(losses: torch.Tensor) -> None:
-    """Hands the `[b, s]` losses of one extra layer to whoever listens; called by the host."""
+    """Passes the `[b, s]` losses of one extra layer to the listener; called by the host."""
     if _Now.listener is not None:
         _Now.listener(losses)
 
 
 @contextlib.contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Within it, `listener` is handed the further losses of the forward passes."""
+    """A context in which `listener` receives the further losses of the forward passes."""
     before, _Now.listener = _Now.listener, listener
     try:
         yield
@@ -53,13 +53,13 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 class WeightLater:
-    """Weighs one micro-batch's further losses by weights that are set after its forward pass."""
+    """Weights one micro-batch's further losses with weights that are set after its forward pass."""
 
     def __init__(self) -> None:
         self.weights: torch.Tensor | None = None
 
     def __call__(self, losses: torch.Tensor) -> None:
-        """As a listener: hangs the weights on the losses' gradient."""
+        """As a listener: attaches the weights to the losses' gradient."""
         if losses.requires_grad:
             losses.register_hook(self._scale)
 
@@ -81,13 +81,13 @@ class SumLater:
 
 
 def has_further_losses(config: Any) -> bool:
-    """Returns whether a model of this `TransformerConfig` has losses of multi-token prediction."""
+    """Returns whether a model with this `TransformerConfig` has multi-token prediction losses."""
     return bool(getattr(config, "mtp_num_layers", None))
 
 
 @contextlib.contextmanager
 def without_further_losses(*configs: Any) -> Iterator[None]:
-    """Switches them off by their factor, which `process_mtp_loss` reads in each pass.
+    """Switches them off through their factor, which `process_mtp_loss` reads in each pass.
 
     Args:
         configs: the `TransformerConfig` of each model chunk, see `configs_of`.
@@ -104,7 +104,7 @@ def without_further_losses(*configs: Any) -> Iterator[None]:
 
 
 def logged() -> dict[str, Any]:
-    """Returns a copy of what the trainer has collected of them for its log."""
+    """Returns a copy of what the trainer has collected about them for its log."""
     return {
         name: value.clone() if isinstance(value, torch.Tensor) else value
         for name, value in MTPLossLoggingHelper.tracker.items()
@@ -112,7 +112,7 @@ def logged() -> dict[str, Any]:
 
 
 def put_back_logged(kept: dict[str, Any]) -> None:
-    """Puts back what `logged` returned."""
+    """Restores what `logged` returned."""
     tracker = MTPLossLoggingHelper.tracker
     tracker.clear()
     tracker.update(kept)

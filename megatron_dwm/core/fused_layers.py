@@ -10,13 +10,14 @@ import torch
 def is_fused_mlp(module: torch.nn.Module) -> bool:
     """Returns whether a module is Megatron's `TEFusedMLP` (`--use-transformer-engine-op-fuser`).
 
-    By name, as Transformer Engine need not be there; by exact type, as a subclass quantises.
+    Checked by name, because Transformer Engine is optional; by exact type, because a subclass
+    quantises.
     """
     return _is_of_megatron(module, "TEFusedMLP")
 
 
 def is_quantising_mlp(module: torch.nn.Module) -> bool:
-    """Returns whether a module is the fused MLP that quantises whatever the run's settings say."""
+    """Returns whether a module is the fused MLP that quantises, whatever the run's settings."""
     return _is_of_megatron(module, "TEFusedMLPWithGroupedLinear")
 
 
@@ -30,8 +31,8 @@ def run_layers(mlp: Any, x: torch.Tensor) -> torch.Tensor:
     Returns:
         `[s, b, h]`, without the bias that the transformer layer adds.
     """
-    # The norm is part of the first layer. The fused operation's activation need not be the one
-    # that the MLP has for unfused layers: of GELU it takes the approximation by tanh.
+    # The norm is part of the first layer. The fused operation's activation may differ from the
+    # MLP's for unfused layers: for GELU it uses the tanh approximation.
     y, bias = mlp.linear_fc1(x)
     if bias is not None:
         y = y + bias

@@ -1,13 +1,13 @@
-"""Reads Megatron's optimizers: which rank steps which slice of which parameter, and with what.
+"""Reads Megatron's optimizers: which rank updates which slice of which parameter, and with what.
 
-A `ParamShard` pairs a slice of a model parameter (and of its `main_grad`) with the tensor that
-the inner optimizer steps and with that tensor's state. It hides the difference between the fp32,
-the mixed-precision and the distributed optimizer, and Transformer Engine's precision-aware Adam.
+A `ParamShard` pairs a slice of a model parameter (and of its `main_grad`) with the tensor that the
+inner optimizer updates and with that tensor's state. It hides the difference between the fp32, the
+mixed-precision and the distributed optimizer, and Transformer Engine's precision-aware Adam.
 
 The last one (`--use-precision-aware-optimizer`) keeps the fp32 weights itself, reads the gradient
-from `decoupled_grad` and stores the moments in few bits. What is read of it follows its source
-(transformer_engine/pytorch/optimizers/fused_adam.py) and Megatron's use of it; it was tested with
-a stand-in only and was never run with Transformer Engine.
+from `decoupled_grad` and stores the moments in low precision. The code follows its source
+(transformer_engine/pytorch/optimizers/fused_adam.py) and Megatron's use of it; it was tested only
+with a stand-in, never with Transformer Engine itself.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from megatron.core.transformer.module import param_is_not_shared
 
 @dataclass
 class ParamShard:
-    """The slice of one model parameter that this rank's optimizer steps.
+    """The slice of one model parameter that this rank's optimizer updates.
 
     Attributes:
         model_param: the parameter of the model, any shape.
         start: first element of the slice in the flattened parameter.
         end: one past its last element.
-        main_param: what the inner optimizer steps, `end - start` elements: fp32, or the slice of
-            the model parameter itself where the inner optimizer keeps the fp32 weights.
+        main_param: what the inner optimizer updates, `end - start` elements: fp32, or the slice of
+            the model parameter itself if the inner optimizer keeps the fp32 weights.
         group: the inner optimizer's parameter group.
         state: the inner optimizer's state of `main_param`.
         optimizer: the Megatron optimizer that it belongs to.
@@ -51,7 +51,7 @@ class ParamShard:
     def stepped_grad(self) -> torch.Tensor:
         """Returns the flat (clipped, unscaled) gradient of the last optimizer step, float32.
 
-        It may be a view: of `main_grad` where the optimizer reads its gradient from there.
+        It may be a view of `main_grad`, if the optimizer reads its gradient from there.
         """
         name = "decoupled_grad" if _keeps_weights(self.optimizer) else "grad"
         grad = getattr(self.main_param, name, None)
@@ -62,7 +62,7 @@ class ParamShard:
     def moments(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns Adam's first and second moment after the last step, flat, float32."""
         if self.optimizer.config.use_precision_aware_optimizer:
-            # Stored in few bits, with a scale for each tensor that the optimizer keeps apart.
+            # Stored in low precision, with a scale per tensor that the optimizer keeps separately.
             read = self.optimizer.optimizer.get_unscaled_state
             first, second = (read(self.main_param, name) for name in ("exp_avg", "exp_avg_sq"))
         else:
@@ -70,8 +70,8 @@ class ParamShard:
         return first.view(-1).float(), second.view(-1).float()
 
     def steps(self) -> int:
-        """Returns how many steps the moments are of, 0 before the first."""
-        # torch counts with each parameter, Transformer Engine and Apex with the group.
+        """Returns the number of steps that the moments have seen; 0 before the first."""
+        # torch counts per parameter, Transformer Engine and Apex per group.
         return int(self.state["step"] if "step" in self.state else self.group.get("step", 0))
 
     def counts_in_norm(self) -> bool:
@@ -89,15 +89,15 @@ class ParamShard:
 
 
 def leaf_optimizers(optimizer: Any) -> list[Any]:
-    """Returns the Megatron optimizers inside a (possibly chained) optimizer, stubs left out."""
+    """Returns the Megatron optimizers inside a (possibly chained) optimizer, without stubs."""
     leaves = all_leaves(optimizer)
     return [leaf for leaf in leaves if not getattr(leaf, "is_stub_optimizer", False)]
 
 
 def all_leaves(optimizer: Any) -> list[Any]:
-    """Returns the Megatron optimizers inside a chained one, those without parameters too.
+    """Returns the Megatron optimizers inside a chained one, including those without parameters.
 
-    For collectives: every rank of an optimizer's group must take part, with or without a share.
+    For collectives: every rank of an optimizer's group must take part, with or without a shard.
     """
     if hasattr(optimizer, "chained_optimizers"):
         return [leaf for o in optimizer.chained_optimizers for leaf in all_leaves(o)]
@@ -105,10 +105,10 @@ def all_leaves(optimizer: Any) -> list[Any]:
 
 
 def layer_wise_leaves(optimizer: Any) -> list[Any]:
-    """Returns the Megatron optimizers of which each data-parallel rank steps some parameters whole.
+    """Returns the Megatron optimizers in which each data-parallel rank updates whole parameters.
 
-    Megatron's layer-wise distributed optimizer (Muon with `--use-distributed-optimizer`), which
-    needs whole matrices. Gradients are whole on every rank, or on the one that steps.
+    This is Megatron's layer-wise distributed optimizer (Muon with `--use-distributed-optimizer`),
+    which needs whole matrices. Gradients are whole on every rank, or on the one that updates.
     """
     if type(optimizer).__name__ == "LayerWiseDistributedOptimizer":
         return all_leaves(optimizer)
@@ -122,7 +122,7 @@ def grad_stats_group(leaf: Any, layer_wise: list[Any]) -> Any:
 
     Args:
         leaf: one of `all_leaves`.
-        layer_wise: `layer_wise_leaves`; they are spread over all ranks, as their norm is.
+        layer_wise: `layer_wise_leaves`; they are distributed over all ranks, like their norm.
     """
     if any(leaf is one for one in layer_wise):
         return torch.distributed.group.WORLD
@@ -130,7 +130,7 @@ def grad_stats_group(leaf: Any, layer_wise: list[Any]) -> Any:
 
 
 def is_distributed(leaf: Any) -> bool:
-    """Returns whether a Megatron optimizer is the distributed one, of which a rank has shards."""
+    """Returns whether a Megatron optimizer is the distributed one, which shards over ranks."""
     return hasattr(leaf, "shard_fp32_from_float16_groups")
 
 
@@ -140,7 +140,7 @@ def _keeps_weights(leaf: Any) -> bool:
 
 
 def shards(optimizer: Any) -> Iterator[ParamShard]:
-    """Yields every slice that this rank steps.
+    """Yields every slice that this rank updates.
 
     Args:
         optimizer: the Megatron optimizer that the trainer built.
@@ -157,7 +157,7 @@ def shards(optimizer: Any) -> Iterator[ParamShard]:
 
 
 def _owners(leaf: Any) -> dict[int, tuple[torch.nn.Parameter, int, int]]:
-    """Maps the id of each stepped tensor to (model parameter, first, end element)."""
+    """Maps the id of each updated tensor to (model parameter, first, end element)."""
     owners: dict[int, tuple[torch.nn.Parameter, int, int]] = {}
     if is_distributed(leaf):
         main_float16 = (
@@ -191,7 +191,7 @@ def _owners(leaf: Any) -> dict[int, tuple[torch.nn.Parameter, int, int]]:
 def learning_rates(optimizer: Any) -> dict[int, float]:
     """Returns the learning rate of each parameter group, by the id of the group.
 
-    To be read before the step: the trainer's scheduler moves on to the next rate after it.
+    To be read before the step: afterwards the trainer's scheduler sets the next rate.
     """
     return {
         id(group): float(group["lr"])
@@ -201,17 +201,18 @@ def learning_rates(optimizer: Any) -> dict[int, float]:
 
 
 def refuse_precision_aware(leaf: Any) -> str | None:
-    """Returns why a precision-aware optimizer cannot be read, None where it can or is none."""
+    """Returns why a precision-aware optimizer cannot be read; None if it can, or is not one."""
     config = leaf.config
     if not config.use_precision_aware_optimizer:
         return None
     if not (is_distributed(leaf) and hasattr(leaf.optimizer, "get_unscaled_state")):
         return (
-            f"--use-precision-aware-optimizer: {type(leaf.optimizer).__name__} does not hand out "
-            "its moments as Transformer Engine's FusedAdam does"
+            f"--use-precision-aware-optimizer: {type(leaf.optimizer).__name__} does not expose its "
+            "moments as Transformer Engine's FusedAdam does"
         )
     if not config.decoupled_weight_decay:
-        # The weights, which then are part of the gradient, may lie there in 16-bit remainders.
+        # The weights, which are then part of the gradient, may be stored there as 16-bit
+        # remainders.
         return (
             "--use-precision-aware-optimizer with decoupled_weight_decay=False: the weights that "
             "decay the gradient cannot be read"

@@ -1,4 +1,4 @@
-"""Which documents a training sample of Megatron's `GPTDataset` is of, and what is known of them."""
+"""Adds to samples of Megatron's `GPTDataset` their documents, and numbers of those."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from megatron.core.datasets.utils import Split
 from megatron_dwm.core.batches import document_field
 from megatron_dwm.data.index import documents_of
 
-# Of the config of data sets: by setting and data set's path, what gives documents their numbers.
+# Attribute of the data sets' config: by setting and data set path, a function from documents to
+# numbers.
 DOCUMENT_NUMBERS = "dwm_document_numbers"
 
 
 def with_provenance(cls: type) -> type:
-    """Returns a class that is `cls`, a `GPTDataset`, but says what documents a sample is of."""
+    """Returns a class like `cls`, a `GPTDataset`, whose samples also name their documents."""
     if issubclass(cls, Provenance):
         return cls
     return type(f"{cls.__name__}WithProvenance", (Provenance, cls), {"__doc__": cls.__doc__})
 
 
 class Provenance:
-    """Adds to each training sample of a `GPTDataset` what is known of its documents.
+    """Adds to each training sample of a `GPTDataset` its documents and their numbers.
 
-    document_ids    [s] int64, the document that each token is from (-1: padding)
+    document_ids    [s] int64, the document of each token (-1: padding)
     dwm_<setting>   [] float64, the mean over tokens of the documents' numbers, for each setting
                     in `config.dwm_document_numbers`: by data set's path a function from documents
                     `[k]` int64 to their numbers `[k]`
     """
 
-    # Of GPTDataset and its base classes.
+    # Attributes of GPTDataset and its base classes.
     config: Any
     dataset: Any
     dataset_path: str

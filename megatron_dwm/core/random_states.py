@@ -21,16 +21,16 @@ def random_states() -> tuple:
 
 
 def restore_random_states(states: tuple) -> None:
-    """Puts back random states; copies the tracker's dict, which the tracker goes on to change."""
+    """Restores random states; copies the tracker's dict, because the tracker changes it later."""
     cpu, cuda, tracker = states
     _set_all_rng_states(cpu, cuda, dict(tracker))
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seeds every generator for what is built inside, and puts all back.
+    """Seeds every generator for what is built inside, and restores all of them.
 
-    So the LLM's training does not depend on there being a weighting model.
+    This way the LLM's training does not depend on whether there is a weighting model.
     """
     states = random_states()
     python_state, numpy_state = random.getstate(), numpy.random.get_state()

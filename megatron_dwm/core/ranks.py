@@ -1,4 +1,4 @@
-"""What one rank does for all: they learn what it found, or what is wrong."""
+"""Lets one rank work for all: the others learn its result, or its error."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch.distributed as dist
 
 from megatron_dwm.errors import DWMError
 
-# A rank may wait for another as long as a chunk takes, and the first one for all others.
+# A rank may wait for another one for as long as a chunk takes, and the first one for all others.
 _TIMEOUT = timedelta(days=7)
-# In which torchrun, SLURM, Open MPI and MPICH say how many processes they have started.
+# Variables in which torchrun, SLURM, Open MPI and MPICH give the number of processes.
 _RANKS_OF_A_LAUNCHER = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 def start_ranks() -> None:
-    """Joins the ranks of torchrun, or makes a single one without it.
+    """Joins torchrun's ranks, or starts as a single rank without it.
 
-    gloo on GPUs too: no tensor is exchanged, and so ranks may share a GPU.
+    It uses gloo even on GPUs: no tensors are exchanged, so ranks may share a GPU.
     """
     if "RANK" in os.environ:
         dist.init_process_group("gloo", timeout=_TIMEOUT)
@@ -35,7 +35,7 @@ def stand_alone() -> None:
     if "MASTER_ADDR" in os.environ or "RANK" in os.environ:
         return
     if any(os.environ.get(name, "1") != "1" for name in _RANKS_OF_A_LAUNCHER):
-        return  # one of many, as the script itself will find out
+        return  # one of several processes; the script will find out itself
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -44,12 +44,12 @@ def stand_alone() -> None:
 
 
 def rank_0_first[T](action: Callable[[], T]) -> T:
-    """Does something that may fail on rank 0, and where that succeeds on all other ranks.
+    """Does something that may fail on rank 0 first, and if that succeeds, on all other ranks.
 
-    So a user's error, which all ranks would meet, is reported once.
+    This way a user's error, which all ranks would meet, is reported once.
 
     Raises:
-        DWMError: rank 0's on all ranks, or this rank's own.
+        DWMError: rank 0's error on all ranks, or this rank's own.
     """
     rank = dist.get_rank()
     message: list[str | None] = [None]

@@ -13,13 +13,13 @@ from megatron_dwm.errors import DWMError
 
 
 class StateTap:
-    """Keeps what the output layer was given last: the states after the final norm.
+    """Keeps the last input of the output layer: the states after the final norm.
 
     Args:
-        chunk: the last model chunk of this rank (DDP-wrapped or not), which makes the losses.
+        chunk: the last model chunk of this rank (DDP-wrapped or not), which computes the losses.
 
     Raises:
-        DWMError: the model has no output layer to read at.
+        DWMError: the model has no output layer to read from.
     """
 
     def __init__(self, chunk: Any) -> None:
@@ -36,7 +36,7 @@ class StateTap:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Within it, the states of every forward pass are kept until they are taken."""
+        """A context in which the states of every forward pass are kept until they are taken."""
         assert self.layer is not None
         handle = self.layer.register_forward_pre_hook(self._keep, with_kwargs=True)
         try:
@@ -46,7 +46,7 @@ class StateTap:
             self._states = None
 
     def take(self) -> torch.Tensor:
-        """Returns the states of the micro-batch whose loss is being made, and lets go of them.
+        """Returns the states of the micro-batch whose loss is being computed, and drops them.
 
         Returns:
             `[s, b, h]`, `[s / tp, b, h]` under sequence parallelism; detached.

@@ -1,4 +1,4 @@
-"""Times what happens inside the trainer's own step, without waiting for the device."""
+"""Times work inside the trainer's own step, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ import torch
 
 
 class Stopwatch:
-    """Sums the time that passes within it.
+    """Sums the time spent in its contexts.
 
-    On the CPU by the clock. On a GPU by a pair of CUDA events, which are read when the device has
-    come past them: between the two lies what the device did, and its wait where it was ahead of
-    the CPU. A pair costs two marks in the stream, next to the dozens of kernels that it is put
-    around.
+    On the CPU it uses the clock, on a GPU a pair of CUDA events, which are read once the device has
+    passed them. The time between the two includes the device's work, and its waiting if it was
+    ahead of the CPU. A pair adds only two marks to the stream, around dozens of kernels.
 
     Args:
         device: where the work is done.
@@ -29,7 +28,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
-        """Within it, time counts."""
+        """A context whose time counts."""
         if self.on_gpu:
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             first.record()
@@ -42,7 +41,7 @@ class Stopwatch:
             self._seconds += time.perf_counter() - start
 
     def take(self) -> float:
-        """Returns the seconds since this was last called; the device must be done."""
+        """Returns the seconds since the last call; the device must be done."""
         seconds = self._seconds
         seconds += sum(first.elapsed_time(last) for first, last in self._events) / 1e3
         self._seconds = 0.0
@@ -62,13 +61,13 @@ class PassTimes:
         self._watches: dict[str, Stopwatch] = {}
 
     def __call__(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Within it, time counts as that pass's."""
+        """A context whose time counts for that pass."""
         if name not in self._watches:
             self._watches[name] = Stopwatch(self.device)
         return self._watches[name]()
 
     def start(self) -> None:
-        """Forgets what was timed: a step that came to nothing is no one's."""
+        """Drops previous times, such as those of an abandoned step."""
         self._watches.clear()
 
     def take(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Reads a checkpoint's common state and the weighting model in it, whatever layers wrote it."""
+"""Reads a checkpoint's common state and its weighting model, whatever layers wrote it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dwm.errors import DWMError, in_short
 
-# What Megatron's layers store beside their weights; which layers do depends on whether they are
-# Transformer Engine's. Without FP8 it is empty.
+# What Megatron's layers store beside their weights; which layers do so depends on whether they are
+# Transformer Engine's. It is empty without FP8.
 EXTRA_STATE = "_extra_state"
 
 
 def common_state(folder: str) -> dict[str, Any]:
-    """Returns what a checkpoint stores once; nothing for one of `--ckpt-format torch`.
+    """Returns a checkpoint's common state; empty for `--ckpt-format torch`.
 
     Only the `torch_dist` format holds a weighting model.
     """
@@ -28,10 +28,10 @@ def common_state(folder: str) -> dict[str, Any]:
 
 
 def load_sharded(request: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Loads a sharded state, without the extra states that the checkpoint does not have.
+    """Loads a sharded state, except extra states that the checkpoint lacks.
 
-    Megatron's own load asks for all, so that layers of Transformer Engine could not take what the
-    local ones have saved.
+    Megatron's own load asks for all of them, so Transformer Engine's layers could not load what
+    local layers saved.
 
     Args:
         request: the sharded state to load.
@@ -44,7 +44,7 @@ def load_sharded(request: dict[str, Any], folder: str) -> dict[str, Any]:
         state, _, unknown = dist_checkpointing.load(
             request, folder, strict=StrictHandling.RETURN_UNEXPECTED
         )
-    except CheckpointException as error:  # which is no Exception, and is raised on all ranks
+    except CheckpointException as error:  # not an Exception, and raised on all ranks
         causes = [failure[0] for failure in error.failures.values()]
         reason = in_short(causes[0]) if causes else "unknown"
         raise DWMError(f"{folder} cannot be loaded ({reason})") from error
@@ -56,12 +56,12 @@ def load_sharded(request: dict[str, Any], folder: str) -> dict[str, Any]:
 
 
 def load_weights(module: Any, weights: dict[str, Any], folder: str) -> None:
-    """Loads a state dict that may lack extra states, and nothing else.
+    """Loads a state dict that may lack extra states but nothing else.
 
     Args:
-        module: receives it.
+        module: receives the state.
         weights: name -> tensor or extra state.
-        folder: the checkpoint that they are from.
+        folder: the checkpoint that they come from.
 
     Raises:
         DWMError: a weight is missing or unknown.

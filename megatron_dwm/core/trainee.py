@@ -1,4 +1,4 @@
-"""What the trainer hands to a step, and the facts of the run that passes need."""
+"""What the trainer passes to a step, and the sizes of the run that passes need."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 
 @dataclass
 class RunShape:
-    """The facts of the run that the passes need, read once by the host.
+    """The sizes and settings of the run that the passes need, read once by the host.
 
     Attributes:
         micro_batch_size: b.
         seq_length: s.
-        decoder_seq_length: handed on to the schedules.
+        decoder_seq_length: passed on to the schedules.
         per_token: `--calculate-per-token-loss`.
         device: where tensors live.
     """
@@ -30,7 +30,7 @@ class RunShape:
 
 @dataclass
 class Trainee:
-    """The LLM as the trainer hands it to `train_step`.
+    """The LLM as the trainer passes it to `train_step`.
 
     Attributes:
         model: DDP-wrapped chunks.
@@ -49,13 +49,13 @@ class Trainee:
 
 @dataclass
 class StepOutcome:
-    """What came of the trainer's own step.
+    """The outcome of the trainer's own step.
 
     Attributes:
-        losses: what it reports, by name; empty on ranks that see none.
+        losses: the reported losses, by name; empty on ranks that see none.
         skipped: whether the optimizer took no step, as after an overflow.
-        grad_norm: before clipping; None where there is none.
-        own: what the trainer's step returned, which goes back to it.
+        grad_norm: gradient norm before clipping; None if there is none.
+        own: what the trainer's step returned, to be passed back to the trainer.
     """
 
     losses: dict[str, Any]

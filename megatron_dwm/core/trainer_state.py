@@ -1,4 +1,4 @@
-"""All that the trainer's own step changes, so that the step can be taken again and undone."""
+"""Everything that the trainer's own step changes, so that the step can be undone and repeated."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from megatron_dwm.core.optimizers import leaf_optimizers
 from megatron_dwm.core.random_states import random_states, restore_random_states
 from megatron_dwm.core.trainee import Trainee
 
-# What the rerun state machine changes when it only lets a step pass (mode DISABLED).
+# What the rerun state machine changes even in mode DISABLED.
 _MACHINE = ("state", "current_iteration", "validation_counts", "first_iteration_complete")
 
 
 class TrainerState:
-    """A copy of all that a training step changes.
+    """A copy of everything that a training step changes.
 
-    Parameters and buffers of the model, parameters, state and settings of the optimizer, the
-    learning-rate scheduler, every random state, and what the trainer keeps for its log: timers,
+    It holds parameters and buffers of the model; parameters, state and settings of the optimizer;
+    the learning-rate scheduler; every random state; and what the trainer keeps for its log: timers,
     MoE metrics, losses of multi-token prediction, the count of the rerun state machine. Gradient
-    buffers are not among them, as every step zeroes them first.
+    buffers are not included, because every step zeroes them first.
 
-    Tensors are kept in host memory: beside the model and its optimizer a second copy of both may
-    not fit on the device.
+    Tensors are kept in host memory: a second copy of the model and its optimizer may not fit on the
+    device.
 
     Args:
         trainee: the LLM, all parameters gathered (`gathered_parameters`).
@@ -44,7 +44,8 @@ class TrainerState:
         ]
         self.states = [(state, dict(state)) for state in _states(trainee)]
         self.without_state = list(_without_state(trainee))
-        # Transformer Engine's Adam scales 16-bit moments; in place, beside the state.
+        # Transformer Engine's Adam keeps scales for 16-bit moments, changed in place, beside the
+        # state.
         self.scales = [(s, {k: _kept(v) for k, v in s.items()}) for s in _scales(trainee)]
         self.modules = [(module, dict(vars(module))) for module in _modules(trainee)]
         self.scheduler, self.num_steps = scheduler, scheduler.num_steps
@@ -58,7 +59,7 @@ class TrainerState:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Puts everything back, bit for bit."""
+        """Restores everything, bit for bit."""
         for group, values in self.groups:
             group.update(values)
         for state, values in self.states:
@@ -96,7 +97,7 @@ def _kept(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _put_back(values: dict[Any, Any], kept: dict[Any, Any]) -> None:
-    """Makes a dict what it was, without touching what has not been replaced."""
+    """Restores a dict without touching values that were not replaced."""
     for name in [name for name in values if name not in kept]:
         del values[name]
     for name, value in kept.items():
@@ -110,18 +111,18 @@ def _groups(trainee: Trainee) -> Iterator[dict[str, Any]]:
 
 
 def _states(trainee: Trainee) -> Iterator[dict[str, Any]]:
-    """Yields the optimizer's state of each tensor that it steps."""
+    """Yields the optimizer's state of each tensor that it updates."""
     for leaf in leaf_optimizers(trainee.optimizer):
         for group in leaf.optimizer.param_groups:
             for param in group["params"]:
-                # Not by [], which would make an empty one.
+                # Not with [], which would create an empty one.
                 state = leaf.optimizer.state.get(param)
                 if state is not None:
                     yield state
 
 
 def _without_state(trainee: Trainee) -> Iterator[tuple[dict[Any, Any], Any]]:
-    """Yields the optimizer's states and each tensor that has none in them yet."""
+    """Yields the optimizer's states and each tensor without a state in them yet."""
     for leaf in leaf_optimizers(trainee.optimizer):
         for group in leaf.optimizer.param_groups:
             for param in group["params"]:
@@ -141,7 +142,7 @@ def _put_back_scales(scales: dict[str, torch.Tensor], kept: dict[str, torch.Tens
 
 
 def _modules(trainee: Trainee) -> Iterator[torch.nn.Module]:
-    """Yields the model's modules, without their wrappers, which keep track of buffers in flight."""
+    """Yields the model's modules, without their wrappers, which track buffers in flight."""
     for chunk in trainee.model:
         yield from unwrap_model(chunk).modules()
 
@@ -161,7 +162,7 @@ def _tensors(trainee: Trainee) -> Iterator[torch.Tensor]:
 
 
 def _timers(trainee: Trainee) -> Iterator[Any]:
-    """Yields the trainer's timers; a step that is only tried must not count in them."""
+    """Yields the trainer's timers, in which a trial step must not count."""
     yield from getattr(trainee.config.timers, "_timers", {}).values()
 
 
@@ -169,9 +170,11 @@ def refusal(optimizer: Any) -> str | None:
     """Returns why an optimizer's step cannot be undone; None if it can."""
     for leaf in leaf_optimizers(optimizer):
         if getattr(leaf.config, "optimizer_cpu_offload", False):
-            return "--optimizer-cpu-offload steps copies of the parameters that cannot be put back"
+            return (
+                "--optimizer-cpu-offload updates copies of the parameters that cannot be restored"
+            )
         for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
             if getattr(leaf.config, name, None) == torch.uint8:
                 flag = f"--{name.replace('_', '-')}"
-                return f"{flag} fp8 keeps scales that cannot be put back"
+                return f"{flag} fp8 keeps scales that cannot be restored"
     return None

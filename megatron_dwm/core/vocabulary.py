@@ -1,6 +1,7 @@
-"""How many rows a tokenizer needs: its largest id + 1, special tokens included.
+"""The number of rows that a tokenizer needs: its largest id + 1, including special tokens.
 
-The number of tokens is less where ids have gaps, as after tokens were removed or added by hand.
+The number of tokens is smaller if ids have gaps, for example after tokens were removed or added by
+hand.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# The single tokens of a Megatron tokenizer, of which some have none and raise.
+# Single special tokens of a Megatron tokenizer; some tokenizers lack them and raise.
 _SINGLE = ("eod", "bos", "eos", "pad", "unk", "mask", "cls", "sep")
 
 
@@ -20,24 +21,25 @@ def vocabulary_size(tokenizer: Any) -> int:
 
 
 def megatron_vocabulary_size(tokenizer: Any) -> int:
-    """Returns the largest id + 1 of a Megatron tokenizer, and not less than its `vocab_size`.
+    """Returns the largest id + 1 of a Megatron tokenizer, but at least its `vocab_size`.
 
-    Megatron pads the vocabulary from `vocab_size`, which for some tokenizers is the number of
-    tokens, for NullTokenizer what the flag says.
+    Megatron pads the vocabulary from `vocab_size`, which is the number of tokens for some
+    tokenizers, and the flag's value for NullTokenizer.
     """
     return max([int(tokenizer.vocab_size), *(number + 1 for number in _ids(tokenizer))])
 
 
-# Letters of several scripts, digits, spaces, punctuation, and words that are cut into pieces.
+# Letters of several scripts, digits, spaces, punctuation, and words that are split into pieces.
 _PROBE = (
     "The 12,345 naive readers' co-operation:\n\tdef f(x): return x**2  # Größe, été, 数据, данные"
 )
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str | None:
-    """Returns a digest of what a Megatron tokenizer makes of a fixed text.
+    """Returns a digest of a Megatron tokenizer's ids for a fixed text.
 
-    Two tokenizers with vocabularies of one size, whose ids mean different things, differ in it.
+    It tells apart two tokenizers with vocabularies of the same size whose ids mean different
+    things.
 
     Returns:
         16 hexadecimal digits; None for a tokenizer that takes no text (NullTokenizer).
@@ -45,7 +47,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str | None:
     try:
         ids = [int(number) for number in tokenizer.tokenize(_PROBE)]
     except (AttributeError, NotImplementedError, TypeError, ValueError):
-        # NullTokenizer takes numbers alone; some tokenizers of multimodal models take no string.
+        # NullTokenizer takes only numbers; some tokenizers of multimodal models take no strings.
         return None
     return hashlib.sha256(repr(ids).encode()).hexdigest()[:16]
 

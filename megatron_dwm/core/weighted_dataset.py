@@ -1,10 +1,10 @@
 """Megatron's `GPTDataset` with documents drawn by weight.
 
-A drop-in: the same batch fields, the same blends, splits and index cache. The training split draws
-documents by the weights beside its `.idx` (`epoch_plan`); the others are Megatron's own. Two
-fields are added:
+It is a drop-in replacement: the same batch fields, blends, splits and index cache. The training
+split draws documents by the weights beside its `.idx` (`epoch_plan`); the other splits are
+Megatron's own. Two fields are added:
 
-    document_ids    [s] int64, the document that each token is from (-1: padding)
+    document_ids    [s] int64, the document of each token (-1: padding)
     domain_id       [] int64, the domain with most of the sample's tokens
 
 Set `config.dwm_sampling` (a `SamplingSettings`) on the config that the builder is given.
@@ -37,8 +37,8 @@ class DocumentWeights:
     Attributes:
         weights: `[D]` float32.
         domains: `[D]` int32 domain of each document, -1: none; None without domains.
-        domain_numbers: `[K + 1]` int64 what the log calls each of the K domains, and last a
-            document without one.
+        domain_numbers: `[K + 1]` int64, the log's number of each of the K domains, and last that of
+            documents without a domain.
         distinct: `[K]` the domains that occur, ascending; None: those from 0 to K - 1.
     """
 
@@ -48,7 +48,7 @@ class DocumentWeights:
     distinct: numpy.ndarray | None = None
 
     def numbers_of(self, documents: numpy.ndarray) -> numpy.ndarray:
-        """Returns `[n]` int64 what the log calls the domains of `[n]` documents."""
+        """Returns `[n]` int64, the log's numbers of the domains of `[n]` documents."""
         if self.domains is None:
             return numpy.repeat(self.domain_numbers[-1:], len(documents))
         domains = self.domains[documents]
@@ -59,11 +59,11 @@ class DocumentWeights:
 
 @dataclass(frozen=True)
 class Stage:
-    """From which of its samples on a data set is planned by which weights.
+    """The weights by which a data set is planned, and the sample from which they apply.
 
     Attributes:
         start: number of the data set's first sample in the stage.
-        digest: of the weight file.
+        digest: digest of the weight file.
     """
 
     start: int
@@ -72,12 +72,12 @@ class Stage:
 
 @dataclass
 class SamplingSettings:
-    """What all data sets of a run have in common.
+    """Sampling settings that all data sets of a run share.
 
     Attributes:
-        weights: returns the weights of a data set, by its path and a digest.
+        weights: returns the weights of a data set, given its path and a digest.
         lengths: digest of the sequence lengths of each data set by its path, see `lengths_digest`.
-        stages: the stages of each data set by its path, the last one in force. At least one.
+        stages: the stages of each data set by its path, the last one being current. At least one.
         method: see `Corpus`.
         max_repeats: see `Corpus`.
     """
@@ -90,13 +90,13 @@ class SamplingSettings:
 
 
 def lengths_digest(sequence_lengths: numpy.ndarray) -> str:
-    """Returns what tells the documents of two data sets apart: a hash of their lengths."""
+    """Returns a hash of the documents' lengths, which tells two data sets apart."""
     lengths = numpy.ascontiguousarray(sequence_lengths, dtype="<i4")
     return hashlib.sha256(lengths).hexdigest()
 
 
 def weighted(cls: type) -> type:
-    """Returns a class that is `cls`, a `GPTDataset`, but draws its training documents by weight."""
+    """Returns a class like `cls`, a `GPTDataset`, that draws its training documents by weight."""
     if issubclass(cls, WeightedSampling):
         return cls
     return type("WeightedGPTDataset", (WeightedSampling, cls), {"__doc__": __doc__})
@@ -105,7 +105,7 @@ def weighted(cls: type) -> type:
 class WeightedSampling(Provenance):
     """The part of `WeightedGPTDataset` that differs from `GPTDataset`."""
 
-    # Of GPTDataset and its base classes.
+    # Attributes of GPTDataset and its base classes.
     indices: numpy.ndarray
     num_samples: int | None
     unique_description: str
@@ -115,7 +115,7 @@ class WeightedSampling(Provenance):
 
     @property
     def draws_by_weight(self) -> bool:
-        """Whether this split does."""
+        """Whether this split draws by weight."""
         return self.index_split == Split.train
 
     def _build_document_sample_shuffle_indices(self) -> Any:
@@ -126,7 +126,7 @@ class WeightedSampling(Provenance):
         return self.segment.documents, self.segment.sample_index, None
 
     def use_stages(self, stages: list[Stage]) -> None:
-        """Plans the samples from the last stage's start on; earlier ones cannot be read.
+        """Plans the samples from the start of the last stage; earlier ones cannot be read.
 
         Args:
             stages: the history of the data set; each stage starts where weights changed.
@@ -139,7 +139,7 @@ class WeightedSampling(Provenance):
         self.sample_index = self.segment.sample_index
 
     def _segment(self, stages: list[Stage], num_samples: int | None) -> Segment:
-        """Returns the plan of the last stage, from the cache where it is there."""
+        """Returns the plan of the last stage, from the cache if it is there."""
         settings: SamplingSettings = self.config.dwm_sampling
         lengths = self.dataset.sequence_lengths
         corpus = Corpus(
@@ -166,13 +166,13 @@ class WeightedSampling(Provenance):
             first + corpus.num_documents,
         )
         if earlier:
-            # As far as it was followed; what it planned beyond that does not matter.
+            # Only as far as it was followed; what it planned beyond that does not matter.
             before = self._segment(earlier, stage.start + 1)
             segment = next_segment(before, weights, num_samples, stage.start)
         else:
             segment = first_segment(corpus, weights, num_samples, stage.start)
         save_segment(path, segment)
-        # Memory-mapped, as it is for all who find it in the cache.
+        # Memory-mapped, as for every process that finds it in the cache.
         return load_segment(path, corpus) or segment
 
     def _weights(self, stage: Stage) -> DocumentWeights:
@@ -217,7 +217,7 @@ class WeightedSampling(Provenance):
     def _query_document_sample_shuffle_indices(self, idx: int) -> Any:
         if not self.draws_by_weight:
             return super()._query_document_sample_shuffle_indices(idx)
-        # A sample that pads a batch is masked altogether: any will do.
+        # A sample that pads a batch is fully masked: any will do.
         position = self.segment.start if self._is_padding else int(idx)
         parts = self.segment.parts(self.segment.row(position))
         texts = [self.dataset.get(d, offset=start, length=count) for d, start, count in parts]

@@ -1,13 +1,13 @@
-"""Blocks for datatrove pipelines: texts to indexed data sets, and DSIR, shared out over tasks.
+"""Blocks for datatrove pipelines: texts to indexed data sets, and DSIR, split over tasks.
 
     pip install 'megatron-dwm[datatrove]'
 
-A stage is an executor with several tasks; what its tasks leave is put together by a block in an
-executor with one task that depends on it. The result is what `megatron-dwm preprocess` and
-`megatron-dwm dsir` make of the same files, byte for byte, for any number of tasks. Blocks may stand
-between the reader and these, filters for example; then it is what the commands would make of the
-documents that pass. A task that was killed leaves nothing that counts, and is run again as a whole.
-Everything lies in folders that all tasks share.
+A stage is an executor with several tasks; a block in a dependent executor with one task merges what
+the tasks wrote. The result equals what `megatron-dwm preprocess` and `megatron-dwm dsir` make from
+the same files, byte for byte, for any number of tasks. Other blocks, such as filters, may come
+between the reader and these; the result is then that of the commands for the documents that pass. A
+killed task leaves nothing that counts, and is run again from its start. Everything is kept in
+folders that all tasks share.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ class ReadTexts(PipelineStep):
 
     A task reads the files `files[rank::world_size]`. A document's metadata has its `file`, the
     `file_number` among all files, its `position` (line) in the file and, where its text is a list,
-    the `sequences`. Documents without text come along: some tokenizers have tokens for them.
+    the `sequences`. Documents without text are included: some tokenizers have tokens for them.
 
     Args:
         files: File names or glob patterns.
         json_key: Key of the text in JSON Lines.
-        input_format: `jsonl`, `text`, or `auto` to go by a file's name.
+        input_format: `jsonl`, `text`, or `auto` to decide by the file's name.
 
     Raises:
-        InputError: A pattern matches no file, or a format cannot be told.
+        InputError: A pattern matches no file, or a format is unknown.
     """
 
     name = "Megatron texts"
@@ -105,7 +105,7 @@ class WriteIndexed(PipelineStep):
     """Tokenizes documents and writes an indexed data set for each file, for `MergeIndexed`.
 
     Args:
-        output_prefix: As `--output-prefix`; the parts lie in `PREFIX_KEY_document.parts`.
+        output_prefix: As `--output-prefix`; the parts are in `PREFIX_KEY_document.parts`.
         json_key: Names the data set, as the key does in `megatron-dwm preprocess`.
         append_eod: As `--append-eod`.
         tokenizer: Tokenizer flags of `megatron-dwm preprocess` as keywords, such as
@@ -137,7 +137,7 @@ class WriteIndexed(PipelineStep):
         from megatron.core.datasets.indexed_dataset import DType
 
         settings = tokenizer_settings(self.append_eod, **self.tokenizer)
-        settings.json_keys = []  # documents come one by one, without keys
+        settings.json_keys = []  # documents arrive one by one, without keys
         with quiet_megatron_import():
             tokenizer = build_megatron_tokenizer(settings)
         dtype = DType.optimal_dtype(megatron_vocabulary_size(tokenizer))
@@ -148,8 +148,8 @@ class WriteIndexed(PipelineStep):
         for number, documents in groupby(data, key=_number):
             if number in numbers:
                 raise InputError(
-                    f"{self.output}: documents of file {number} come in two places; leave them in "
-                    f"the order in which ReadTexts reads them"
+                    f"{self.output}: documents of file {number} are not in one run; keep them in "
+                    "the order in which ReadTexts reads them"
                 )
             with dataset_builders({_INDEXED: _part(folder, number)}, dtype) as builders:
                 for document in documents:
@@ -161,7 +161,7 @@ class WriteIndexed(PipelineStep):
                         self.stat_update("tokens", value=len(tokens))
                     yield document
             numbers.append(number)
-        # Written last: with it the task's parts count.
+        # Written last: from then on the task's parts count.
         described = np.array(repr(sorted(vars(settings).items())))
         folder.save(
             _INDEXED, rank, world_size, numbers=np.array(numbers, np.int64), settings=described
@@ -169,7 +169,7 @@ class WriteIndexed(PipelineStep):
 
 
 class MergeIndexed(PipelineStep):
-    """Puts the parts of `WriteIndexed` together in the order of the files, in one task.
+    """Merges the parts of `WriteIndexed` in the order of the files, in one task.
 
     Args:
         output_prefix: That of `WriteIndexed`.
@@ -203,7 +203,7 @@ class MergeIndexed(PipelineStep):
 
 
 def merge_indexed(parts: Sequence[str], output: str) -> None:
-    """Writes an indexed data set of several, one after another; it appears whole.
+    """Writes an indexed data set from several, one after another; it appears whole.
 
     Args:
         parts: Their paths without suffix; their tokens are of one type.
@@ -221,13 +221,13 @@ def merge_indexed(parts: Sequence[str], output: str) -> None:
 
 
 class DsirCounts(PipelineStep):
-    """Counts the n-grams of documents, of the input or of the target; see `megatron-dwm dsir`.
+    """Counts the n-grams of documents, for the input or the target; see `megatron-dwm dsir`.
 
     Args:
-        output: The file that `MergeDsir` will write; the parts lie in `OUTPUT.parts`.
+        output: The file that `MergeDsir` will write; the parts are in `OUTPUT.parts`.
         target: Whether the documents are those of the target.
-        ngrams: Words of the longest n-grams.
-        buckets: Buckets of the hash.
+        ngrams: Length of the longest n-grams, in words.
+        buckets: Number of hash buckets.
     """
 
     name = "DSIR counts"
@@ -266,7 +266,7 @@ class DsirCounts(PipelineStep):
 
 
 class DsirScores(PipelineStep):
-    """Weighs documents by the counts of `DsirCounts`.
+    """Weighs documents with the counts of `DsirCounts`.
 
     Args:
         output: That of `DsirCounts`.
@@ -336,7 +336,7 @@ class MergeDsir(PipelineStep):
         folder = _dsir_parts(self.output)
         tasks = list(folder.load_all(SCORES))
         joined = {name: np.concatenate([task[name] for task in tasks]) for name in tasks[0]}
-        # A file is read by one task, and its documents stay in their order.
+        # Each file is read by one task, and its documents stay in order.
         order = np.argsort(joined["numbers"], kind="stable")
         write(self.output, joined["log_weight"][order], joined["ngrams"][order], self.selection)
         folder.remove()
@@ -356,12 +356,12 @@ def _number(document: Document) -> int:
 
 
 def _place(document: Document) -> tuple[str, int]:
-    """Returns file and line, for messages; of a document of another reader, its id."""
+    """Returns file and line, for messages; for a document of another reader, its id."""
     return document.metadata.get(FILE, document.id), document.metadata.get(POSITION, 0)
 
 
 def _sequences(document: Document) -> list[str]:
-    """Returns the sequences of a document; a text that a block has changed is one."""
+    """Returns the sequences of a document; a text that a block has changed is one sequence."""
     sequences = document.metadata.get(SEQUENCES)
     if sequences is not None and document_text(sequences) == document.text:
         return sequences
@@ -381,10 +381,10 @@ def _dsir_parts(output: str) -> PartFolder:
 
 
 def _counted_features(folder: PartFolder) -> Features:
-    """Returns the features that all counts in a folder are of.
+    """Returns the features that all counts in a folder share.
 
     Raises:
-        InputError: There are several.
+        InputError: The counts have different features.
     """
     parts = [part for kind in (TARGET, RAW) for part in folder.load_all(kind)]
     found = {(int(part["ngrams"]), len(part["counts"])) for part in parts}

@@ -1,10 +1,10 @@
 """Data selection with importance resampling (DSIR): hashed n-grams, importance weights, selection.
 
 Xie et al., "Data Selection for Language Models via Importance Resampling", NeurIPS 2023,
-arXiv 2302.03169. A text is lower-cased and cut into words and runs of punctuation; each of its
-n-grams, from single words up to n words, falls into one of B buckets by a hash. With p and q the
-shares of the buckets in the target and in the raw texts, a document's log importance weight is the
-sum over its n-grams of `log(p + 1e-8) - log(q + 1e-8)`. Documents are drawn without replacement in
+arXiv 2302.03169. A text is lower-cased and split into words and runs of punctuation; each of its
+n-grams, from single words up to n words, is hashed into one of B buckets. With p and q the shares
+of the buckets in the target and in the raw texts, a document's log importance weight is the sum
+over its n-grams of `log(p + 1e-8) - log(q + 1e-8)`. Documents are drawn without replacement in
 proportion to their weights by the Gumbel top-k trick: the k largest sums of log weight and noise.
 Shapes: B buckets, D documents.
 """
@@ -19,14 +19,14 @@ from hashlib import sha256
 
 import numpy as np
 
-# What nltk's WordPunctTokenizer takes for a word.
+# Words as in nltk's WordPunctTokenizer.
 _WORDS = re.compile(r"\w+|[^\w\s]+")
 _EPSILON = 1e-8
-# Words whose buckets are remembered, and as many n-grams of three words and more; slots for pairs.
-# Under 100 MB for each process.
+# Cache sizes: words, and as many n-grams of three or more words; slots for pairs. Under 100 MB per
+# process.
 _REMEMBERED = 1 << 18
 _SLOT_BITS = 20
-# Of Fibonacci hashing: spreads neighbouring keys over the slots.
+# Multiplier of Fibonacci hashing, which spreads neighbouring keys over the slots.
 _MIXER = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -67,7 +67,7 @@ class _Words(dict):
 
 
 class _Longer(dict):
-    """Bucket of each n-gram of more than two words; forgets all when it is full."""
+    """Bucket of each n-gram of more than two words; cleared when it is full."""
 
     def __init__(self, buckets: int):
         super().__init__()
@@ -82,10 +82,10 @@ class _Longer(dict):
 
 
 class _Pairs:
-    """Buckets of pairs of words. Each pair has one slot, which the last that came takes.
+    """Buckets of pairs of words. Each pair has one slot, which keeps the latest pair.
 
-    Arrays, as the look-ups are what takes the time: a dictionary of pairs is hardly faster than
-    hashing them anew.
+    It uses arrays, because look-ups dominate the time: a dictionary of pairs is hardly faster than
+    hashing them again.
     """
 
     def __init__(self, buckets: int):
@@ -101,7 +101,7 @@ class _Pairs:
         missing = np.flatnonzero(self._keys[slots] != keys)
         for first in missing.tolist():
             found[first] = _bucket(f"{words[first]} {words[first + 1]}", self._buckets)
-        # Of several for the same slot one has to leave both its key and its bucket.
+        # Of several pairs for one slot, the same one must write both its key and its bucket.
         taken, which = np.unique(slots[missing], return_index=True)
         self._keys[taken] = keys[missing[which]]
         self._found[taken] = found[missing[which]]
@@ -139,7 +139,7 @@ class Hasher:
         return np.concatenate(found)
 
     def _forget(self) -> None:
-        # Pairs are known by the numbers of their words.
+        # Pairs are identified by the numbers of their words.
         self._words = _Words(self._features.buckets)
         self._pairs = _Pairs(self._features.buckets)
 
@@ -162,9 +162,9 @@ def log_ratios(target: np.ndarray, raw: np.ndarray, smoothing: float = 0.0) -> n
     """Returns the log ratio of a bucket's shares in the target and in the raw texts.
 
     Args:
-        target: `[B]` counts, one above 0 at least unless there is smoothing.
-        raw: `[B]` counts, one above 0 at least.
-        smoothing: Pseudo-count that is added to each count of the target.
+        target: `[B]` counts, at least one above 0 unless there is smoothing.
+        raw: `[B]` counts, at least one above 0.
+        smoothing: Pseudo-count added to each count of the target.
 
     Returns:
         `[B]` float64.
@@ -177,7 +177,7 @@ def log_ratios(target: np.ndarray, raw: np.ndarray, smoothing: float = 0.0) -> n
 def log_weight(found: np.ndarray, ratios: np.ndarray) -> float:
     """Returns the log importance weight of a text.
 
-    The sum is rounded once, at its end, so the order of the n-grams leaves no trace.
+    The sum is rounded once, at its end, so the order of the n-grams does not matter.
 
     Args:
         found: `[n]` buckets of its n-grams.
@@ -193,8 +193,8 @@ def select(log_weights: np.ndarray, eligible: np.ndarray, fraction: float, seed:
         log_weights: `[D]` float64.
         eligible: `[D]` bool, whether a document may be drawn.
         fraction: Share of all D documents, rounded to the nearest whole number of them and at
-            least 1; fewer are drawn where fewer are eligible.
-        seed: Of the Gumbel noise, which document i gets whatever the others are.
+            least 1; fewer are drawn if fewer are eligible.
+        seed: Seed of the Gumbel noise; document i's noise does not depend on the others.
 
     Returns:
         `[D]` bool, whether a document is drawn.

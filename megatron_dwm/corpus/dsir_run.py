@@ -1,9 +1,9 @@
 """`megatron-dwm dsir`: counts n-grams, scores documents and selects, in parallel and resumable.
 
 Two passes over the texts: the first counts the n-grams of target and input, the second scores each
-document. What a file has come to is kept in a folder beside the output until that is written, so
-that a run which was killed begins with the first file that it had not finished.
-Shapes: B buckets, D documents with text.
+document. Each file's result is kept in a folder beside the output until that is written, so that a
+killed run resumes with the first file that it had not finished. Shapes: B buckets, D documents with
+text.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Selection:
 
     Attributes:
         fraction: Share of all documents.
-        seed: Of the draw.
+        seed: Seed of the draw.
         min_ngrams: Documents with fewer n-grams are never drawn.
     """
 
@@ -49,11 +49,11 @@ class Selection:
 
 @dataclass
 class _Answer:
-    """What has come of a batch of file number `file`, or (without arrays) of the end of the file.
+    """The result of a batch of file number `file`, or (without arrays) the end of the file.
 
     Attributes:
         file: Number of the file.
-        position: Bytes on disk of the file that were read.
+        position: Bytes of the file on disk that were read.
         arrays: Counts, or scores of documents.
     """
 
@@ -63,7 +63,7 @@ class _Answer:
 
 
 class TextHasher:
-    """Hashes the documents of files; says where a text is that cannot be hashed."""
+    """Hashes the documents of files; reports where a text cannot be hashed."""
 
     def __init__(self, features: Features):
         """Sets what is counted."""
@@ -86,7 +86,7 @@ class TextHasher:
 
 
 class _Worker:
-    """Counts the n-grams of batches, or scores their documents once it is given log ratios."""
+    """Counts the n-grams of batches, or, given log ratios, scores their documents."""
 
     def __init__(self, features: Features, key: str, ratios: np.ndarray | None):
         self._features, self._key, self._ratios = features, key, ratios
@@ -108,7 +108,7 @@ class _Worker:
 
 
 def document_text(sequences: Sequence[str]) -> str:
-    """Returns the text of a document of several sequences; empty for one without text."""
+    """Returns the text of a document of several sequences; empty if it has no text."""
     return "\n".join(sequence for sequence in sequences if sequence)
 
 
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace, files: list[Path], targets: list[Path]) -> Non
         targets: Files of `--target`.
 
     Raises:
-        InputError: A fault in the texts, none at all, or the work of another run in the way.
+        InputError: The texts are bad, there are none, or another run's work is in the way.
     """
     features = Features(args.ngrams, args.buckets)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +152,7 @@ def run(args: argparse.Namespace, files: list[Path], targets: list[Path]) -> Non
 
 
 def summed_ratios(folder: PartFolder, smoothing: float) -> np.ndarray:
-    """Returns the log ratios `[B]` that follow from all counts in a folder.
+    """Returns the log ratios `[B]` from all counts in a folder.
 
     Raises:
         InputError: Counts are missing, or there is no text.
@@ -174,13 +174,13 @@ def write(
         output: The file.
         log_weights: `[D]` float64.
         ngrams: `[D]` int64, n-grams of each document.
-        selection: Which documents are drawn; None for a file without that column.
+        selection: Which documents are drawn; None leaves out that column.
 
     Returns:
-        What was written, in a line.
+        A line that says what was written.
 
     Raises:
-        InputError: No document may be drawn.
+        InputError: No document can be drawn.
     """
     columns = [log_weights, ngrams]
     names = ["document", "log_weight", "ngrams"]
@@ -203,7 +203,7 @@ def write(
             for first in range(0, len(ngrams), _ROWS):
                 cells = [column[first : first + _ROWS].tolist() for column in columns]
                 for document, row in enumerate(zip(*cells, strict=True), first):
-                    # repr of a float has the digits that give the same float back.
+                    # repr of a float round-trips exactly.
                     file.write(",".join([str(document), *map(repr, row)]) + "\n")
         os.replace(partial_file, output)
     finally:
@@ -214,7 +214,7 @@ def write(
 def _settings(
     args: argparse.Namespace, files: Sequence[Path], targets: Sequence[Path]
 ) -> dict[str, Any]:
-    """Returns what the parts depend on, by the names of the flags."""
+    """Returns everything that the parts depend on, by the names of the flags."""
 
     def identity(paths: Sequence[Path]) -> list[list[Any]]:
         found = [(path, path.stat()) for path in paths]
@@ -232,7 +232,7 @@ def _settings(
 
 
 def _claim(folder: PartFolder, settings: dict[str, Any], restart: bool) -> None:
-    """Takes up the work in a folder, or begins it.
+    """Resumes the work in a folder, or begins it.
 
     Raises:
         InputError: The folder holds work with other settings.
@@ -248,11 +248,11 @@ def _claim(folder: PartFolder, settings: dict[str, Any], restart: bool) -> None:
         other = [name for name, value in settings.items() if before.get(name) != value]
         if other:
             raise InputError(
-                f"{folder.path}: work of a run with another {' and '.join(other)}. Start it as "
-                f"that run was started, or give --restart to begin anew."
+                f"{folder.path}: work of a run with another {' and '.join(other)}. Use the same "
+                "flags as that run, or give --restart to start over."
             )
         return
-    # Renamed into place, so that a folder without settings never stands under its name.
+    # Renamed into place, so that no folder without settings ever has this name.
     new = folder.path.with_name(f"{folder.path.name}.partial-{os.getpid()}")
     new.mkdir()
     (new / _SETTINGS).write_text(json.dumps(settings))
@@ -267,7 +267,7 @@ def _take(
     files: Sequence[Path],
     ratios: np.ndarray | None,
 ) -> None:
-    """Counts or scores the files that were not before; each leaves a part of the kind."""
+    """Counts or scores the remaining files; each writes a part of the kind."""
     outstanding = [n for n in range(len(files)) if folder.load(kind, n, len(files)) is None]
     if not outstanding:
         return
@@ -295,7 +295,7 @@ def _take(
 def _joined(
     parts: list[dict[str, np.ndarray]], features: Features, counted: bool
 ) -> dict[str, np.ndarray]:
-    """Returns the arrays of a file, whose batches may be none."""
+    """Returns the joined arrays of a file, which may have no batches."""
     if counted:
         return parts[0] if parts else {"counts": np.zeros(features.buckets, np.int64)}
     names = score_arrays([])

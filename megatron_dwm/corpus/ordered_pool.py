@@ -1,4 +1,4 @@
-"""A pool of processes whose answers come in the order of the work."""
+"""A pool of processes whose answers come in the order of the items."""
 
 import multiprocessing
 import os
@@ -14,13 +14,13 @@ from typing import Any
 
 from megatron_dwm.errors import InputError
 
-# Items in flight per worker: enough to keep it busy, few enough to bound the memory.
+# Items in flight per worker: enough to keep it busy, few enough to bound memory.
 ITEMS_PER_WORKER = 4
 
 
 @dataclass
 class _Fault:
-    """What an `InputError` says; a chained exception may hold what does not pickle."""
+    """The text of an `InputError`; a chained exception may not be picklable."""
 
     message: str
 
@@ -30,7 +30,7 @@ _work: Callable[[Any], Any] | None = None
 
 def _start_worker(make: Callable[[], Callable[[Any], Any]]) -> None:
     global _work
-    # Ctrl-C reaches the whole process group; the parent alone answers it.
+    # Ctrl-C reaches the whole process group; only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if _work is None:
@@ -38,7 +38,7 @@ def _start_worker(make: Callable[[], Callable[[Any], Any]]) -> None:
 
 
 def _end_with_parent() -> None:
-    # A parent that was killed tells nobody, and its workers would wait for work without end.
+    # A killed parent cannot tell its workers, which would wait for work forever.
     parent = multiprocessing.parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])
@@ -54,7 +54,7 @@ def _answer(item: Any) -> Any:
 
 
 def _death(processes: Iterable[multiprocessing.process.BaseProcess]) -> str:
-    """Returns what a worker that is gone has died of; the pool has ended the others by SIGTERM."""
+    """Returns what a dead worker died of; the pool has ended the others with SIGTERM."""
     codes = {process.exitcode for process in processes}
     code = next((code for code in codes if code not in (None, 0, -signal.SIGTERM)), None)
     if code is None or code == -signal.SIGKILL:
@@ -74,17 +74,17 @@ def answers_in_order[T, R](
     Args:
         items: Read only as far ahead as keeps the workers busy.
         work: Called with each item, in a worker.
-        make: Makes `work` again, in a worker that cannot be forked; it has to pickle.
+        make: Makes `work` again in a worker that cannot be forked; it must be picklable.
         workers: Number of processes.
 
     Yields:
         Answers.
 
     Raises:
-        InputError: The first fault in the order of the items, or a worker died.
+        InputError: The first error in the order of the items, or a worker died.
     """
     global _work
-    # Forked workers inherit what `work` holds, such as a tokenizer that takes long to load.
+    # Forked workers inherit what `work` holds, such as a tokenizer that is slow to load.
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
     _work = work
@@ -107,7 +107,7 @@ def answers_in_order[T, R](
             except StopIteration:
                 break
             except InputError:
-                # A fault in an earlier item comes first, as it would with one worker.
+                # An error in an earlier item comes first, as it would with one worker.
                 while pending:
                     yield answer()
                 raise

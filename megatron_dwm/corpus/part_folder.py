@@ -1,4 +1,4 @@
-"""Arrays that parts of some work leave in a folder, until they are put together."""
+"""Arrays that parts of some work save in a folder until they are merged."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import numpy as np
 
 from megatron_dwm.errors import InputError
 
-# What NumPy raises on a file that was cut short, as after a loss of power.
+# What NumPy raises for a truncated file, as after a power loss.
 _DAMAGE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile)
 
 
 class PartFolder:
-    """The parts of some work, by kind and number; each is there whole or not at all.
+    """The parts of some work, by kind and number; each exists whole or not at all.
 
     Args:
-        path: The folder; it is made when the first part is saved.
+        path: The folder; created when the first part is saved.
         whose: Who makes the parts, for messages: `tasks`, for example.
     """
 
@@ -30,7 +30,7 @@ class PartFolder:
         self._whose = whose
 
     def save(self, kind: str, number: int, total: int, **arrays: np.ndarray) -> None:
-        """Saves a part, in the place of an earlier one.
+        """Saves a part, replacing an earlier one.
 
         Args:
             kind: What it is.
@@ -46,7 +46,7 @@ class PartFolder:
         os.replace(partial, final)
 
     def load(self, kind: str, number: int, total: int) -> dict[str, np.ndarray] | None:
-        """Returns what a part holds; None when it is not there, or damaged."""
+        """Returns what a part holds; None if it is missing or damaged."""
         try:
             with np.load(self._file(kind, number, total), allow_pickle=False) as part:
                 return dict(part)
@@ -54,10 +54,10 @@ class PartFolder:
             return None
 
     def load_all(self, kind: str) -> Iterator[dict[str, np.ndarray]]:
-        """Yields what each part of a kind holds, in the order of their numbers.
+        """Yields what each part of a kind holds, in numerical order.
 
         Raises:
-            InputError: There is none, one is missing, or they are parts of different wholes.
+            InputError: There are no parts, one is missing, or they do not belong together.
         """
         names = [path.name for path in self.path.glob(f"{kind}-*.npz")]
         totals = {int(m[1]) for name in names if (m := re.search(r"-of-(\d+)\.npz$", name))}
@@ -78,7 +78,7 @@ class PartFolder:
             yield part
 
     def remove(self) -> None:
-        """Removes the folder and all that is in it."""
+        """Removes the folder and everything in it."""
         shutil.rmtree(self.path)
 
     def _file(self, kind: str, number: int, total: int) -> Path:

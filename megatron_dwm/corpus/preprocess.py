@@ -1,4 +1,4 @@
-"""Text to Megatron's indexed data sets, in parallel and in the order of the input."""
+"""Converts text to Megatron's indexed data sets, in parallel and in the order of the input."""
 
 import argparse
 import os
@@ -20,7 +20,7 @@ class Progress:
     """Progress over the input's bytes: a bar on a terminal, lines elsewhere."""
 
     def __init__(self, total_bytes: int, log_interval: int):
-        """Sets the bytes of the input on disk and the documents between two lines."""
+        """Sets the input's size on disk and the number of documents between two lines."""
         self._bar = bar(total_bytes, "B", "preprocess")
         self._interval = log_interval
         self._next = log_interval
@@ -30,7 +30,7 @@ class Progress:
         self._read = 0
 
     def update(self, encoded: Encoded) -> None:
-        """Counts a batch that was written."""
+        """Counts a written batch."""
         self.documents += encoded.documents
         self.text_bytes += encoded.batch_bytes
         self._bar.update(encoded.position - self._read)
@@ -60,7 +60,7 @@ def dataset_prefix(output_prefix: str, key: str) -> str:
 
 @contextmanager
 def dataset_builders(finals: dict[str, str], dtype: type) -> Iterator[dict]:
-    """Opens one IndexedDatasetBuilder a key, on temporary names.
+    """Opens one IndexedDatasetBuilder per key, under temporary names.
 
     On a clean exit the datasets are finished and renamed; on an error they are removed, and
     a dataset of an earlier run stays as it was.
@@ -81,7 +81,8 @@ def dataset_builders(finals: dict[str, str], dtype: type) -> Iterator[dict]:
         for key in finals:
             builders[key].finalize(partials[key] + ".idx")
         for key, final in finals.items():
-            # Without its index a dataset cannot be read, so no old index may meet new data.
+            # An old index must never appear with new data: without an index the data set cannot be
+            # read.
             Path(final + ".idx").unlink(missing_ok=True)
             os.replace(partials[key] + ".bin", final + ".bin")
             os.replace(partials[key] + ".idx", final + ".idx")
@@ -95,7 +96,7 @@ def preprocess(args: argparse.Namespace, files: list[Path], tokenizer: Any) -> N
     """Writes the datasets.
 
     Raises:
-        InputError: A fault in the input, or no document with text.
+        InputError: The input is bad, or no document has text.
     """
     from megatron.core.datasets.indexed_dataset import DType
 

@@ -1,4 +1,4 @@
-"""Tokenizing processes of `preprocess`."""
+"""The tokenizing processes of `preprocess`."""
 
 import argparse
 import contextlib
@@ -66,7 +66,7 @@ class Encoder:
     """Turns batches into tokens; one lives in every worker."""
 
     def __init__(self, tokenizer: Any, args: argparse.Namespace, dtype: type):
-        """Keeps the tokenizer and what to do.
+        """Keeps the tokenizer and the settings.
 
         Args:
             tokenizer: Megatron tokenizer.
@@ -113,8 +113,8 @@ class Encoder:
             line_number: Counted from 1, for messages.
 
         Returns:
-            Token ids of each sequence that has any, the last one with the end-of-document token
-            where that is asked for.
+            Token ids of each sequence that has any, the last one with the end-of-document token if
+            requested.
 
         Raises:
             InputError: A text that cannot be used; the message names file and line.
@@ -126,13 +126,13 @@ class Encoder:
         return encoded
 
     def _encode_text(self, text: str, path: str, line_number: int) -> np.ndarray:
-        # As in Megatron's tool the tokenizer decides: spaces are text, and even an empty string
-        # has a token where the tokenizer puts one in front.
+        # As in Megatron's tool, the tokenizer decides: spaces are text, and even an empty string
+        # has a token if the tokenizer prepends one.
         try:
             ids = np.asarray(self._tokenize(text))
         except Exception as error:
             if not text:
-                # NullTokenizer, which takes numbers alone.
+                # NullTokenizer, which takes only numbers.
                 return np.empty(0, self._dtype)
             raise InputError(
                 f"{path}, line {line_number}: the tokenizer cannot take this text "
@@ -154,7 +154,7 @@ class Encoder:
 
 @contextlib.contextmanager
 def quiet_megatron_import() -> Iterator[None]:
-    """Silences what Megatron says at import time about optional GPU packages."""
+    """Silences Megatron's import-time messages about optional GPU packages."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
@@ -174,9 +174,10 @@ def build_megatron_tokenizer(args: argparse.Namespace) -> Any:
         Megatron tokenizer.
 
     Raises:
-        InputError: The flags do not make a tokenizer, or `--append-eod` has no token.
+        InputError: No tokenizer can be built from the flags, or there is no token for
+            `--append-eod`.
     """
-    # Tokenizers' own threads would fight with the worker processes over the cores.
+    # The tokenizer's own threads would compete with the worker processes for cores.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         from megatron.core.tokenizers.utils.build_tokenizer import (
@@ -217,7 +218,7 @@ def build_megatron_tokenizer(args: argparse.Namespace) -> Any:
         try:
             eod = tokenizer.eod
         except Exception as error:
-            # Megatron's tokenizers say it each in their own way.
+            # Each of Megatron's tokenizers reports this in its own way.
             raise InputError(f"{missing} ({type(error).__name__}: {error})") from error
         if eod is None or eod < 0:
             raise InputError(missing)
@@ -225,7 +226,7 @@ def build_megatron_tokenizer(args: argparse.Namespace) -> Any:
 
 
 def _make_encode(args: argparse.Namespace, dtype: type) -> Callable[[Batch], Encoded]:
-    """Builds the tokenizer anew, in a worker that was not forked."""
+    """Builds the tokenizer again, in a worker that was not forked."""
     with quiet_megatron_import():
         tokenizer = build_megatron_tokenizer(args)
     return Encoder(tokenizer, args, dtype).encode
@@ -247,7 +248,7 @@ def encode_in_order(
         Answers.
 
     Raises:
-        InputError: The first fault in the order of the input, or a worker died.
+        InputError: The first error in the order of the input, or a worker died.
     """
     encode = Encoder(tokenizer, args, dtype).encode
     return answers_in_order(batches, encode, partial(_make_encode, args, dtype), workers)

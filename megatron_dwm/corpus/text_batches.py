@@ -1,4 +1,4 @@
-"""Text inputs in batches for worker processes, and the documents of a batch."""
+"""Splits text input into batches for worker processes, and batches into documents."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Batch:
         path: File name, for messages.
         first_line: Number of the first line, from 1.
         content: Whole lines of JSON Lines, or (str) one plain text document.
-        position: Bytes on disk of the whole input that are read once this batch is.
+        position: Bytes of the whole input on disk that have been read up to the end of this batch.
     """
 
     path: str

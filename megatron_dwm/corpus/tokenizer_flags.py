@@ -15,8 +15,8 @@ def add_tokenizer_args(parser: argparse.ArgumentParser, required: bool = True) -
     should not.
 
     Args:
-        parser: Gets them.
-        required: Whether the command cannot do without a tokenizer.
+        parser: Receives them.
+        required: Whether the command needs a tokenizer.
     """
     group = parser.add_argument_group("tokenizer (as in Megatron)")
     add = group.add_argument
@@ -53,10 +53,10 @@ def add_tokenizer_args(parser: argparse.ArgumentParser, required: bool = True) -
         help="no beginning- or end-of-text tokens from a Hugging Face tokenizer",
     )
     add("--trust-remote-code", action="store_true", help="run code of a Hugging Face tokenizer")
-    add("--null-tokenizer-eod-id", type=int, help="of NullTokenizer (default: the last id)")
-    add("--null-tokenizer-pad-id", type=int, default=-1, help="of NullTokenizer (default: none)")
+    add("--null-tokenizer-eod-id", type=int, help="for NullTokenizer (default: the last id)")
+    add("--null-tokenizer-pad-id", type=int, default=-1, help="for NullTokenizer (default: none)")
     add("--chat-template", help="chat template of the tokenizer")
-    # Stored tokens do not depend on these; a command line written for training has them.
+    # Stored tokens do not depend on these, but a command line written for training may have them.
     add("--padded-vocab-size", type=int, help=argparse.SUPPRESS)
     add(
         "--no-pad-vocab-size",
@@ -69,7 +69,7 @@ def add_tokenizer_args(parser: argparse.ArgumentParser, required: bool = True) -
 
 
 def tokenizer_settings(append_eod: bool, **values: Any) -> argparse.Namespace:
-    """Returns what `build_megatron_tokenizer` takes, from keywords.
+    """Returns the arguments of `build_megatron_tokenizer`, from keywords.
 
     Args:
         append_eod: As `--append-eod`.
@@ -89,6 +89,6 @@ def tokenizer_settings(append_eod: bool, **values: Any) -> argparse.Namespace:
         )
     if not values.get("tokenizer_type"):
         raise InputError("tokenizer_type: missing; give one, such as SentencePieceTokenizer")
-    # Nothing stored depends on padding, and it would ask for flags of the parallel layout.
+    # The output does not depend on padding, which would need flags of the parallel layout.
     settings |= {**values, "append_eod": append_eod, "pad_vocab_size": False}
     return argparse.Namespace(**settings)

@@ -1,4 +1,4 @@
-"""A SentencePiece tokenizer of Llama's kind, trained on JSON Lines or plain text."""
+"""Trains a Llama-style SentencePiece tokenizer on JSON Lines or plain text."""
 
 import argparse
 import hashlib
@@ -13,9 +13,9 @@ from megatron_dwm.errors import InputError
 from megatron_dwm.files.text_files import expand_inputs, read_texts
 from megatron_dwm.progress import bar, working
 
-# SentencePiece drops longer sentences, so lines are cut before they reach it.
+# SentencePiece drops longer sentences, so lines are split before they reach it.
 MAX_SENTENCE_BYTES = 4096
-# The trainer picks its own number of threads otherwise, and records it in the model file.
+# Otherwise the trainer picks its own number of threads, and records it in the model file.
 NUM_THREADS = 16
 
 
@@ -34,8 +34,8 @@ class TextSample:
         self.dropped = 0
         self._salt = str(seed).encode()
         self._heap: list[tuple[int, str]] = []
-        # Priority of the best document dropped so far: what comes later and is worse must not
-        # slip into the gap, or the order would matter.
+        # Priority of the best document dropped so far: a later, worse one must not fill the gap, or
+        # the order would matter.
         self._limit = 1 << 64
 
     def add(self, text: str) -> None:
@@ -63,7 +63,7 @@ class TextSample:
 
 
 def sentences(texts: Iterable[str], max_bytes: int = MAX_SENTENCE_BYTES) -> Iterator[str]:
-    """Cuts documents into lines, and long lines between words.
+    """Splits documents into lines, and long lines between words.
 
     Args:
         texts: Documents.
@@ -76,7 +76,7 @@ def sentences(texts: Iterable[str], max_bytes: int = MAX_SENTENCE_BYTES) -> Iter
     limit = max_bytes // 4
     for text in texts:
         for line in text.split("\n"):
-            # NUL and lone surrogates are nothing that SentencePiece can take.
+            # SentencePiece does not accept NUL and lone surrogates.
             line = line.replace("\0", "").encode("utf-8", errors="ignore").decode()
             while len(line) > limit and len(line.encode()) > max_bytes:
                 cut = line.rfind(" ", 1, limit)
@@ -93,7 +93,7 @@ def train(texts: Iterable[str], vocab_size: int, seed: int = 1234) -> bytes:
 
     Args:
         texts: Documents.
-        vocab_size: Number of pieces, special tokens and the 256 bytes included.
+        vocab_size: Number of pieces, including special tokens and the 256 bytes.
         seed: Seed of the trainer.
 
     Returns:
@@ -151,7 +151,7 @@ def run(args: argparse.Namespace) -> None:
     """Reads, samples, trains and writes.
 
     Raises:
-        InputError: A fault in the input, or the output exists.
+        InputError: The input is bad, or the output exists.
     """
     model_path = Path(args.out + ".model")
     vocab_path = Path(args.out + ".vocab")

@@ -1,6 +1,6 @@
-"""Data files: indices, weights, packed samples (nothing here imports torch or Megatron).
+"""Data files: indexes, weights, packed samples (nothing here imports torch or Megatron).
 
-What draws by weight needs the C++ engine, which is loaded when it is first asked for.
+Drawing by weight needs the C++ engine, which is loaded on first use.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -55,7 +55,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what needs the engine on first use."""
+    """Imports names that need the engine on first use."""
     import importlib
 
     for names, home in ((_DRAWS, "draws"), (_PLANS, "epoch_plan")):

@@ -1,7 +1,7 @@
-"""Document weights as numbers: from scores, cut to the best, by sequence, summed up by domain.
+"""Computes with document weights: from scores, top fraction, by sequence, sums by domain.
 
-Works in chunks, so that 10^8 documents need little memory beside the arrays themselves.
-Shapes: D documents, K domains.
+It works in chunks, so that 10^8 documents need little memory beyond the arrays themselves. Shapes:
+D documents, K domains.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def weights_from_scores(scores: np.ndarray, temperature: float) -> np.ndarray:
     top = float(max(scores[chunk].max() for chunk in document_chunks(len(scores))))
 
     def unscaled(chunk: slice) -> np.ndarray:
-        # A difference that overflows is -inf, whose weight 0 is right.
+        # A difference that overflows is -inf, which correctly gives weight 0.
         with np.errstate(over="ignore", under="ignore"):
             return np.exp((scores[chunk].astype(np.float64) - top) / temperature)
 
@@ -86,29 +86,29 @@ def keep_top_fraction(weights: np.ndarray, fraction: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where a number lies among those of all documents: a table, interpolated between its rows.
+    """A number's rank among those of all documents: a table, interpolated between its rows.
 
     Attributes:
         values: `[k]` ascending numbers.
-        places: `[k]` float64 in [0, 1]: the share of all tokens that are of documents with a
-            smaller number, and half of the share of those with the same.
+        places: `[k]` float64 in [0, 1]: the share of all tokens in documents with a smaller number,
+            plus half the share of those with the same number.
     """
 
     values: np.ndarray
     places: np.ndarray
 
     def __call__(self, numbers: np.ndarray) -> np.ndarray:
-        """Returns the places of numbers, float64 in their shape."""
+        """Returns the ranks of numbers in [0, 1], float64 in their shape."""
         return np.interp(numbers, self.values, self.places)
 
 
 def ranks_of(numbers: Sequence[np.ndarray], tokens: Sequence[np.ndarray], rows: int) -> Ranks:
-    """Returns the places of numbers among all documents of some data sets.
+    """Returns the ranks of numbers among all documents of several data sets.
 
     Args:
-        numbers: of each data set `[D]` finite numbers.
-        tokens: of each data set `[D]` lengths of the documents.
-        rows: k at most. Exact where no more numbers differ, else to within 1 / k.
+        numbers: for each data set, `[D]` finite numbers.
+        tokens: for each data set, `[D]` lengths of the documents.
+        rows: k at most. Exact if there are at most that many distinct numbers, else within 1 / k.
     """
     values = np.concatenate([np.asarray(part, np.float64) for part in numbers])
     sizes = np.concatenate([np.asarray(part, np.float64) for part in tokens])
@@ -117,7 +117,7 @@ def ranks_of(numbers: Sequence[np.ndarray], tokens: Sequence[np.ndarray], rows: 
     share /= max(share.sum(), 1.0)
     places = np.cumsum(share) - share / 2
     if len(distinct) > rows:
-        # Evenly spaced in tokens, and both ends.
+        # Evenly spaced in tokens, including both ends.
         kept = np.searchsorted(places, np.linspace(places[0], places[-1], rows))
         kept = np.unique(kept.clip(max=len(places) - 1))
         distinct, places = distinct[kept], places[kept]
@@ -136,7 +136,7 @@ def weights_by_sequence(
         last: The sequence after the last one.
 
     Returns:
-        `[last - first]` float32; a part of `weights` itself where every document is one sequence.
+        `[last - first]` float32; a slice of `weights` itself if every document is one sequence.
     """
     if _one_sequence_each(document_indices, first, last):
         return weights[first:last]
@@ -205,7 +205,7 @@ def domain_summary(weight_file: WeightFile, index: IndexSummary | None) -> list[
 
     Args:
         weight_file: The file.
-        index: The index of the dataset, or None when there is none at hand.
+        index: The index of the dataset, or None if not available.
 
     Returns:
         One dict for each domain in the order of their numbers, last the documents without a
@@ -244,14 +244,14 @@ def domain_summary(weight_file: WeightFile, index: IndexSummary | None) -> list[
         }
         for k, label in enumerate(labels)
     ]
-    # Place 0 is that of the documents without a domain.
+    # Entry 0 is for documents without a domain.
     return rows[1:] + rows[:1] if documents[0] else rows[1:]
 
 
 def _domain_positions(
     domains: np.ndarray, names: Sequence[str]
 ) -> tuple[list[str], Callable[[np.ndarray], np.ndarray]]:
-    """Number the domains without gaps, from 1; 0 is for none.
+    """Number the domains without gaps, from 1; 0 means none.
 
     Bare numbers may be few and far apart, up to 2^31.
     """
@@ -264,14 +264,14 @@ def _domain_positions(
 
 
 def _order_statistics(weights: np.ndarray, ranks: Sequence[int]) -> list[float]:
-    """Return the weights of given ranks (0: the smallest) in two passes and no copy.
+    """Return the weights of given ranks (0: the smallest) in two passes, without a copy.
 
-    The bits of non-negative float32 numbers, read as integers, are in the order of the numbers:
-    a histogram of the upper 16 bits finds the bin of each rank, one of the lower 16 its place.
+    The bits of non-negative float32 numbers, read as integers, sort like the numbers: a histogram
+    of the upper 16 bits finds the bin of each rank, one of the lower 16 its value.
     """
 
     def bits(chunk: slice) -> np.ndarray:
-        # Adding 0 turns -0.0, whose sign bit would put it last, into 0.0.
+        # Adding 0 turns -0.0, which would sort last because of its sign bit, into 0.0.
         return (weights[chunk] + np.float32(0)).view(np.uint32)
 
     chunks = list(document_chunks(len(weights)))

@@ -1,12 +1,13 @@
-"""Weighted epochs: how often each document is drawn, in which order, and how samples are cut.
+"""Weighted epochs: how often and in which order documents are drawn, and how samples are cut.
 
-Needs neither torch nor Megatron. Everything is a pure function of its arguments: the same on
-any machine and for any number of threads (`threads=0` takes all cores).
+It needs neither torch nor Megatron. Everything is a pure function of its arguments: the same on any
+machine and for any number of threads (`threads=0` uses all cores).
 
 A "document" is what Megatron's `GPTDataset` calls one: a sequence of the `.idx`. Document d of
 weight w_d is drawn e_d = n w_d / sum(w) times on average in an epoch of n draws. Draws are laid
 end to end in the order of a keyed `Permutation` (`visit_order`), and cut into samples of equal
-length (`sample_index`); samples are visited in the order of another one, computed on the fly.
+length (`sample_index`); samples are visited in the order of another permutation, computed on the
+fly.
 
 Shapes: S sequences, D documents, P visited entries, N samples, K pieces.
 """
@@ -64,26 +65,26 @@ def draw_counts(
         method: "systematic": every count is its expectation e_d rounded down or up, with
             probabilities that make the mean e_d (randomised systematic resampling); equal
             weights with n = D visit every document exactly once. "independent": n independent
-            draws with replacement, as `torch.multinomial`; counts scatter by about sqrt(e_d).
+            draws with replacement, like `torch.multinomial`; counts vary by about sqrt(e_d).
         max_repeats: Limit of e_d; what it cuts off goes to the other documents in proportion to
-            their weights. None for no limit. Independent draws scatter about it.
+            their weights. None for no limit. Independent draws vary around it.
         threads: Number of threads, 0 for all cores.
 
     Returns:
         `[D]` int32 with the sum n.
 
     Raises:
-        ValueError: A weight is negative or not finite (the first one is named), all are 0, or
+        ValueError: A weight is negative or not finite (the first such is named), all are 0, or
             `max_repeats` leaves fewer than `num_draws` draws.
     """
     weights = _as_float32(weights, "weights")
     if method == "systematic":
         return _systematic(weights, num_draws, None, seed, epoch, max_repeats, threads)
     if method != "independent":
-        raise ValueError(f"method: {method!r} is none of {', '.join(METHODS)}")
+        raise ValueError(f"method: {method!r} is not one of {', '.join(METHODS)}")
     if max_repeats is not None:
-        # The limited expectations are weights in themselves. In double precision: a scale for
-        # tiny weights is infinite as float32.
+        # The limited expectations can serve as weights. In double precision, because a scale for
+        # tiny weights would be infinite in float32.
         limit = _checked_limit(max_repeats)
         scale = _data_engine.expected_scale(weights, num_draws, limit, threads)
         weights = np.minimum(weights.astype(np.float64) * scale, limit).astype(np.float32)
@@ -109,11 +110,11 @@ def re_draw_counts(
     max_repeats: int | None = None,
     threads: int = 0,
 ) -> np.ndarray:
-    """Decide how often each document is visited in the rest of an epoch, by new weights.
+    """Decide how often each document is visited in the rest of an epoch, under new weights.
 
     The expected count is max(0, e_d - consumed_d), with e_d as in `draw_counts` for the whole
-    epoch. What documents have been visited beyond their e_d is not taken back from the others:
-    the sum of the counts can exceed num_draws - sum(consumed).
+    epoch. Visits beyond a document's e_d are not taken from the other documents: the sum of the
+    counts can exceed num_draws - sum(consumed).
 
     Args:
         weights: `[D]` as in `draw_counts`.
@@ -156,7 +157,7 @@ def visit_order(
         counts: `[D]` integers >= 0, how often each document is visited.
         seed: Any signed 64-bit integer.
         epoch: Any signed 64-bit integer.
-        first_document: Number of the document that `counts[0]` is about.
+        first_document: Number of the document of `counts[0]`.
         extra: How many left-over pieces to mix in, as the numbers -1 to -extra.
         threads: Number of threads, 0 for all cores.
 
@@ -296,7 +297,7 @@ def _systematic(
     max_repeats: int | None,
     threads: int,
 ) -> np.ndarray:
-    # The kernels write "no limit" as 0.
+    # In the kernels, 0 means "no limit".
     limit = 0 if max_repeats is None else _checked_limit(max_repeats)
     scale = _data_engine.expected_scale(weights, num_draws, limit, threads)
     return _data_engine.systematic_counts(weights, scale, seed, epoch, limit, consumed, threads)
@@ -312,7 +313,7 @@ def _as_float32(values: np.ndarray, name: str) -> np.ndarray:
     array = np.asarray(values)
     if array.dtype.kind not in "fiub":
         raise ValueError(f"{name}: expected real numbers, found {array.dtype}")
-    # What is too large becomes infinite, which the kernels refuse by its place.
+    # Values that are too large become infinite, which the kernels refuse, naming the entry.
     with np.errstate(over="ignore"):
         return array.astype(np.float32, copy=False)
 

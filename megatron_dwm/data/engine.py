@@ -1,4 +1,4 @@
-"""The C++ data engine, loaded where it is needed: weighting alone does without it."""
+"""Loads the C++ data engine when needed: only drawing by weight needs it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def engine() -> Any:
     """Returns the compiled module.
 
     Raises:
-        DWMError: it was not built, or does not fit this Python.
+        DWMError: it was not built, or does not match this Python.
     """
     try:
         return importlib.import_module("megatron_dwm._data_engine")

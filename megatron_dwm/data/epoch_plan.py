@@ -1,20 +1,20 @@
-"""The samples of a data set under document weights that may change in mid-run.
+"""Plans the samples of a data set under document weights that may change during a run.
 
-A *segment* is what one set of weights plans: epochs of n draws each, laid end to end and cut into
-samples. Its samples are visited epoch by epoch, within an epoch in the order of a keyed
+A *segment* is the plan for one set of weights: epochs of n draws each, laid end to end and cut into
+samples. Its samples are visited epoch by epoch, and within an epoch in the order of a keyed
 permutation. When the weights change after some samples, the next segment takes over from there:
 
-    a draw of which a token was seen   stays: what is left of it is the first to be planned
-    a draw of which none was seen      is taken back; the new weights decide
+    a draw of which a token was seen   stays: the rest of it is planned first
+    a draw of which none was seen      is discarded; the new weights decide
     documents below their new count    are drawn for the rest of the epoch, e'_d - seen_d each
     documents above it                 are not drawn again in this epoch
 
-So every draw that was begun is completed, and no token of it is repeated. A segment is a pure
-function of the corpus, the seed and the history of (weights, samples seen): a resumed run plans
-what the one before it did, at any number of ranks.
+So every draw that was begun is completed, and none of its tokens is repeated. A segment is a pure
+function of the corpus, the seed and the history of (weights, samples seen): a resumed run makes the
+same plan as the one before it, on any number of ranks.
 
-Needs neither torch nor Megatron. Shapes: S sequences, D documents of the split, P visited entries,
-N samples. As in Megatron's `GPTDataset`, a document here is one sequence of the `.idx`.
+It needs neither torch nor Megatron. Shapes: S sequences, D documents of the split, P visited
+entries, N samples. As in Megatron's `GPTDataset`, a document here is one sequence of the `.idx`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ import numpy as np
 from megatron_dwm.data import draws as sampling
 from megatron_dwm.data.index import DatasetError
 
-# Of everything that a plan is a function of: this file and the kernels. A run that has followed a
-# plan of one version cannot go on by another.
+# Version of everything that determines a plan: this file and the kernels. A run that has followed a
+# plan of one version cannot continue with another.
 PLAN_VERSION = 2
 # Epochs of different segments never share a key: their numbers are this far apart.
 _STAGE_STRIDE = 2**40
@@ -37,18 +37,18 @@ _STAGE_STRIDE = 2**40
 
 @dataclass(frozen=True)
 class Corpus:
-    """What all segments of a data set have in common.
+    """What all segments of a data set share.
 
     Attributes:
-        name: for messages.
+        name: name for messages.
         sequence_lengths: `[S]` int32 tokens per sequence.
         first_document: first sequence of the split.
         num_documents: D, sequences of the split.
         sequence_length: tokens per sample.
         add_extra_token: whether a sample needs one more token, for its last label.
-        seed: of draws and orders.
+        seed: seed of draws and orders.
         method: `systematic` or `independent` draws.
-        max_repeats: limit of a document's expected visits in an epoch; None: no limit.
+        max_repeats: limit of a document's expected visits per epoch; None: no limit.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Parts of documents that are still to be seen: `[K]` each, `start <= token < stop`."""
+    """Parts of documents that are still to be read: `[K]` each, `start <= token < stop`."""
 
     document: np.ndarray
     start: np.ndarray
@@ -77,7 +77,7 @@ class Pieces:
 
     @classmethod
     def of(cls, rows: list[tuple[int, int, int]]) -> Pieces:
-        """Returns pieces from `(document, start, stop)` each."""
+        """Returns pieces from rows of `(document, start, stop)`."""
         table = np.array(rows, dtype=np.int64).reshape(-1, 3)
         return cls(table[:, 0], table[:, 1].astype(np.int32), table[:, 2].astype(np.int32))
 
@@ -97,9 +97,9 @@ class Segment:
     """Consecutive samples of a data set that one set of weights has planned.
 
     Attributes:
-        corpus: what it is a plan of.
+        corpus: the corpus that it plans.
         start: the data set's sample number of the segment's first sample.
-        stage: how many segments came before.
+        stage: number of earlier segments.
         first_epoch: number of the epoch that it begins in.
         documents: `[P]` sequence number of each visited entry.
         starts: `[P]` int32 first token of each entry, None: all entries are whole documents.
@@ -107,7 +107,7 @@ class Segment:
         is_piece: bool for each entry of the first epoch, whether it is left over from an earlier
             segment; None: no entry is.
         seen: `[D]` int32 visits that earlier segments began in the first epoch; None: none.
-        sample_index: `[N + 1, 2]` as `sampling.sample_index` returns it.
+        sample_index: `[N + 1, 2]` as returned by `draws.sample_index`.
         entry_bounds: first entry of each epoch, then P.
         token_bounds: tokens before each epoch, then all.
     """
@@ -137,14 +137,14 @@ class Segment:
         return self.start + self.sample_bounds[-1]
 
     def order(self, epoch: int) -> Any:
-        """Returns the `Permutation` in whose order the samples of the `epoch`-th epoch come."""
+        """Returns the `Permutation` that orders the samples of the `epoch`-th epoch."""
         bounds = self.sample_bounds
         size = bounds[epoch + 1] - bounds[epoch]
         key = _epoch_key(self.stage, self.first_epoch + epoch)
         return sampling.Permutation(size, self.corpus.seed, key, sampling.SAMPLES)
 
     def row(self, position: int) -> int:
-        """Returns the row of `sample_index` that the data set's sample `position` is.
+        """Returns the row of `sample_index` for the data set's sample `position`.
 
         Raises:
             IndexError: the sample is not in this segment.
@@ -166,10 +166,10 @@ class Segment:
         return document, int(self.starts[entry]), int(self.stops[entry])
 
     def parts(self, row: int) -> list[tuple[int, int, int]]:
-        """Returns what a sample is made of, in order.
+        """Returns the parts of a sample, in order.
 
         Args:
-            row: of `sample_index`.
+            row: row of `sample_index`.
 
         Returns:
             `(sequence, first token in it, number of tokens)` of each part, the extra token
@@ -184,7 +184,8 @@ class Segment:
                 stop = min(stop, start + end_offset + extra)
             if entry == begin:
                 start += offset
-            # Without the extra token a sample may be named by the end of the entry before it.
+            # Without the extra token a sample's start may be given as the end of the previous
+            # entry.
             if stop > start:
                 found.append((document, start, stop - start))
         return found
@@ -193,12 +194,12 @@ class Segment:
 def first_segment(
     corpus: Corpus, weights: np.ndarray, num_samples: int | None, start: int = 0
 ) -> Segment:
-    """Plans a data set of which nothing is known to have been seen.
+    """Plans a data set of which nothing has been seen.
 
     Args:
         corpus: the documents.
         weights: `[D]` float32.
-        num_samples: samples of the data set, those before `start` included; None: one epoch.
+        num_samples: samples of the data set, including those before `start`; None: one epoch.
         start: number of the first sample.
 
     Raises:
@@ -210,14 +211,14 @@ def first_segment(
 def next_segment(
     segment: Segment, weights: np.ndarray, num_samples: int | None, position: int
 ) -> Segment:
-    """Plans on under new weights, see the module.
+    """Continues the plan under new weights, see the module.
 
     Args:
         segment: the plan until now.
         weights: `[D]` float32 new weights.
-        num_samples: samples of the data set in all; None: to the end of the epoch.
-        position: the data set's samples that have been seen. The segment must hold one more, so
-            that what follows does not depend on where its plan happens to end.
+        num_samples: total samples of the data set; None: to the end of the epoch.
+        position: number of the data set's samples that have been seen. The segment must hold one
+            more, so that the result does not depend on where its plan happens to end.
 
     Raises:
         DatasetError: as `first_segment`.
@@ -230,7 +231,7 @@ def next_segment(
     visited = np.arange(local - bounds[epoch], dtype=np.int64)
     consumed[segment.order(epoch).many(visited)] = True
     seen, left = _left_of(segment, epoch, consumed)
-    # The first sample of an epoch begins with what was too short for one of the epoch before.
+    # The first sample of an epoch begins with the tokens left over from the epoch before.
     if not consumed[0]:
         left.append(_tail(segment, epoch))
     pieces = Pieces.joined(left)
@@ -239,7 +240,7 @@ def next_segment(
 
 
 def _left_of(segment: Segment, epoch: int, consumed: np.ndarray) -> tuple[np.ndarray, list[Pieces]]:
-    """Returns `[D]` the visits begun in an epoch, and what is left of those.
+    """Returns `[D]`, the visits begun in an epoch, and the rest of those.
 
     Args:
         segment: the plan.
@@ -277,7 +278,7 @@ def _left_of(segment: Segment, epoch: int, consumed: np.ndarray) -> tuple[np.nda
 
 
 def _tail(segment: Segment, epoch: int) -> Pieces:
-    """Returns the tokens before an epoch that are in no sample of the epochs before it."""
+    """Returns the tokens before an epoch that are in no sample of earlier epochs."""
     length = segment.corpus.sequence_length
     missing = segment.token_bounds[epoch] - segment.sample_bounds[epoch] * length
     found: list[tuple[int, int, int]] = []
@@ -363,14 +364,14 @@ def _plan(
 def _counts(
     corpus: Corpus, weights: np.ndarray, stage: int, epoch: int, seen: np.ndarray | None
 ) -> np.ndarray:
-    """Returns `[D]` int32 draws of an epoch, or of the rest of one of which `seen` is done."""
+    """Returns `[D]` int32 draws of an epoch, or of the rest of an epoch after `seen`."""
     key, draws = _epoch_key(stage, epoch), corpus.num_documents
     common: dict[str, Any] = {"seed": corpus.seed, "epoch": key, "max_repeats": corpus.max_repeats}
     try:
         if seen is None:
             return sampling.draw_counts(weights, draws, method=corpus.method, **common)
         if corpus.method == "independent":
-            # Independent draws do not make up for earlier ones, but under a limit.
+            # Independent draws ignore earlier ones, except under a limit.
             left = max(draws - int(seen.sum()), 0)
             if corpus.max_repeats is not None:
                 weights = np.maximum(
@@ -389,7 +390,7 @@ def _counts(
 def _with_pieces(
     corpus: Corpus, documents: np.ndarray, pieces: Pieces
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Puts pieces where `visit_order` has left places for them (-1 - k for piece k)."""
+    """Inserts pieces at the places that `visit_order` reserved for them (-1 - k for piece k)."""
     places = np.flatnonzero(documents < 0)
     numbers = -1 - documents[places]
     documents[places] = pieces.document[numbers]

@@ -1,6 +1,6 @@
 """Megatron's `.idx`/`.bin` pairs: read and check an index, and count packed samples.
 
-Needs neither torch nor Megatron, so that tools start at once.
+It needs neither torch nor Megatron, so that tools start quickly.
 
 Layout of an `.idx` (little-endian): 9 bytes magic, uint64 version, uint8 token type code,
 uint64 S, uint64 D + 1, then int32 `[S]` sequence lengths in tokens, int64 `[S]` byte offsets
@@ -26,20 +26,20 @@ from megatron_dwm.errors import DWMError
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
-# Codes 6 and 7 are floating point: valid in the format, but no token ids.
+# Codes 6 and 7 are floating point: valid in the format, but not token ids.
 _TOKEN_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _REBUILD = "rebuild the pair with megatron-dwm preprocess"
 
 
 class DatasetError(DWMError):
-    """A data file that is missing, damaged or no match for its partner."""
+    """A data file that is missing, damaged or does not match its counterpart."""
 
 
 @dataclass(frozen=True, eq=False)
 class IndexSummary:
-    """What an index says about its corpus. The arrays are memory-mapped and read-only.
+    """An index's description of its corpus. The arrays are memory-mapped and read-only.
 
-    Nothing is kept in memory that grows with the corpus.
+    Nothing that grows with the corpus is kept in memory.
 
     Attributes:
         prefix: Path of the pair without `.idx` and `.bin`.
@@ -63,13 +63,13 @@ class IndexSummary:
 
     @cached_property
     def tokens(self) -> int:
-        """Number of tokens; reads the lengths of all sequences when first asked for."""
+        """Number of tokens; reads the lengths of all sequences on first use."""
         return int(self.sequence_lengths.sum(dtype=np.int64))
 
     def document_tokens(self, first: int, last: int) -> np.ndarray:
         """Return the number of tokens of each document from `first` up to `last`.
 
-        Takes memory for these documents: go through a corpus in chunks.
+        It needs memory for these documents: process a corpus in chunks.
 
         Returns:
             `[last - first]` int64.
@@ -115,7 +115,7 @@ def read_index(prefix: str | os.PathLike[str], verify: bool = True) -> IndexSumm
 
     Args:
         prefix: Path of the pair without `.idx` and `.bin`, as in `--data-path`.
-        verify: Whether to read all of the index to check that every token that it speaks of is
+        verify: Whether to read all of the index to check that every token that it refers to is
             inside the `.bin`. Without it only the header and the size of the index are checked.
 
     Raises:
@@ -170,7 +170,7 @@ def documents_of(document_indices: np.ndarray, sequences: np.ndarray) -> np.ndar
     """Return the documents that sequences belong to.
 
     Args:
-        document_indices: `[D + 1]`, see `IndexSummary`; of a few entries only is read.
+        document_indices: `[D + 1]`, see `IndexSummary`; only a few entries are read.
         sequences: `[n]` sequence numbers; few, such as those of a sample.
 
     Returns:
@@ -181,11 +181,11 @@ def documents_of(document_indices: np.ndarray, sequences: np.ndarray) -> np.ndar
 
 
 def _document_of(document_indices: np.ndarray, sequence: int) -> int:
-    # Where every document is one sequence, two entries tell.
+    # If every document is one sequence, two entries are enough.
     if document_indices[sequence : sequence + 2].tolist() == [sequence, sequence + 1]:
         return sequence
-    # Not np.searchsorted, which copies an array that is not aligned, as no array of an .idx is.
-    # Of documents that begin with the same sequence, the last one is not empty.
+    # Not np.searchsorted, which copies unaligned arrays, and no array of an .idx is aligned. Of
+    # documents that begin with the same sequence, the last one is not empty.
     return bisect_right(document_indices, sequence) - 1
 
 
@@ -282,13 +282,13 @@ def _check_header(path: str, magic: bytes, version: int, code: int) -> np.dtype:
     if code not in _TOKEN_DTYPES:
         allowed = ", ".join(f"{k} ({np.dtype(v).name})" for k, v in _TOKEN_DTYPES.items())
         raise DatasetError(
-            f"{path}: token type code {code} is none of the integer types {allowed}; {_REBUILD}"
+            f"{path}: token type code {code} is not one of the integer types {allowed}; {_REBUILD}"
         )
     return np.dtype(_TOKEN_DTYPES[code])
 
 
 def _check_size(path: str, found: int, sequences: int, index_entries: int) -> None:
-    # Python integers do not overflow, so counts of any size are compared before they are used.
+    # Python integers do not overflow, so counts of any size can be compared before use.
     expected = _HEADER.size + 12 * sequences + 8 * index_entries
     with_modes = expected + sequences
     if found not in (expected, with_modes):

@@ -1,6 +1,6 @@
-"""Whether an index is consistent in itself and with its `.bin`: in C++, or in NumPy without it.
+"""Checks that an index is consistent in itself and with its `.bin`: in C++, else in NumPy.
 
-Both name the first entry that is wrong, and in the same words.
+Both name the first wrong entry, with the same message.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def check_index(
         compiled = engine()
     except DWMError:
         if importlib.util.find_spec("megatron_dwm._data_engine") is not None:
-            raise  # it is there and cannot be loaded
+            raise  # it exists but cannot be loaded
         check_in_numpy(lengths, pointers, document_indices, itemsize, bin_bytes)
         return
     compiled.check_index(lengths, pointers, document_indices, itemsize, bin_bytes)
@@ -51,7 +51,7 @@ def check_in_numpy(
     itemsize: int,
     bin_bytes: int,
 ) -> None:
-    """As `check_index`, in NumPy."""
+    """Like `check_index`, in NumPy."""
     before = 0
     for first in range(0, len(lengths), _CHUNK):
         part = slice(first, first + _CHUNK)

@@ -1,7 +1,7 @@
-"""The meta set: Megatron indexed data sets, read in an order that is a function of the position.
+"""The meta set: Megatron indexed data sets, read in an order that depends only on the position.
 
-The state is one number, the samples consumed so far, so a resumed run reads on exactly, at any
-data-parallel size. The next meta batch is read ahead, in a thread, while the trainer trains.
+The state is one number, the samples consumed so far, so a resumed run continues exactly, at any
+data-parallel size. A thread reads the next meta batch ahead while the trainer trains.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ def meta_batch_unit(
     virtual_stages: int = 1,
     together: int | None = None,
 ) -> int:
-    """Returns what the size of a meta batch must be a multiple of, for Megatron's schedules.
+    """Returns the number that a meta batch must be a multiple of, for Megatron's schedules.
 
     Args:
         micro_batch_size: b.
-        data_parallel_size: replicas.
+        data_parallel_size: number of replicas.
         virtual_stages: pipeline stages, if they are virtual, else 1.
-        together: micro-batches that a virtual stage takes one after the other.
+        together: micro-batches that a virtual stage processes in a row.
     """
     return micro_batch_size * data_parallel_size * max(virtual_stages, together or virtual_stages)
 
 
 def default_meta_batch_size(batch: int, unit: int) -> int:
-    """Returns the legal size nearest to a quarter of the global batch."""
+    """Returns the allowed size nearest to a quarter of the global batch."""
     return max(1, round(batch / 4 / unit)) * unit
 
 
@@ -42,13 +42,13 @@ class MetaData:
     Args:
         datasets: map-style data sets of samples; empty on ranks that read no data.
         weights: sampling weight of each data set; None for one data set.
-        batch_size: samples of a meta step over all data-parallel ranks.
+        batch_size: samples per meta step over all data-parallel ranks.
         micro_batch_size: b.
-        dp_rank: this rank in data parallelism.
+        dp_rank: this rank's data-parallel rank.
         dp_size: data-parallel size.
         seed: seed of the order.
-        reads_ahead: whether a thread reads the next batch while the trainer trains; not where the
-            data sets share something with the trainer's own that one thread alone may use.
+        reads_ahead: whether a thread reads the next batch while the trainer trains; not if the data
+            sets share something with the trainer's that only one thread may use.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class MetaData:
         self._order: tuple[int, numpy.ndarray] | None = None
         self._reader: ThreadPoolExecutor | None = None
         self._ahead: tuple[int, Future] | None = None
-        # Data sets keep things of their own, and one thread at a time may be in them.
+        # Data sets have internal state, so only one thread may use them at a time.
         self._lock = threading.Lock()
 
     def next_batches(self) -> list[Any] | None:
-        """Returns the next meta batch's micro-batches of this rank, and moves on.
+        """Returns the next meta batch's micro-batches of this rank, and advances.
 
         Returns:
             As many collated batches as `num_microbatches`, or None on ranks without data.
@@ -90,7 +90,7 @@ class MetaData:
         return found
 
     def _read_ahead(self) -> None:
-        """Begins to read the batch at the position; harmless if another one is asked for."""
+        """Starts to read the batch at the position; harmless if another one is needed."""
         if not (self.datasets and self.reads_ahead):
             return
         if self._reader is None:
@@ -118,7 +118,7 @@ class MetaData:
     def sample(self, index: int) -> Any:
         """Returns the `index`-th sample of the endless meta stream.
 
-        One data set: epochs, each shuffled anew. Several: independent weighted draws.
+        One data set: epochs, each newly shuffled. Several: independent weighted draws.
         """
         if len(self.datasets) == 1:
             length = len(self.datasets[0])

@@ -1,8 +1,8 @@
-"""Plans on disk, so that one process computes what all ranks and later runs memory-map.
+"""Caches plans on disk: one process computes them, all ranks and later runs memory-map them.
 
-A plan is a few `.npy` files and one `.json` that is written last: without it there is no plan.
-Each is written beside its place and renamed, so that a killed run leaves none half-written, and
-two that write the same plan at once do not meet.
+A plan is a few `.npy` files and one `.json` that is written last: without it there is no plan. Each
+file is written under a temporary name and renamed, so that a killed run leaves no incomplete file,
+and two runs that write the same plan at once do not interfere.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def save_segment(path: str, segment: Segment) -> None:
     """Writes a plan.
 
     Args:
-        path: of its files, without their endings; the folder is made where it is missing.
+        path: path of its files, without their endings; a missing folder is created.
         segment: the plan.
     """
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -50,11 +50,11 @@ def _is_plan(stored: dict[str, Any]) -> bool:
 
 
 def load_segment(path: str, corpus: Corpus) -> Segment | None:
-    """Returns a plan with memory-mapped arrays; None where there is none, or not all of it.
+    """Returns a plan with memory-mapped arrays; None if it is missing or incomplete.
 
     Args:
         path: as for `save_segment`.
-        corpus: what it is a plan of; the path must tell corpora apart.
+        corpus: the corpus that it plans; paths must differ between corpora.
     """
     if not os.path.isfile(f"{path}.json"):
         return None
@@ -69,7 +69,7 @@ def load_segment(path: str, corpus: Corpus) -> Segment | None:
             for name in _ARRAYS
         }
     except (OSError, ValueError):
-        # Someone has cleared a part of the cache: it is planned, and written, anew.
+        # A part of the cache was deleted: it is planned and written again.
         return None
     return Segment(
         corpus=corpus,

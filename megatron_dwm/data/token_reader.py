@@ -1,4 +1,4 @@
-"""The tokens of single documents, read from a Megatron `.bin`."""
+"""Reads the tokens of single documents from a Megatron `.bin`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class TokenReader:
 
     Args:
         index: The corpus.
-        vocab_size: Token ids must be below it; None takes any.
+        vocab_size: Token ids must be below it; None allows any.
     """
 
     def __init__(self, index: IndexSummary, vocab_size: int | None = None) -> None:
@@ -23,11 +23,11 @@ class TokenReader:
             self._raw = np.memmap(path, dtype=np.uint8, mode="r")
 
     def document(self, number: int, most: int | None = None) -> np.ndarray:
-        """Returns a document's tokens, all its sequences one after the other.
+        """Returns a document's tokens, with all its sequences concatenated.
 
         Args:
-            number: Of the document.
-            most: Tokens after which the rest is left unread; None reads all.
+            number: Number of the document.
+            most: Maximum number of tokens to read; None reads all.
 
         Returns:
             `[tokens]` int64.

@@ -1,4 +1,4 @@
-"""Weight files made from others: of the same dataset, or of datasets put one after another."""
+"""Combines weight files: of the same data set, or of concatenated data sets."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def merge(output: str, paths: Sequence[str], how: str, normalise: bool) -> Weigh
         normalise: Whether to scale each file to mean 1 first.
 
     Raises:
-        DatasetError: A file is damaged or of another dataset than the first, the files give a
-            document different domains, or the result cannot be written.
+        DatasetError: A file is damaged or belongs to another dataset than the first, the files give
+            a document different domains, or the result cannot be written.
     """
     files = [read_weights(path) for path in paths]
     first = files[0]
@@ -55,7 +55,7 @@ def merge(output: str, paths: Sequence[str], how: str, normalise: bool) -> Weigh
     with bar(first.documents, " documents", "merge") as shown:
         for chunk in document_chunks(first.documents):
             rows = np.stack([file.weights[chunk].astype(np.float64) for file in files])
-            # What is too large for float32 becomes infinite, which the writer reports.
+            # Values too large for float32 become infinite, which the writer reports.
             with np.errstate(over="ignore", under="ignore"):
                 weights[chunk] = COMBINE[how](rows * scales)
             shown.update(rows.shape[1])
@@ -64,18 +64,18 @@ def merge(output: str, paths: Sequence[str], how: str, normalise: bool) -> Weigh
 
 
 def concat(output: str, prefix: str, parts: Sequence[str], normalise: bool) -> WeightFile:
-    """Puts the weights of datasets one after another, for a dataset that was made so.
+    """Concatenates the weights of datasets, for a dataset that was concatenated in the same way.
 
     Args:
         output: Path of the file to write.
         prefix: Prefix of the dataset that has all the documents.
-        parts: Prefixes of its parts in their order, each with a weight file; an `.idx` that lies
-            beside it is compared with its share of the whole.
+        parts: Prefixes of its parts in order, each with a weight file; an `.idx` beside it is
+            compared with its part of the whole.
         normalise: Whether to scale each part to mean 1 first.
 
     Raises:
-        DatasetError: A file is missing or damaged, the parts are no match for the whole, or the
-            result cannot be written.
+        DatasetError: A file is missing or damaged, the parts do not match the whole, or the result
+            cannot be written.
     """
     index = read_index(prefix)
     files = []
@@ -133,7 +133,7 @@ class _DomainTable:
 
     Attributes:
         files: The files.
-        names: Common names; empty when all domains are bare numbers, which then stay.
+        names: Common names; empty if all domains are bare numbers, which are then kept.
         numbers: For each file, the bare numbers it uses in ascending order, or None when it has
             names.
         targets: For each file, the common number of each of its names or bare numbers.
@@ -146,7 +146,7 @@ class _DomainTable:
 
     @classmethod
     def of(cls, files: Sequence[WeightFile]) -> _DomainTable:
-        """Unites the domains of files by name; a bare number's name is the number as text."""
+        """Merges the domains of files by name; a bare number's name is the number as text."""
         if not any(file.domain_names for file in files):
             return cls(files, (), [], [])
         union: dict[str, int] = {}
@@ -161,7 +161,7 @@ class _DomainTable:
                 names = [str(number) for number in found.tolist()]
             numbers.append(found)
             common = [union.setdefault(name, len(union)) for name in names]
-            # The last entry is what -1 picks.
+            # The last entry is the one that -1 indexes.
             targets.append(np.array([*common, -1], np.int32))
         return cls(files, tuple(union), numbers, targets)
 
@@ -180,7 +180,7 @@ class _DomainTable:
 
 
 def _merge_domains(files: Sequence[WeightFile]) -> tuple[np.ndarray | None, tuple[str, ...]]:
-    """Takes the domain of each document from the files that have one for it."""
+    """Takes the domain of each document from the files that give it one."""
     files = [file for file in files if file.domains is not None]
     if not files:
         return None, ()

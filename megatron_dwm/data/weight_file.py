@@ -1,6 +1,7 @@
-"""The weight file `PREFIX.weights`: one weight, and perhaps one domain, for every document.
+"""The weight file `PREFIX.weights`: one weight, and optionally one domain, for every document.
 
-It lies beside Megatron's `PREFIX.idx` and `PREFIX.bin` and needs neither torch nor Megatron.
+It is kept beside Megatron's `PREFIX.idx` and `PREFIX.bin`. This module needs neither torch nor
+Megatron.
 
 Layout (little-endian): a header of 64 bytes, then float32 `[D]` weights, then with bit 0 of the
 flags int32 `[D]` domains (-1: none) and a UTF-8 JSON list of domain names (empty: domains are
@@ -36,7 +37,7 @@ _PADDING = bytes(_HEADER_BYTES - _FIELDS.size - _CRC.size)
 _HAS_DOMAINS = 1
 _REMAKE = "make it again with megatron-dwm weights make"
 
-# Large enough for NumPy to be fast, small enough for temporaries to stay in the cache.
+# Large enough for NumPy to be fast, small enough for temporaries to fit in the cache.
 CHUNK_DOCUMENTS = 1 << 18
 
 
@@ -49,7 +50,7 @@ class WeightFile:
         documents: Number of documents D.
         sequences: Number of sequences of the index that the file was made for.
         tokens: Number of tokens of that index.
-        weights: `[D]` float32, each at least 0, one or more above 0; their sum means nothing.
+        weights: `[D]` float32, each at least 0, one or more above 0; their sum has no meaning.
         domains: `[D]` int32, -1 for a document without a domain, or None.
         domain_names: Name of each domain; empty when domains are bare numbers.
     """
@@ -65,12 +66,12 @@ class WeightFile:
 
     @property
     def header(self) -> bytes:
-        """The 64 bytes before the weights; they hold a checksum of all that follows."""
+        """The 64 bytes before the weights; they hold a checksum of everything that follows."""
         return self._raw[:_HEADER_BYTES].tobytes()
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the whole file in hexadecimal; reads the file when first asked for."""
+        """SHA-256 of the whole file in hexadecimal; reads the file on first use."""
         return hashlib.sha256(self._raw).hexdigest()
 
 
@@ -92,7 +93,7 @@ def read_weights(
 
     Args:
         path: Path of the file, see `weights_path`.
-        index: The index that the weights are for; None to take any.
+        index: The index that the weights are for; None to allow any.
         verify: Whether to read all of the file to check its checksum, weights and domains.
             Without it only the header, the sizes and the domain names are checked.
 
@@ -141,7 +142,7 @@ def write_weights(
     domains: np.ndarray | None = None,
     domain_names: Sequence[str] = (),
 ) -> WeightFile:
-    """Check weights and write them; the file appears under its name complete or not at all.
+    """Check weights and write them; the file appears complete or not at all.
 
     Args:
         path: Path of the file, see `weights_path`; an existing file is replaced.
@@ -294,7 +295,7 @@ def _check_weights(path: str, weights: np.ndarray) -> None:
     largest = 0.0
     for chunk in document_chunks(len(weights)):
         values = _as_float32(weights[chunk])
-        # A NaN is neither at least 0 nor finite, and min() and max() hand it on.
+        # A NaN is neither at least 0 nor finite, and min() and max() propagate it.
         if not (values.min() >= 0 and values.max() < np.inf):
             bad = int(np.argmin((values >= 0) & (values < np.inf)))
             raise DatasetError(
@@ -327,7 +328,8 @@ def _read_names(path: str, encoded: bytes) -> tuple[str, ...]:
         names = parse_json(encoded)
     except JsonError as error:
         raise DatasetError(
-            f"{path}: the domain names are no JSON list ({error}): the file is damaged; {_REMAKE}"
+            f"{path}: the domain names are not a JSON list ({error}): the file is damaged; "
+            f"{_REMAKE}"
         ) from error
     if not isinstance(names, list):
         raise DatasetError(
@@ -348,7 +350,7 @@ def _encode_names(path: str, names: Sequence[str]) -> bytes:
     try:
         return json.dumps(list(names), ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DatasetError(f"{path}: a domain name is no valid Unicode ({error})") from error
+        raise DatasetError(f"{path}: a domain name is not valid Unicode ({error})") from error
 
 
 def _payload(
@@ -363,13 +365,13 @@ def _payload(
 
 
 def _as_float32(values: np.ndarray) -> np.ndarray:
-    # What is too large becomes infinite, which the check of the weights reports.
+    # Values that are too large become infinite, which the check of the weights reports.
     with np.errstate(over="ignore"):
         return np.asarray(values, dtype="<f4")
 
 
 def _sync_folder(path: str) -> None:
-    # The rename is on the disk only once the folder is.
+    # The rename is durable only once the folder is synced.
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     try:
         os.fsync(folder)

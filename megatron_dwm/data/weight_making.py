@@ -1,4 +1,4 @@
-"""Weight files made from numbers in other files, or equal for all documents."""
+"""Makes weight files from numbers in other files, or with equal weights for all documents."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from megatron_dwm.errors import InputError
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the weights of a data set are made.
+    """How to make the weights of a data set.
 
     Attributes:
         source: File with numbers, or None for weight 1 everywhere.
-        columns: What to read of it.
-        default: Number of the documents that it leaves out, or None when it must not.
-        temperature: The numbers are scores, which this turns into weights; None: they are weights.
-        top_fraction: Share of the best documents that keep their weight; None: all do.
+        columns: What to read from it.
+        default: Number for documents that it leaves out, or None if it must not leave out any.
+        temperature: Temperature that turns scores into weights; None: the numbers are weights.
+        top_fraction: Share of the best documents that keep their weight; None: all of them.
         domain: Domain of all documents, or None.
     """
 
@@ -41,11 +41,11 @@ def make(prefix: str, output: str, recipe: Recipe) -> WeightFile:
     Args:
         prefix: Path of the data set without `.idx`.
         output: Weight file to write.
-        recipe: How.
+        recipe: How to make the weights.
 
     Raises:
-        DWMError: The data set is damaged, the file is malformed, or the weights are not fit to
-            draw by.
+        DWMError: The data set is damaged, the file is malformed, or the weights cannot be used for
+            drawing.
     """
     index = read_index(prefix)
     numbers: np.ndarray | None = None

@@ -1,4 +1,4 @@
-"""Weights and domains of documents from .npy, CSV and JSON Lines files, read in batches."""
+"""Reads weights and domains of documents from .npy, CSV and JSON Lines files, in batches."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ DOCUMENT = "document"
 _BATCH_ROWS = 1 << 16
 _BLOCK_BYTES = 1 << 20
 _CELL_ERRORS = (ValueError, TypeError, OverflowError)
-# What NumPy raises on a file that is no array.
+# What NumPy raises for a file that is not an array.
 _NPY_ERRORS = (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError)
 
 
 @dataclass
 class Columns:
-    """What to read of each row.
+    """What to read from each row.
 
     Attributes:
         weight: Column or key of the number, or None to read no numbers.
@@ -44,9 +44,9 @@ class Values:
     """What a file says about the documents of a dataset.
 
     Attributes:
-        numbers: `[D]` float64, or None when none were asked for.
-        domains: `[D]` int32, -1 for none, or None when none were asked for.
-        names: Name of each domain, in the order in which the file names them.
+        numbers: `[D]` float64, or None if none were requested.
+        domains: `[D]` int32, -1 for none, or None if none were requested.
+        names: Names of the domains, in order of first appearance.
     """
 
     numbers: np.ndarray | None
@@ -69,7 +69,8 @@ def read_values(path: Path, index: IndexSummary, columns: Columns, default: floa
         path: .npy, .csv, .jsonl, .json or .ndjson; the text formats may be compressed.
         index: Index of the dataset.
         columns: What to read.
-        default: Number of the documents that the file leaves out, or None when it must not.
+        default: Number for documents that the file leaves out, or None if it must not leave out
+            any.
 
     Raises:
         InputError: The file cannot be read or is malformed, or does not give every document
@@ -89,7 +90,7 @@ def read_values(path: Path, index: IndexSummary, columns: Columns, default: floa
     if kind in (".jsonl", ".json", ".ndjson"):
         return _collect(path, index, columns, default, _jsonl_batches(path, columns))
     raise InputError(
-        f"{path}: cannot tell the format by the name; use .npy, .csv or .jsonl (.csv and .jsonl "
+        f"{path}: the name does not tell the format; use .npy, .csv or .jsonl (.csv and .jsonl "
         f"also with {' '.join(COMPRESSED_SUFFIXES)})"
     )
 
@@ -244,8 +245,8 @@ def _check_keys(
             )
         if not with_documents and DOCUMENT in record:
             raise InputError(
-                f"{path}, line {line}: a key {DOCUMENT!r}, which the first line has not; either "
-                f"all lines have one or none"
+                f"{path}, line {line}: a key {DOCUMENT!r}, which the first line lacks; give it in "
+                "all lines or in none"
             )
 
 
@@ -259,11 +260,13 @@ def _record(path: Path, line: int, content: str, names: Sequence[str]) -> dict:
             f"{path}, line {line}: a JSON {json_type(record)}, expected an object such as "
             f'{{"weight": 1.5}}'
         )
-    # Looked for only where the text can have any, as it costs another pass.
+    # Checked only if the text can contain any, because it costs another pass.
     if "\\" in content or any(content.count(f'"{name}"') > 1 for name in names):
         twice = sorted(repeated_keys(content) & set(names))
         if twice:
-            raise InputError(f"{path}, line {line}: {twice[0]!r} is there twice; give it once")
+            raise InputError(
+                f"{path}, line {line}: the key {twice[0]!r} occurs twice; give it once"
+            )
     return record
 
 
@@ -273,7 +276,7 @@ def _texts(file: TextFile) -> Iterator[tuple[int, str]]:
         for first_line, block in read_blocks(file, _BLOCK_BYTES):
             shown.update(file.tell() - shown.n)
             try:
-                # Spreadsheets put a byte order mark in front of the first line.
+                # Spreadsheets put a byte order mark before the first line.
                 yield first_line, block.decode("utf-8-sig" if first_line == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 line = first_line + block.count(b"\n", 0, error.start)
@@ -306,7 +309,7 @@ def _batch(
     if columns.weight is not None:
         numbers = convert(columns.weight, to_number, np.float64, "a number")
     if columns.domain is not None:
-        # An empty name is none.
+        # An empty name means none.
         names = convert(columns.domain, to_domain, object, "a string or integer")
         domains = [name or None for name in names.tolist()]
     return _Batch(lines, documents, numbers, domains)
@@ -322,7 +325,7 @@ def _convert_one(
 
 
 def _json_number(value: object) -> float:
-    # JSON's true is 1 in Python.
+    # JSON's true equals 1 in Python.
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(value)
     return float(value)

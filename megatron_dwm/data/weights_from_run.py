@@ -1,13 +1,13 @@
-"""Weight files from what a run has made of its documents: learn small, apply large.
+"""Makes weight files from a run's document weights: learn small, apply large.
 
-    W_d = (sum_t w + P W) / (T_d + P)    over the tokens t of document d that the run has seen, T_d
-                                         of them; W the mean over all that it has seen of the data
-                                         set, P `--prior-tokens`
-    share_k' = share_k W_k / sum_j share_j W_j    of the blend, for data set k with mean W_k
+    W_d = (sum_t w + P W) / (T_d + P)    over the T_d tokens t of document d that the run has seen;
+                                         W: the mean over all tokens that it has seen of the data
+                                         set, P: `--prior-tokens`
+    share_k' = share_k W_k / sum_j share_j W_j    shares of the blend, for data set k with mean W_k
 
-A document that the run has not seen weighs what its data set does on average. Weight files say how
-often documents of one data set are drawn; between data sets the blend decides, whose new shares
-are what `Found.shares` has.
+A document that the run has not seen gets the mean weight of its data set. Weight files decide how
+often documents of one data set are drawn; the blend decides between data sets, and its new shares
+are in `Found.share`.
 
 Shapes: D documents of a data set.
 """
@@ -27,13 +27,13 @@ from megatron_dwm.errors import DWMError
 
 @dataclass(frozen=True)
 class Found:
-    """What became of one data set.
+    """The result for one data set.
 
     Attributes:
         file: the weight file that was written.
         seen: share of the documents that the run has seen.
         mean: mean weight of a token of the data set.
-        share: of the blend from now on.
+        share: new share of the blend.
     """
 
     file: WeightFile
@@ -45,11 +45,11 @@ class Found:
 def weights_of_documents(
     tokens: numpy.ndarray, weighted: numpy.ndarray, documents: int, prior: float
 ) -> tuple[numpy.ndarray, float]:
-    """Returns `[D]` float32 weights, and the mean weight of a token that was seen.
+    """Returns `[D]` float32 weights, and the mean weight of the tokens seen.
 
     Args:
-        tokens: how many tokens of each document were seen, as far as there is one.
-        weighted: the sum of their weights.
+        tokens: number of tokens of each document that were seen, up to the last document seen.
+        weighted: sum of their weights.
         documents: D.
         prior: P > 0, tokens of the data set's mean weight that are added to each document.
     """
@@ -71,14 +71,14 @@ def write_from_run(
 
     Args:
         seen: see `weights_seen.read`.
-        prefixes: of the data sets that are to be drawn from, in the order of the run's.
+        prefixes: prefixes of the data sets to draw from, in the run's order.
         outputs: path of each weight file.
-        shares: of each in the blend that the run has read.
+        shares: share of each in the blend that the run has read.
         prior: see `weights_of_documents`.
 
     Raises:
-        DWMError: a data set has fewer documents than were seen, or none that is drawn from has a
-            weight above 0. No file is written then.
+        DWMError: a data set has fewer documents than were seen, or no document that can be drawn
+            has a weight above 0. No file is written then.
     """
     means, arrays, indices, coverage = [], [], [], []
     for k, prefix in enumerate(prefixes):
@@ -93,7 +93,7 @@ def write_from_run(
             seen.tokens[k], seen.weighted[k], index.documents, prior
         )
         if not (weights > 0).any():
-            # All of it was dropped: its share says so, and a file of zeros draws nothing.
+            # All of it was dropped: its share is 0, and a file of zeros could not be drawn from.
             weights = numpy.ones_like(weights)
         arrays.append(weights)
         indices.append(index)

@@ -1,11 +1,10 @@
-"""Mean weights of documents, collected as a run weighs their samples: what a larger run draws by.
+"""Collects mean weights of documents as a run weighs their samples, for a larger run to draw by.
 
-No pass of its own: the run has weighed every sample anyway. Of each document that a sample is of
-its tokens there count at the sample's weight. What a rank has seen is kept in
-`SAVE/dwm_document_weights/iter_NNNNNNN/rank_K.npz`, written before the checkpoint of that
-iteration is, so that a run that goes on from there goes on with what belongs to it. Each file says
-how many there are, so that a set that was cut short is known. `megatron-dwm weights from-run` adds
-the ranks up.
+This needs no extra pass, because the run weighs every sample anyway. For each document in a sample,
+its tokens there count with the sample's weight. What a rank has seen is kept in
+`SAVE/dwm_document_weights/iter_NNNNNNN/rank_K.npz`, written before that iteration's checkpoint, so
+that a run that resumes from it continues with the matching sums. Each file states the number of
+files, so that an incomplete set is noticed. `megatron-dwm weights from-run` sums over the ranks.
 
 Shapes: n samples on this rank, s tokens in a sample, D documents of a data set.
 """
@@ -31,14 +30,14 @@ _DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.err
 
 
 class DocumentWeightsSeen:
-    """Sums of tokens, and of tokens at their samples' weights, by document; of one rank.
+    """One rank's sums of tokens, and of tokens times their samples' weights, by document.
 
     Args:
-        prefixes: of the training data sets, by the loader's `dataset_id`.
+        prefixes: prefixes of the training data sets, by the loader's `dataset_id`.
 
     Attributes:
-        tokens: by data set `[D]` float64, D as far as documents were seen.
-        weighted: the same, each token at its sample's weight.
+        tokens: by data set, `[D]` float64, with D up to the last document seen.
+        weighted: the same, each token times its sample's weight.
     """
 
     def __init__(self, prefixes: list[str]) -> None:
@@ -47,12 +46,12 @@ class DocumentWeightsSeen:
         self.weighted = [numpy.zeros(0) for _ in prefixes]
 
     def add(self, ids: numpy.ndarray, sets: numpy.ndarray, weights: numpy.ndarray) -> None:
-        """Takes samples in.
+        """Includes samples.
 
         Args:
             ids: `[n, s]` document of each token, -1: none.
             sets: `[n]` number of each sample's data set.
-            weights: `[n]` of the samples.
+            weights: `[n]` weights of the samples.
         """
         for k in numpy.unique(sets):
             flat = ids[sets == k].ravel()
@@ -70,7 +69,7 @@ class DocumentWeightsSeen:
                 sums[k][documents] += values
 
     def shares(self) -> list[float]:
-        """Returns the share of the tokens that were of each data set."""
+        """Returns each data set's share of the tokens."""
         counts = [float(tokens.sum()) for tokens in self.tokens]
         return [count / max(1.0, sum(counts)) for count in counts]
 
@@ -81,9 +80,9 @@ class DocumentWeightsSeen:
 
         Args:
             run: the run's folder.
-            iteration: how many steps were taken.
-            rank: of this process.
-            ranks: how many processes write what they have seen.
+            iteration: number of steps taken.
+            rank: rank of this process.
+            ranks: number of processes that write a file.
 
         Raises:
             DWMError: it cannot be written.
@@ -101,15 +100,15 @@ class DocumentWeightsSeen:
             os.replace(f"{path}.part", path)
         except OSError as error:
             raise DWMError(
-                f"--dwm-document-weights: {path} cannot be written ({error}); free its place, or "
-                "leave the flag out"
+                f"--dwm-document-weights: {path} cannot be written ({error}); make room, or leave "
+                "the flag out"
             ) from error
 
     def load(self, run: str, iteration: int) -> None:
-        """Takes over what all ranks had seen; to be called on one rank.
+        """Loads what all ranks had seen; to be called on one rank.
 
         Raises:
-            DWMError: there is nothing, or it is damaged, or of other data.
+            DWMError: there is nothing, or it is damaged, or it belongs to other data.
         """
         found = read(run, iteration)
         if found.prefixes != self.prefixes:
@@ -122,14 +121,14 @@ class DocumentWeightsSeen:
 
 
 def make_room(run: str, iteration: int) -> None:
-    """Removes what is not of a checkpoint, and what an earlier save of `iteration` has left.
+    """Removes files without a checkpoint, and what an earlier save of `iteration` has left.
 
-    That save may have been of other ranks, whose files would be counted too. On one rank, before
-    the others write.
+    That save may have been by other ranks, whose files would be counted too. To be called on one
+    rank, before the others write.
 
     Args:
         run: the run's folder.
-        iteration: that is about to be written.
+        iteration: the iteration that is about to be written.
 
     Raises:
         DWMError: an earlier save's files cannot be removed.
@@ -150,7 +149,7 @@ def make_room(run: str, iteration: int) -> None:
 
 
 def iterations(run: str) -> list[int]:
-    """Returns the iterations of which the files of all ranks are there, ascending."""
+    """Returns the iterations for which the files of all ranks exist, in ascending order."""
     found = (_ITERATION.fullmatch(folder.name) for folder in Path(run, FOLDER).glob("iter_*"))
     return sorted(int(match[1]) for match in found if match and _is_whole(run, int(match[1])))
 
@@ -175,7 +174,7 @@ def read(run: str, iteration: int) -> DocumentWeightsSeen:
                 one = DocumentWeightsSeen(json.loads(str(found["prefixes"])))
                 one.tokens = [found[f"tokens_{k}"] for k in range(len(one.prefixes))]
                 one.weighted = [found[f"weighted_{k}"] for k in range(len(one.prefixes))]
-                # Files of before do not say it.
+                # Older files do not have it.
                 ranks = int(found["ranks"]) if "ranks" in found else len(paths)
         except _DAMAGE as error:
             raise DWMError(f"{path}: damaged ({error}); take another iteration") from error
@@ -195,7 +194,7 @@ def read(run: str, iteration: int) -> DocumentWeightsSeen:
 
 
 def _is_whole(run: str, iteration: int) -> bool:
-    """Whether every rank's file is there; one that is damaged is found when it is read."""
+    """Whether every rank's file exists; a damaged one is noticed when it is read."""
     paths = list(_folder(run, iteration).glob("rank_*.npz"))
     if not paths:
         return False
@@ -209,7 +208,7 @@ def _is_whole(run: str, iteration: int) -> bool:
 def _as_long_as(sums: numpy.ndarray, size: int) -> numpy.ndarray:
     if size <= len(sums):
         return sums
-    # Doubled, so that a corpus that is read from its start is not copied in each step.
+    # Doubled, so that a corpus read from its start is not copied in each step.
     grown = numpy.zeros(max(size, 2 * len(sums)))
     grown[: len(sums)] = sums
     return grown

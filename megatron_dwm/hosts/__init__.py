@@ -1,1 +1,1 @@
-"""Where the weighting runs: the trainer it is attached to, and the stand-in for a GPU."""
+"""Where the weighting runs: the trainers it is attached to, and the CPU stand-in for CUDA."""

@@ -1,11 +1,11 @@
-"""What a trainer lends to the weighting: the seam between a training step and who calls it.
+"""The interface between a trainer and the weighting: what a trainer provides.
 
 A host says what it trains, and builds what depends on its own settings; `assemble` makes the
-modified step of both. From then on the host hands every step to `DWMTrainStep`, with a function
-that takes its own step, and keeps the step's state with its checkpoints (`checkpoint.state`).
+modified step from this. From then on the host passes every step to `DWMTrainStep`, with a function
+that takes its own step, and saves the step's state with its checkpoints (`checkpoint.state`).
 
-Two hosts are here: Megatron-LM's trainer (`megatron_lm`), which is rebound, and a loop of one's own
-over Megatron-Core (`own_loop`), which calls.
+There are two hosts: Megatron-LM's trainer (`megatron_lm`), whose functions are rebound, and a
+user's own loop over Megatron-Core (`own_loop`), which calls the weighting itself.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class TrainerHost(Protocol):
 
     Attributes:
         model: the language model's DDP-wrapped chunks on this rank.
-        optimizer: Megatron-Core's optimizer of it.
+        optimizer: its Megatron-Core optimizer.
         transformer_config: its `TransformerConfig`.
         groups: its `ProcessGroupCollection`.
         shape: sizes of a step.
-        steps: of the whole run, by which the schedule divides it into stages.
+        steps: number of steps of the whole run, which the schedule divides into stages.
     """
 
     model: list[Any]
@@ -58,13 +58,13 @@ class TrainerHost(Protocol):
     steps: int
 
     def meta_data(self, config: DWMConfig) -> MetaData:
-        """Returns the meta set; called on every rank, where a policy uses one."""
+        """Returns the meta set; called on every rank, if a policy uses one."""
         ...
 
     def scorer(self, config: DWMConfig) -> tuple[Scorer, dict[str, Any]]:
-        """Returns a separate weighting model, and what of it must agree with a saved one.
+        """Returns a separate weighting model, and what must agree with that of a checkpoint.
 
-        Called where the policy has one (`--dwm-form model`), with all random states seeded.
+        Called if the policy has one (`--dwm-form model`), with all random states seeded.
 
         Raises:
             DWMError: this host has none.
@@ -72,14 +72,14 @@ class TrainerHost(Protocol):
         ...
 
     def warm_start(self, scorer: Scorer, config: DWMConfig) -> Callable[[], None] | None:
-        """Returns what copies the language model's layers into the separate one, None: nothing."""
+        """Returns a function that copies LLM layers into the separate model, or None."""
         ...
 
     def check(self, config: DWMConfig) -> None:
-        """Refuses settings that this host cannot follow.
+        """Refuses settings that this host does not support.
 
         Raises:
-            DWMError: it names the setting and the way out.
+            DWMError: names the setting and what to do.
         """
         ...
 
@@ -122,7 +122,7 @@ def assemble(config: DWMConfig, host: TrainerHost) -> DWMTrainStep:
     with seeded(config.seed):
         policy = build_policy(config.policies, context)
     taps = policy.needs.states and context.sees_losses
-    # Only the last pipeline stage has an output layer, or lacks one.
+    # Only the last pipeline stage should have an output layer, so only it can find one missing.
     tap = on_each_rank(lambda: StateTap(host.model[-1]) if taps else None)
     wanted = config.log_expert_load if context.sees_losses else 0
     load = on_each_rank(lambda: ExpertLoad(host.model[-1], wanted) if wanted else None)

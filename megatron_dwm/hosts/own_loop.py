@@ -1,6 +1,6 @@
-"""A training loop of one's own over Megatron-Core, without Megatron-LM's trainer, as a host.
+"""A host for your own training loop over Megatron-Core, without Megatron-LM's trainer.
 
-The loop keeps its step, as a function of a forward step and a data iterator, and hands it over:
+The loop keeps its step, as a function of a forward step and a data iterator, and passes it on:
 
     loop = OwnLoop(DWMConfig(enabled=True), [ddp], optimizer, forward_step, meta_datasets=[meta],
                    micro_batch_size=4, seq_length=512, steps=10000)
@@ -9,10 +9,10 @@ The loop keeps its step, as a function of a forward step and a data iterator, an
 
 where `train_step(forward_step, data_iterator)` zeroes the gradients, runs the schedule over the
 step's micro-batches, steps the optimizer and returns a `StepOutcome`. `examples/own_loop.py` is a
-whole one. Megatron-Core's parallel state and the number of micro-batches
-(`init_num_microbatches_calculator`) are set up by the loop, before this, and the model's
-`TransformerConfig` has `finalize_model_grads_func`, by which the schedule reduces gradients: the
-passes over the meta set have no other way to do it.
+complete example. The loop must first set up Megatron-Core's parallel state and the number of
+micro-batches (`init_num_microbatches_calculator`), and the model's `TransformerConfig` must have
+`finalize_model_grads_func`, with which the schedule reduces gradients: the passes over the meta set
+have no other way to do it.
 """
 
 from __future__ import annotations
@@ -57,23 +57,24 @@ type OwnStep = Callable[[Any, Any], StepOutcome]
 
 
 class OwnLoop:
-    """Weighs the steps of a loop of one's own; a `TrainerHost`.
+    """Weights the steps of your own training loop; a `TrainerHost`.
 
     Args:
-        config: settings; the fields are the flags `--dwm-*`. Of the policies those that need no
-            separate model.
+        config: settings; the fields are the flags `--dwm-*`. Policies that need no separate model
+            are supported.
         model: the language model's chunks on this rank, wrapped in Megatron-Core's DDP.
-        optimizer: Megatron-Core's optimizer of it.
+        optimizer: its Megatron-Core optimizer.
         forward_step: `(data_iterator, model) -> (per-token losses [b, s], loss_func)`.
         micro_batch_size: b.
         seq_length: s.
-        steps: of the whole run.
-        meta_datasets: map-style data sets of the meta set, whose samples are what the loop's own
-            are; empty on ranks that read no data, and without a policy that uses it.
-        meta_weights: sampling weight of each; None for one.
+        steps: number of steps of the whole run.
+        meta_datasets: map-style data sets of the meta set, whose samples have the form of the
+            loop's own; empty on ranks that read no data, or if the policy uses no meta set.
+        meta_weights: sampling weight of each; None for a single one.
         groups: process groups; default: Megatron-Core's global ones.
-        pipeline_schedule: as `get_forward_backward_func()` returns it, which is the default.
-        folder: gets `dwm_log.jsonl`, and a snapshot of the weighting after each stage; or None.
+        pipeline_schedule: a schedule as returned by `get_forward_backward_func()`, the default.
+        folder: folder for `dwm_log.jsonl` and a snapshot of the weighting after each stage; or
+            None.
         log_interval: steps between lines on the console; 0: none.
         domains: names of the data sets, by the loader's `dataset_id`, for the log.
 
@@ -120,7 +121,7 @@ class OwnLoop:
         self._folder = folder
         if config.load and config.learned and config.schedule != "frozen":
             self.say(snapshots.load_snapshot(self.weighting, config.load))
-        # Opened with the first step, when it is known which lines of an older log it goes on from.
+        # Opened at the first step, when it is known after which line an older log continues.
         self._open = partial(self._opened, folder, log_interval, domains or [])
         self._log: WeightLog | None = None
 
@@ -130,8 +131,8 @@ class OwnLoop:
         """Takes the next training step, weighted.
 
         Args:
-            train_step: the loop's own step; called once, with a forward step to use in the place
-                of the loop's and an iterator over the step's micro-batches.
+            train_step: the loop's own step; called once, with a forward step to use in place of the
+                loop's and an iterator over the step's micro-batches.
             data_iterator: gives micro-batches; None on ranks without data, a list with virtual
                 pipeline stages.
 
@@ -159,7 +160,7 @@ class OwnLoop:
         if self.weighting.sees_losses and used != get_num_microbatches():
             raise DWMError(
                 f"train_step has run {used} of {get_num_microbatches()} micro-batches through the "
-                "forward step that it was given; use that one in the place of your own",
+                "forward step that it was given; use that one in place of your own",
                 this_rank_only=True,
             )
         self.iteration += 1
@@ -187,33 +188,33 @@ class OwnLoop:
             )
 
     def close(self) -> None:
-        """Writes what waits for the log, and closes it."""
+        """Writes pending log lines and closes the log."""
         if self._log is not None:
             self._log.close()
 
     # ---------------------------------------------------------------- checkpoints
 
     def sharded_state_dict(self) -> dict[str, Any]:
-        """Returns the weighting's state for `dist_checkpointing.save`, under a key of its own.
+        """Returns the weighting's state for `dist_checkpointing.save`, under its own key.
 
-        On every rank; `{**your_state, **loop.sharded_state_dict()}` is one checkpoint.
+        Call it on every rank; `{**your_state, **loop.sharded_state_dict()}` is one checkpoint.
         """
         if self._log is not None:
             self._log.flush()
         return {checkpoint.KEY: checkpoint.state_for_saving(self.weighting, None)}
 
     def load(self, folder: str, iteration: int) -> None:
-        """Takes the weighting up from a checkpoint that was saved with its state in it.
+        """Loads the weighting from a checkpoint that was saved with its state.
 
         Args:
             folder: the checkpoint.
             iteration: steps that were done when it was saved.
 
         Raises:
-            DWMError: it is no checkpoint, or of a weighting that does not fit these settings.
+            DWMError: it is not a checkpoint, or its weighting does not fit these settings.
         """
         if not dist_checkpointing.check_is_distributed_checkpoint(folder):
-            raise DWMError(f"{folder} is no checkpoint of megatron.core.dist_checkpointing")
+            raise DWMError(f"{folder} is not a checkpoint of megatron.core.dist_checkpointing")
         self.say(checkpoint.load(self.weighting, folder))
         self.iteration = iteration
         self._stages.resumed(iteration)
@@ -221,17 +222,17 @@ class OwnLoop:
     # ---------------------------------------------------------------- as a TrainerHost
 
     def check(self, config: DWMConfig) -> None:
-        """As `TrainerHost.check`."""
+        """See `TrainerHost.check`."""
         problems = [
-            f"{setting} in a training loop of one's own: {way}" for setting, way in _unfit(config)
+            f"{setting} in your own training loop: {way}" for setting, way in _unfit(config)
         ]
         raise_all(problems)
         if config.scores:
             problems += unsupported(config, _Settings(self))
         if config.scores and has_further_losses(self.transformer_config):
             problems.append(
-                "--mtp-num-layers in a training loop of one's own: its losses are not weighted "
-                "there; train without the extra layers, or by Megatron-LM's trainer"
+                "--mtp-num-layers in your own training loop: its losses are not weighted there; "
+                "train without the extra layers, or with Megatron-LM's trainer"
             )
         if config.uses_meta_set and self.transformer_config.finalize_model_grads_func is None:
             problems.append(
@@ -242,7 +243,7 @@ class OwnLoop:
         raise_all(problems)
 
     def meta_data(self, config: DWMConfig) -> MetaData:
-        """As `TrainerHost.meta_data`."""
+        """See `TrainerHost.meta_data`."""
         on_each_rank(partial(self._check_meta, config))
         assert config.meta_batch_size is not None
         return MetaData(
@@ -257,7 +258,7 @@ class OwnLoop:
         )
 
     def _check_meta(self, config: DWMConfig) -> None:
-        # Tensor-parallel ranks but the first, and inner pipeline stages, may read no data.
+        # Tensor-parallel ranks other than the first, and inner pipeline stages, may read no data.
         outer = self.groups.pp.rank() in (0, self.groups.pp.size() - 1)
         if not self._meta and outer and self.groups.tp.rank() == 0:
             raise DWMError(
@@ -275,22 +276,22 @@ class OwnLoop:
             )
 
     def scorer(self, config: DWMConfig) -> tuple[Scorer, dict[str, Any]]:
-        """As `TrainerHost.scorer`: there is none, and `check` has said so."""
-        raise DWMError("a training loop of one's own has no separate weighting model")
+        """See `TrainerHost.scorer`: there is none, and `check` has said so."""
+        raise DWMError("your own training loop has no separate weighting model; use the form head")
 
     def warm_start(self, scorer: Scorer, config: DWMConfig) -> Callable[[], None] | None:
-        """As `TrainerHost.warm_start`."""
+        """See `TrainerHost.warm_start`."""
         return None
 
     def say(self, text: str) -> None:
-        """As `TrainerHost.say`."""
+        """See `TrainerHost.say`."""
         if torch.distributed.get_rank() == 0:
             print(text, flush=True)
 
     # ---------------------------------------------------------------- within
 
     def _resolved(self, config: DWMConfig) -> DWMConfig:
-        """Returns the settings with the meta batch's size: a quarter of the batch, if not given."""
+        """Returns the settings with the meta batch size: by default a quarter of the batch."""
         ranks_batch = self.shape.micro_batch_size * self.groups.dp.size()
         try:
             batch, count = get_current_global_batch_size(), get_num_microbatches()
@@ -324,7 +325,7 @@ class OwnLoop:
         last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
         sinks = None
         if last and (folder is not None or interval):
-            # A line that never comes is a line after more steps than there are.
+            # "Never" is an interval longer than the run.
             sinks = open_sinks(
                 folder, self.iteration, None, None, interval or self.steps + 1, print
             )
@@ -340,7 +341,7 @@ def _default_schedule() -> Callable[..., Any]:
 
 
 class _Settings:
-    """The run's settings under Megatron-LM's names, from whichever object has one."""
+    """The run's settings under Megatron-LM's names, from whichever object has them."""
 
     def __init__(self, loop: OwnLoop) -> None:
         ddp_config = getattr(loop.model[0], "ddp_config", None)
@@ -360,18 +361,18 @@ class _Settings:
 
 
 def _unfit(config: DWMConfig) -> Iterator[tuple[str, str]]:
-    """Yields settings that a loop of one's own cannot follow, and what to do."""
+    """Yields settings that your own loop does not support, and what to do."""
     if not config.enabled:
         yield "DWMConfig.enabled is False", "set it, or leave the OwnLoop out"
     if config.sampling == "weights":
         yield (
             f"{flag('sampling')} is {config.sampling}",
-            "the loop makes its own data iterators; draw by weight there",
+            "the loop builds its own data iterators; draw by weight there",
         )
     if config.verify_meta_gradient is not None:
         yield f"{flag('verify_meta_gradient')} is given", "only Megatron-LM's trainer is probed"
     if config.meta_data_path:
-        yield f"{flag('meta_data_path')} is given", "hand the data sets over as meta_datasets"
+        yield f"{flag('meta_data_path')} is given", "pass the data sets as meta_datasets"
     if config.has_model:
         yield (
             f"{flag('form')} is model",

@@ -1,4 +1,4 @@
-"""Settings of a run that the weighting does not support, whoever trains: why, and the way out."""
+"""Settings that the weighting does not support under any trainer: why, and what to do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_dwm.config import DWMConfig
 
-# Flags under which weighted steps are not right, or were never shown to be: why, and the way out.
+# Flags under which weighted steps are wrong, or were never shown to be right: why, what to do.
 REFUSED = {
     "sft": ("packed (thd) sequences have no per-sample loss", "train without it"),
     "dataloader_inter_document_masking": (
@@ -45,14 +45,14 @@ REFUSED = {
         "it wraps the schedule that the extra passes use",
         "use --moe-expert-capacity-factor",
     ),
-    "te_rng_tracker": ("its random states cannot be put back between the passes", "leave it out"),
+    "te_rng_tracker": ("its random states cannot be restored between the passes", "leave it out"),
 }
-# The same, where influence on a meta set is wanted.
+# The same, for runs that use a meta set.
 WITHOUT_META = "leave it out, or weigh by a policy without a meta set (linupper, truncation)"
 REFUSED_WITH_META_SET = {
     "fp8": ("a perturbation is far below its precision", WITHOUT_META),
     "fp4": ("a perturbation is far below its precision", WITHOUT_META),
-    "mtp_detach_heads": ("gradients of the extra layers are clipped apart", WITHOUT_META),
+    "mtp_detach_heads": ("gradients of the extra layers are clipped separately", WITHOUT_META),
 }
 # Parallel sizes that must be 1.
 ONE = (
@@ -64,10 +64,10 @@ ONE = (
 
 
 def refusals() -> list[tuple[str, str, str]]:
-    """Returns every flag that is refused by name, why, and the way out; docs/limits.md lists them.
+    """Returns every flag that is refused by name, why, and what to do; docs/limits.md lists them.
 
     Returns:
-        Flag, reason, and what to do; of those that matter with a meta set only, the flag says so.
+        Flag, reason, and what to do; flags that are refused only with a meta set say so.
     """
     rows = [(_flag(name), *words) for name, words in REFUSED.items()]
     rows += [
@@ -92,11 +92,12 @@ def _flag(name: str) -> str:
 
 
 def unsupported(config: DWMConfig, settings: Any) -> list[str]:
-    """Returns one line for each setting of a run under which weighted steps are not right.
+    """Returns one line for each setting of a run that does not work with weighted steps.
 
     Args:
         config: the weighting's settings.
-        settings: the run's, as attributes named as Megatron-LM's arguments; what it lacks is off.
+        settings: the run's settings, as attributes named like Megatron-LM's arguments; missing ones
+            are off.
     """
     found = [
         f"{_flag(name)} is not supported with --dwm: {why}; {way_out}"

@@ -1,1 +1,1 @@
-"""The step log: what each step's weights were, where that is written, and what it says."""
+"""The step log: each step's weights, the sinks they are written to, and reports on them."""

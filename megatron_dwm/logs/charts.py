@@ -1,7 +1,7 @@
-"""The charts of the preference report, each with its words and its figures. Needs matplotlib.
+"""The charts of the preference report, each with its text and its numbers. Needs matplotlib.
 
-Readable without colour: lines differ in dashes and marks, and their names stand at their ends. What
-a chart shows is in its table as well. Small, so that letters stay legible on a telephone.
+They are readable without colour: lines differ in dashes and markers, with their names at their
+ends. A table repeats what a chart shows. They are small, so that letters stay legible on a phone.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from megatron_dwm.logs.plot import dashes_of, name_lines
 
 _SIZE = (4.9, 3.3)  # inches
 _MARKS = "os^Dv*PX"
-_NAME = 18  # characters of a line's name
-_GAP = 0.075  # least distance of two names, over the height of the axes
-_ROWS = 10  # of a table of a line
-_EARLY = 0.1  # of the run, whose high losses are cut off
+_NAME = 18  # maximum characters of a line's name
+_GAP = 0.075  # minimum distance of two names, relative to the height of the axes
+_ROWS = 10  # rows of a line's table
+_EARLY = 0.1  # first share of the run, whose high losses are cut off
 
 Line = tuple[Sequence[float], Sequence[float]]
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture with all that it says.
+    """A picture with its text and table.
 
     Attributes:
-        name: of a file, without ending.
+        name: file name, without ending.
         title: what it shows.
-        alt: the same in words, for who does not see it.
-        figure: of matplotlib.
-        header: of the table.
-        rows: of the table.
+        alt: the same in words, for readers who cannot see it.
+        figure: matplotlib's figure.
+        header: header of the table.
+        rows: rows of the table.
     """
 
     name: str
@@ -48,12 +48,13 @@ class Chart:
     rows: list[list[str]]
 
     def svg(self) -> bytes:
-        """Returns the picture as SVG, the same bytes for the same figures."""
+        """Returns the picture as SVG, the same bytes for the same numbers."""
         from matplotlib import rc_context
 
         target = io.BytesIO()
         with rc_context({"svg.hashsalt": self.name}), warnings.catch_warnings():
-            # A name may have letters that the font lacks: boxes are shown, the table has them.
+            # A name may have letters that the font lacks: the chart shows boxes, the table shows
+            # them.
             warnings.simplefilter("ignore")
             self.figure.savefig(target, format="svg", metadata={"Date": None})
         return target.getvalue()
@@ -70,7 +71,7 @@ class Chart:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Returns a figure for a table; a dash where there is none."""
+    """Returns a number for a table; a dash if there is none."""
     if value is None or not numpy.isfinite(value):
         return "–"
     small = value != 0 and abs(value) < 10**-digits
@@ -90,17 +91,17 @@ def over_steps(
     """Draws lines over the run's steps.
 
     Args:
-        name: of the chart's file.
-        title: of the chart.
-        unit: what the lines are of, for the axis.
-        lines: by name, steps and values.
+        name: name of the chart's file.
+        title: title of the chart.
+        unit: label of the y axis.
+        lines: steps and values, by name.
         bands: half widths of bands around lines, by name.
         marks: steps with a name, such as where a stage begins.
-        at: a height to be marked.
-        early: whether the heights of the first steps count for the axis.
+        at: a height to mark.
+        early: whether the first steps count for the range of the axis.
     """
     figure, axis = _axes(title, "iteration (steps)", unit)
-    # A line without points takes its style too: a run looks the same in every chart.
+    # A line without points uses up its style too, so a run looks the same in every chart.
     styles = zip(dashes_of(len(lines)), itertools.cycle(_MARKS), lines.items(), strict=False)
     for k, (dashes, mark, (key, (x, y))) in enumerate(styles):
         style = {"linestyle": dashes, "marker": mark, "markersize": 4, "color": f"C{k}"}
@@ -135,15 +136,15 @@ def against(
     bins: Sequence[tuple[float, float, float, int]],
     logarithmic: bool = False,
 ) -> Chart:
-    """Draws means with their spread, of bins.
+    """Draws the means and spreads of bins.
 
     Args:
-        name: of the chart's file.
-        title: of the chart.
+        name: name of the chart's file.
+        title: title of the chart.
         x_label: of the axis.
         y_label: of the axis.
         bins: mean x, mean y, standard deviation of y and count.
-        logarithmic: whether the axis of x is.
+        logarithmic: whether the x axis is logarithmic.
     """
     from matplotlib.ticker import LogLocator, NullLocator
 
@@ -175,7 +176,7 @@ def _axes(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
 
 
 def _leave_early_out(axis: Any, lines: list[Line]) -> None:
-    """Fits the axis to all but the first steps, whose losses would leave no height to the rest."""
+    """Fits the axis to all but the first steps, whose losses would flatten the rest."""
     shown = [value for x, y in lines for at, value in zip(x, y, strict=True) if at > _EARLY * x[-1]]
     if shown and max(shown) > min(shown):
         room = 0.05 * (max(shown) - min(shown))
@@ -183,7 +184,7 @@ def _leave_early_out(axis: Any, lines: list[Line]) -> None:
 
 
 def _rows_of(lines: Mapping[str, Line]) -> list[list[str]]:
-    """Returns a few rows of a table of lines: each line's value nearest to the row's step."""
+    """Returns a few table rows: each line's value nearest to the row's step."""
     steps = sorted({step for x, _ in lines.values() for step in x})
     if not steps:
         return []

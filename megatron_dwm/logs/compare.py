@@ -1,8 +1,8 @@
-"""Several runs side by side, read from what the trainer printed: equal tokens, equal time.
+"""Compares runs, read from what the trainer printed, at equal tokens and at equal time.
 
-A run's time is that of its training steps, evaluation and saving left out: processor time where
-the output has it (`examples/demo_train.py`), as the clock says little on a busy machine; else the
-trainer's `elapsed time per iteration`.
+A run's time is that of its training steps, without evaluation and saving: processor time if the
+output has it (`examples/demo_train.py`), because wall-clock time says little on a busy machine;
+else the trainer's `elapsed time per iteration`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SEQUENCE = re.compile(r"^ *seq_length \.+ (\d+)$", re.MULTILINE)
 
 @dataclass
 class StepTimes:
-    """Seconds of single steps, as far as they are known.
+    """Seconds of single steps, as far as known.
 
     Attributes:
         known: iteration (from 1) -> seconds.
@@ -42,7 +42,7 @@ class StepTimes:
 
     @property
     def mean(self) -> float:
-        """Mean seconds of a step; NaN where none is known."""
+        """Mean seconds per step; NaN if none is known."""
         return sum(self.known.values()) / len(self.known) if self.known else float("nan")
 
     def until(self, iteration: int) -> float:
@@ -53,13 +53,13 @@ class StepTimes:
 
 @dataclass
 class Run:
-    """What one run's output says.
+    """What one run's output contains.
 
     Attributes:
         name: what the run is called in tables.
         losses: iteration -> validation loss.
         samples: iteration -> samples read until then.
-        sequence_length: tokens of a sample, None where the output does not say.
+        sequence_length: tokens per sample, None if the output does not say.
         clock: wall-clock times of the steps.
         processor: processor times of the steps, mean over ranks.
     """
@@ -72,7 +72,7 @@ class Run:
     processor: StepTimes = field(default_factory=StepTimes)
 
     def samples_until(self, iteration: int) -> int:
-        """Returns the samples read until an iteration, also where no line says it."""
+        """Returns the samples read until an iteration, even if no line states it."""
         known = self.samples.get(iteration)
         if known is None:
             last = max(self.samples)
@@ -81,14 +81,14 @@ class Run:
 
 
 def read_run(name: str, path: str) -> Run:
-    """Reads a trainer's output; of a run that was resumed, all outputs one after the other.
+    """Reads a trainer's output; for a resumed run, all outputs one after the other.
 
     Args:
         name: what the run is called.
         path: the file.
 
     Raises:
-        DWMError: there is no validation loss in it, or no line of an iteration.
+        DWMError: it has no validation loss, or no line of an iteration.
     """
     with open(path, errors="replace") as file:
         text = file.read()
@@ -106,7 +106,7 @@ def read_run(name: str, path: str) -> Run:
 
 
 def _clock_times(text: str) -> dict[int, float]:
-    """Returns each step's seconds by the clock, the first line of each process left out."""
+    """Returns each step's wall-clock seconds, without the first line of each process."""
     found: dict[int, float] = {}
     for process in _ARGUMENTS.split(text):
         before = None
@@ -119,7 +119,7 @@ def _clock_times(text: str) -> dict[int, float]:
 
 
 def _processor_times(text: str) -> dict[int, float]:
-    """Returns each step's processor seconds, mean over ranks; first lines left out as above."""
+    """Returns each step's processor seconds, mean over ranks, without first lines as above."""
     by_rank: dict[str, dict[int, float]] = {}
     for process in _ARGUMENTS.split(text):
         seen = set()
@@ -145,10 +145,10 @@ class Curve:
     """A run's validation losses over tokens and over time, in order.
 
     Attributes:
-        name: of the run.
+        name: name of the run.
         losses: validation losses.
         amounts: tokens (or samples) read until then.
-        seconds: time of the training until then; NaN where no clock is known.
+        seconds: training time until then; NaN if unknown.
     """
 
     name: str
@@ -162,8 +162,8 @@ class Comparison:
     """Runs that can be compared.
 
     Attributes:
-        runs: the first is what the others are compared with.
-        clock: `processor` or `clock`, the times of which `Curve.seconds` are made.
+        runs: the runs; the others are compared with the first.
+        clock: `processor` or `clock`, the times used for `Curve.seconds`.
         unit: what `Curve.amounts` counts: `tokens` or `samples`.
     """
 
@@ -173,7 +173,7 @@ class Comparison:
 
     @classmethod
     def of(cls, runs: list[Run]) -> Comparison:
-        """Takes processor time where all runs have it, and tokens where all lengths are known."""
+        """Uses processor time if all runs have it, and tokens if all lengths are known."""
         processor = all(run.processor.known for run in runs)
         known = all(run.sequence_length for run in runs)
         return cls(runs, "processor" if processor else "clock", "tokens" if known else "samples")
@@ -198,12 +198,13 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table.
+    """A row of the table.
 
     Attributes:
-        name: of the run.
+        name: name of the run.
         at_tokens: validation loss when the shortest run ended; None before the first evaluation.
-        at_time: validation loss when the first run's time was over; None as above, or unknown.
+        at_time: validation loss after as much time as the first run took; None as above, or
+            unknown.
         ended: whether the run ended earlier than that, so that `at_time` is its last loss.
         step_processor: processor seconds of a step, mean over ranks; NaN unknown.
         step_clock: seconds of a step by the clock; NaN unknown.
@@ -237,14 +238,14 @@ def rows(comparison: Comparison) -> tuple[list[Row], float, float]:
 
 
 def interpolated(at: float, x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Returns `y` at a point, linear in between; the last after the last, None before the first."""
+    """Interpolates `y` linearly at a point; the last value after the end, None before the start."""
     if not numpy.isfinite([at, *x]).all() or at < x[0]:
         return None
     return float(numpy.interp(at, x, y))
 
 
 def format_comparison(comparison: Comparison) -> str:
-    """Returns the table: loss at equal tokens and at equal time, and what a step costs."""
+    """Returns the table: loss at equal tokens and at equal time, and the cost of a step."""
     found, amount, seconds = rows(comparison)
     first = found[0]
     header = (

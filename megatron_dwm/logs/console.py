@@ -1,16 +1,16 @@
-"""The step log for the eye: a step's line on the console, and notices of what went wrong."""
+"""The step log on the console: a line per step, and notices when something goes wrong."""
 
 from __future__ import annotations
 
 from heapq import nlargest
 from typing import Any
 
-# Domains in one line, where a step has more: those with most samples in it.
+# Maximum number of domains in one line: those with the most samples in the step.
 _DOMAINS_IN_LINE = 32
 
 
 def console_line(line: dict[str, Any]) -> str:
-    """Returns one line for the console, in the manner of Megatron's own."""
+    """Returns one line for the console, in the style of Megatron's own."""
     parts = [
         f" dwm iteration {line['iteration']:8d}",
         f"stage {line['stage']} {line['window']}" if "stage" in line else line["window"],
@@ -47,7 +47,7 @@ def console_line(line: dict[str, Any]) -> str:
 
 
 class Notices:
-    """Says when a guard acted or a step was bad: at first, then at each tenfold count.
+    """Reports when a guard acted or a step was bad: the first time, then at each tenfold count.
 
     Counts of guards are those of this process; those of bad steps are the run's.
     """
@@ -56,7 +56,7 @@ class Notices:
         self.floor = self.cap = 0
 
     def of(self, line: dict[str, Any]) -> list[str]:
-        """Returns what is to be printed after a step.
+        """Returns the lines to print after a step.
 
         Args:
             line: the step's line of the log.

@@ -1,4 +1,4 @@
-"""Parts of an HTML page that stands alone: no script, no network, no other file."""
+"""Parts of a self-contained HTML page: no scripts, no network, no other files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def page(title: str, body: Sequence[str]) -> str:
 
     Args:
         title: text of the page's title and its first heading.
-        body: HTML of what follows.
+        body: HTML of the rest.
     """
     lines = [
         "<!DOCTYPE html>",
@@ -64,23 +64,23 @@ def page(title: str, body: Sequence[str]) -> str:
 
 
 def heading(level: int, text: str) -> str:
-    """Returns a heading of a text."""
+    """Returns a heading."""
     return f"<h{level}>{escape(text)}</h{level}>"
 
 
 def paragraph(text: str) -> str:
-    """Returns a paragraph of a text."""
+    """Returns a paragraph."""
     return f"<p>{escape(text)}</p>"
 
 
 def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a table of texts that scrolls by itself where it is wider than the page."""
+    """Returns a table of texts that scrolls by itself if it is wider than the page."""
     top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     body = []
     for first, *rest in rows:
         cells = "".join(f"<td>{escape(cell)}</td>" for cell in rest)
         body.append(f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>')
-    # Within reach of a keyboard, as what scrolls must be.
+    # Scrollable parts must be reachable by keyboard.
     return "\n".join(
         [
             f'<section class="scroll" tabindex="0" aria-label="{escape(caption)}">',
@@ -94,7 +94,7 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) ->
 
 
 def charts(shown: Sequence[Chart]) -> str:
-    """Returns charts side by side where there is room, each with its table folded."""
+    """Returns charts side by side if there is room, each with its table folded."""
     found = ['<div class="charts">']
     for chart in shown:
         data = base64.b64encode(chart.svg()).decode("ascii")
@@ -110,14 +110,14 @@ def charts(shown: Sequence[Chart]) -> str:
 
 
 def quotes(shown: Sequence[tuple[str, str]]) -> str:
-    """Returns passages of text as they stand, each under a line that says where it is from.
+    """Returns passages of text verbatim, each under a line that names its source.
 
     Args:
         shown: the line and the passage.
     """
     found = ['<div class="passages">']
     for line, text in shown:
-        # Whatever direction a text is written in, it stays within its box.
+        # Whatever the direction of a text, it stays within its box.
         quote = f'<blockquote dir="auto">{escape(text)}</blockquote>'
         found.append(f"<div><p>{escape(line)}</p>{quote}</div>")
     return "\n".join([*found, "</div>"])

@@ -1,6 +1,6 @@
-"""The preference report: what one or several runs preferred, as a page for a browser.
+"""The preference report: an HTML page about what one or several runs preferred.
 
-Sections are lists of HTML parts; what a run has not logged is said in words in its place.
+Sections are lists of HTML parts; if a run has not logged something, the section says so.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from megatron_dwm.logs.text_statistics import binned
 
 MOST_RUNS = 8  # as many as there are dash patterns
 MOST_BYTES = 5 << 20
-# In the order of a step that looks from where the model is; `influence` has a pass of its own with
-# `--dwm-lookahead next` only.
+# In the order of a step with `--dwm-lookahead current`; `influence` has a pass of its own only with
+# `--dwm-lookahead next`.
 _PASSES = {
     "meta_gradient": "C, meta gradient",
     "inner": "B, weighted step",
@@ -35,7 +35,7 @@ _PASSES = {
 _DOMAINS_DRAWN, _DOMAINS_LISTED = 8, 100
 _BINS = 10
 
-# Field of the log -> title, unit, and whether the first steps count for the height of the axis.
+# Field of the log -> title, unit, and whether the first steps count for the range of the axis.
 _OVER_STEPS = {
     "lm_loss": ("Loss of the language model", "nats per token", False),
     "meta_loss": ("Meta loss", "nats per token", False),
@@ -49,18 +49,18 @@ _NEEDED = {
     "loss": "It needs --dwm-log-samples, and a policy that asks for the samples' losses.",
 }
 _RANKS = (
-    "Points are tenths of each step's samples, bars the standard deviation within a tenth. Useful "
-    "is a sample that the meta step then finds to lower the meta loss."
+    "Points are tenths of each step's samples, bars the standard deviation within a tenth. A "
+    "sample is useful if, by the meta step, more weight on it lowers the meta loss."
 )
 
 
 @dataclass(frozen=True)
 class Documents:
-    """What there is to say of a run's documents.
+    """A run's documents, or why there are none.
 
     Attributes:
-        sample: None where there is none.
-        why: if so, why.
+        sample: the sampled documents, or None.
+        why: the reason, if None.
     """
 
     sample: DocumentSample | None
@@ -106,7 +106,7 @@ def build(runs: Sequence[RunLog], documents: Sequence[Documents]) -> Report:
 
     Args:
         runs: the logs, 8 at most.
-        documents: of each run.
+        documents: documents of each run.
     """
     pictures: list[Chart] = []
     body = _headline(runs)
@@ -151,7 +151,7 @@ def _headline(runs: Sequence[RunLog]) -> list[str]:
     }
     return [
         heading(2, "Headline figures"),
-        paragraph("Means over the last tenth of each run, as far as its log has the figure."),
+        paragraph("Means over the last tenth of each run, as far as its log has the metric."),
         table(
             "Headline figures",
             ["figure", *(run.name for run in runs)],
@@ -201,7 +201,7 @@ def _steps(runs: Sequence[RunLog], pictures: list[Chart]) -> list[str]:
         found.append(
             paragraph(
                 "The band around the correlation is its standard error. It is out of sample: the "
-                "scores were made before the influence of their samples was learned from."
+                "scores were computed before the policy learned from their samples' influence."
             )
         )
     if missing:
@@ -235,8 +235,8 @@ def _cost(runs: Sequence[RunLog], pictures: list[Chart]) -> list[str]:
     found.append(
         paragraph(
             "A meta step has passes B to E: the weighted step, the meta gradient, each sample's "
-            "influence, what the policy learns. The share is what meta steps take beyond plain "
-            "ones, over all time."
+            "influence, and the policy's learning. The share is the extra time of meta steps over "
+            "plain ones, relative to all time."
         )
     )
     found += _cost_by_pass(runs)
@@ -244,10 +244,10 @@ def _cost(runs: Sequence[RunLog], pictures: list[Chart]) -> list[str]:
 
 
 def _cost_by_pass(runs: Sequence[RunLog]) -> list[str]:
-    """Returns a table of median seconds and shares of a meta step, where a log has them."""
+    """Returns a table of median seconds and shares of a meta step, if a log has them."""
     timed = [run for run in runs if len(run.series(PASS_SECONDS["inner"])[0])]
     if not timed:
-        return [paragraph("Not in the log: what each pass of a meta step takes.")]
+        return [paragraph("Not in the log: the time of each pass of a meta step.")]
     rows = []
     for key, label in _PASSES.items():
         cells = []
@@ -383,8 +383,8 @@ def _documents(run: RunLog, found: Documents, stem: str, pictures: list[Chart]) 
         parts += [
             heading(4, f"From period to period: {run.name}"),
             paragraph(
-                "What a period weighed is the difference of the sums that were saved at its ends. "
-                "A correlation is drawn at its period's last step, of the documents read in it."
+                "A period's weights are the difference of the sums saved at its ends. A "
+                "correlation is drawn at its period's last step, for the documents read in it."
             ),
             charts([chart]),
         ]

@@ -1,4 +1,4 @@
-"""A training step as a line of the step log."""
+"""Turns a training step into a line of the step log."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def describe(record: StepRecord, domains: list[str], samples: bool = False) -> d
 
 
 def _place(record: StepRecord) -> dict[str, Any]:
-    """Returns where in the schedule the step was; the stage only where there are stages."""
+    """Returns where the step was in the schedule; the stage only if there are stages."""
     stage = {"stage": record.plan.stage + 1} if record.plan.staged else {}
     return {**stage, "window": record.plan.window}
 
@@ -90,7 +90,7 @@ def _by_domain(
     Args:
         weights: `[N]`.
         ids: `[N]` domain of each sample, -1 unknown.
-        names: of the domains.
+        names: names of the domains.
     """
     if ids is None:
         return {"domain_weight": {}, "domain_samples": {}}
@@ -111,14 +111,14 @@ def _by_domain(
 
 
 def _notices(record: StepRecord) -> list[str]:
-    """Returns what there is to say to the user about the step, in words."""
+    """Returns messages for the user about the step."""
     warning = finite_difference.warning(record.meta.quality) if record.meta else None
     budget = record.overhead.notice if record.overhead is not None else None
     return [text for text in (warning, *record.notices, budget) if text is not None]
 
 
 def _guards(record: StepRecord) -> dict[str, Any]:
-    """Returns what the guards of the weights did, where they acted."""
+    """Returns what the guards of the weights did, if they acted."""
     batch, found = record.batch, {}
     if batch is None or "scores" in record.causes:
         return {}

@@ -1,8 +1,8 @@
-"""The step log as files: their names, how they are read, and what a resumed run keeps of them.
+"""The files of the step log: their names, reading, and what a resumed run keeps.
 
-The newest lines are in `dwm_log.jsonl`. Once it has reached its size limit it becomes a part of its
-own, `dwm_log.1.jsonl`, the next one `dwm_log.2.jsonl`, and so on: the lowest number is the oldest.
-Lines are in the order of iterations throughout. Imports neither torch nor Megatron.
+The newest lines are in `dwm_log.jsonl`. When it reaches its size limit it is renamed to a part,
+`dwm_log.1.jsonl`, the next one to `dwm_log.2.jsonl`, and so on: the lowest number is the oldest.
+Lines are in the order of iterations throughout. This module imports neither torch nor Megatron.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from typing import Any, BinaryIO
 from megatron_dwm.files.json_files import JsonError, parse_object
 
 FILE_NAME = "dwm_log.jsonl"
-# What a meta step's passes take, in seconds: by the pass's name.
+# Seconds of a meta step's passes, by the pass's name.
 PASS_SECONDS = {
     "meta_gradient": "seconds_meta_gradient",
     "inner": "seconds_inner",
     "influence": "seconds_influence",
     "learn": "seconds_learn",
 }
-# Figures that differ from run to run of the same training.
+# Values that differ between repetitions of the same training.
 CLOCK_FIGURES = ("meta_seconds", *PASS_SECONDS.values(), "weighting_time_share")
-# What is read at once on the way back from the end.
+# Bytes read at once on the way back from the end.
 _BLOCK = 1 << 16
 
 
 def older_parts(path: str) -> list[str]:
-    """Returns the parts of a step log that are finished, the oldest first.
+    """Returns the finished parts of a step log, oldest first.
 
     Args:
-        path: of `dwm_log.jsonl`.
+        path: path of `dwm_log.jsonl`.
     """
     folder, name = os.path.split(path)
     stem, ending = os.path.splitext(name)
@@ -52,20 +52,20 @@ def next_part(path: str) -> str:
 
 
 def parts(path: str) -> list[str]:
-    """Returns all files of a step log, the oldest first.
+    """Returns all files of a step log, oldest first.
 
     Args:
-        path: of `dwm_log.jsonl`.
+        path: path of `dwm_log.jsonl`.
     """
     return older_parts(path) + ([path] if os.path.isfile(path) else [])
 
 
 def iterate_log(path: str, counted: Callable[[int], Any] | None = None) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a step log, of all its parts, torn ones left out.
+    """Yields the lines of all parts of a step log, without torn lines.
 
     Args:
-        path: of `dwm_log.jsonl`.
-        counted: is told the bytes of each line that was read, torn ones too.
+        path: path of `dwm_log.jsonl`.
+        counted: called with the bytes of each line read, including torn ones.
 
     Raises:
         FileNotFoundError: there is none.
@@ -81,20 +81,20 @@ def iterate_log(path: str, counted: Callable[[int], Any] | None = None) -> Itera
 
 
 def read_log(path: str) -> list[dict[str, Any]]:
-    """Returns the lines of a step log, as `iterate_log` does."""
+    """Returns the lines of a step log, see `iterate_log`."""
     return list(iterate_log(path))
 
 
 def cut_after(path: str, iteration: int) -> None:
     """Drops the lines of later iterations, and a torn last line.
 
-    Only the end of the last part is read, as far back as its later lines go; nothing that stays is
-    written again. A part that has none but later lines is removed, and the one before it is looked
-    at. Whatever comes first, the log stays whole up to the iteration: a kill loses nothing.
+    Only the end of the last part is read, as far back as later lines go; lines that stay are not
+    rewritten. A part with only later lines is removed, and the one before it is checked. At every
+    moment the log is whole up to the iteration: a kill loses nothing.
 
     Args:
-        path: of `dwm_log.jsonl`.
-        iteration: the last that is kept.
+        path: path of `dwm_log.jsonl`.
+        iteration: the last iteration to keep.
     """
     for part in reversed(parts(path)):
         end = _end_of_kept(part, iteration) if iteration > 0 else 0
@@ -106,7 +106,7 @@ def cut_after(path: str, iteration: int) -> None:
 
 
 def _end_of_kept(part: str, iteration: int) -> int:
-    """Returns how many bytes of a part hold lines up to the iteration."""
+    """Returns the number of bytes of a part that hold lines up to the iteration."""
     with open(part, "rb") as file:
         first = _parsed(file.read(_BLOCK).partition(b"\n")[0])
         if first is not None and first["iteration"] > iteration:
@@ -121,13 +121,13 @@ def _end_of_kept(part: str, iteration: int) -> int:
 def _lines_from_the_end(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     """Yields the complete lines of a file, the last one first, and where each ends."""
     start = end = file.seek(0, os.SEEK_END)
-    text = b""  # of the file from `start` to `end`
+    text = b""  # bytes of the file from `start` to `end`
     while start > 0:
         size = min(_BLOCK, start)
         start -= size
         file.seek(start)
         text = file.read(size) + text
-        # The line at the beginning of what was read is complete only at the beginning of the file.
+        # The first line in the buffer is complete only at the beginning of the file.
         whole = 0 if start == 0 else text.find(b"\n") + 1
         if whole == 0 and start > 0:
             continue
@@ -140,7 +140,7 @@ def _lines_from_the_end(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 
 def _parsed(text: bytes) -> dict[str, Any] | None:
-    """Returns a line of the log, None for what is none."""
+    """Returns a line of the log, or None if it is not one."""
     try:
         line = parse_object(text)
     except JsonError:

@@ -1,10 +1,10 @@
-"""What the step log's figures are called in TensorBoard and Weights & Biases: the one table."""
+"""The one table of the step log's metric names in TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# Of the step log's line -> under dwm/.
+# Field of the step log -> name under dwm/.
 NAMES = {
     "lm_loss": "loss/lm",
     "meta_loss": "loss/meta",
@@ -33,13 +33,13 @@ NAMES = {
     "overhead_budget": "time/budget",
     "meta_put_off": "time/meta_put_off",
 }
-# Figures of an estimator or a verification, whatever they are: by the beginning of their names.
+# Metrics of an estimator or a verification, by the prefix of their names.
 _GROUPS = {"fd_": "evidence/", "verify_": "evidence/"}
-# Not figures.
+# Not metrics.
 _OTHERS = ("iteration", "stage")
 DOMAIN_WEIGHT = "dwm/domain_weight/"
 NOTICES = "dwm/notices"
-# TensorBoard's tab "Custom Scalars": chart -> how it is drawn, and figures by regular expressions.
+# TensorBoard's tab "Custom Scalars": chart -> its type, and metrics by regular expressions.
 LAYOUT = {
     "Data weighting": {
         "loss and meta loss": ["Multiline", ["dwm/loss/lm", "dwm/loss/meta"]],
@@ -66,14 +66,14 @@ LAYOUT = {
 
 
 def scalars_of(line: dict[str, Any]) -> dict[str, float]:
-    """Returns a line's figures under the names of the table, those that are numbers.
+    """Returns a line's numeric metrics under the names of the table.
 
-    Figures of a policy that are not in the table are under `dwm/policy/`, the counts of bad steps
-    under `dwm/bad_steps/CAUSE`, the load of experts under `dwm/expert_imbalance/DOMAIN` and
+    Metrics of a policy that are not in the table go under `dwm/policy/`, counts of bad steps under
+    `dwm/bad_steps/CAUSE`, the load of experts under `dwm/expert_imbalance/DOMAIN` and
     `dwm/expert_distance/DOMAIN`. Weights by domain are left to `DomainMeans`.
 
     Args:
-        line: of the step log.
+        line: a line of the step log.
     """
     found = {
         f"dwm/{_name(key)}": value

@@ -1,4 +1,4 @@
-"""What a run has made of single documents: a sample of them with their texts, weights and figures.
+"""A sample of a run's documents, with their texts, weights and text statistics.
 
 Shapes: n documents in the sample, p periods (from one saved iteration to the next).
 """
@@ -26,36 +26,36 @@ from megatron_dwm.logs.text_statistics import (
 
 Decode = Callable[[list[int]], str]
 
-# What weights are set against: name -> what the axis says.
+# Statistics that weights are compared with: name -> label of the axis.
 STATISTICS = {
     "length": "tokens of the document",
     "type-token ratio": "different words among the first 200 (share)",
     "compression ratio": "compressed size over size (low: repeats itself)",
-    "share of symbols": "characters that are no letter, digit or space (share)",
+    "share of symbols": "characters that are not letters, digits or spaces (share)",
 }
-_TOKENS = 16384  # of a document that are turned into text
-_BYTES = 256  # ids of a byte-level vocabulary
+_TOKENS = 16384  # maximum tokens of a document that are decoded
+_BYTES = 256  # number of ids of a byte-level vocabulary
 _LENGTH = 400  # characters of a passage
-_EACH = 8  # passages of a kind
-# Seen tokens from which a document's weight is more than that of the sample it stood in by chance.
+_EACH = 8  # passages of each kind
+# Tokens seen from which on a document's weight is more than that of one random sample around it.
 _ENOUGH = 32
 
 
 @dataclass(frozen=True)
 class DocumentSample:
-    """Documents that a run has seen, drawn at random.
+    """A random sample of the documents that a run has seen.
 
     Attributes:
-        prefixes: of the data sets.
-        seen: documents of all data sets that the run has seen.
+        prefixes: prefixes of the data sets.
+        seen: number of documents that the run has seen, over all data sets.
         sets: `[n]` number of the data set.
         numbers: `[n]` number of the document in it.
-        weights: `[n]` mean weight of the tokens that were seen.
-        tokens: `[n]` tokens that were seen, each time counted.
-        texts: of the documents, or their beginnings.
-        statistics: by the names of `STATISTICS` `[n]`.
+        weights: `[n]` mean weight of the tokens seen.
+        tokens: `[n]` tokens seen, counting repetitions.
+        texts: texts of the documents, or their beginnings.
+        statistics: `[n]` values, by the names of `STATISTICS`.
         periods: `[p]` first and last iteration.
-        by_period: `[p, n]` mean weight of the tokens seen in the period, NaN where there were none.
+        by_period: `[p, n]` mean weight of the tokens seen in the period, NaN if there were none.
     """
 
     prefixes: list[str]
@@ -70,9 +70,9 @@ class DocumentSample:
     by_period: numpy.ndarray
 
     def correlations(self, name: str) -> tuple[float, float, float]:
-        """Returns a figure's rank correlation with the weight, its standard error, and within sets.
+        """Returns a statistic's rank correlation with weight, its standard error, and within sets.
 
-        The error is that of as many independent pairs without correlation, `1 / sqrt(n - 1)`.
+        The error is that for n independent pairs without correlation, `1 / sqrt(n - 1)`.
         """
         values = self.statistics[name]
         count = int(numpy.isfinite(values).sum())
@@ -81,7 +81,7 @@ class DocumentSample:
         return rank_correlation(values, self.weights), error, within
 
     def over_periods(self, name: str) -> list[float]:
-        """Returns `[p]` rank correlations of a figure with the weight, a period each."""
+        """Returns `[p]` rank correlations of a statistic with the weight, one per period."""
         return [rank_correlation(self.statistics[name], weights) for weights in self.by_period]
 
 
@@ -90,10 +90,10 @@ class Passage:
     """The beginning of a document.
 
     Attributes:
-        prefix: of its data set.
-        number: in the data set.
+        prefix: prefix of its data set.
+        number: its number in the data set.
         weight: its mean weight.
-        length: in tokens.
+        length: its length in tokens.
         text: at most 400 characters.
     """
 
@@ -107,21 +107,21 @@ class Passage:
 def sample_documents(
     run: str, prefixes: Sequence[str] | None, decode: Decode | None, count: int, seed: int
 ) -> DocumentSample | None:
-    """Draws documents that a run has seen, every one with the same chance, and reads their texts.
+    """Draws documents that a run has seen, uniformly at random, and reads their texts.
 
     Args:
         run: the run's folder.
-        prefixes: where the data sets lie now, in the order of the run's; None: where they lay.
-        decode: token ids to text; None where tokens are bytes.
-        count: n at most.
-        seed: of the draw.
+        prefixes: current prefixes of the data sets, in the run's order; None: unchanged.
+        decode: turns token ids into text; None if tokens are bytes.
+        count: maximum n.
+        seed: seed of the draw.
 
     Returns:
-        None where the run has kept no document weights, or has seen no document.
+        None if the run has recorded no document weights, or has seen no document.
 
     Raises:
-        DWMError: what was kept is damaged, a data set is missing or another one, or its tokens are
-            not those of the tokenizer.
+        DWMError: the recorded weights are damaged, a data set is missing or a different one, or its
+            tokens are not those of the tokenizer.
     """
     iterations = weights_seen.iterations(run)
     if not iterations:
@@ -169,11 +169,11 @@ def sample_documents(
 
 
 def passages(sample: DocumentSample) -> dict[str, list[Passage]]:
-    """Returns the most wanted, the least wanted and the uncertain documents of a sample.
+    """Returns the documents of highest and lowest weight, and the uncertain ones, of a sample.
 
-    Uncertain is what lies nearest the middle between the weights that 5 % and 95 % of the documents
-    stay below. Documents of which too little was seen are left out while enough others are there;
-    no document is shown twice.
+    Uncertain are those nearest to the middle between the 5 % and 95 % quantiles of the weights.
+    Documents of which too little was seen are left out if there are enough others; no document is
+    shown twice.
     """
     chosen = numpy.flatnonzero(sample.tokens >= _ENOUGH)
     if len(chosen) < 3 * _EACH:
@@ -205,7 +205,7 @@ def _passage(sample: DocumentSample, k: int) -> Passage:
 
 
 def printable(text: str) -> str:
-    """Returns a text with what a page cannot show (control characters and the like) replaced."""
+    """Returns a text with unprintable characters (such as control characters) replaced."""
     return "".join(
         char if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cs", "Cn") else "\ufffd"
         for char in text.replace("\r\n", "\n")
@@ -244,7 +244,7 @@ def _periods(
     for iteration in iterations:
         tokens, weighted = _sums(weights_seen.read(run, iteration), sets, numbers)
         new = tokens - before[1]
-        # Nothing below a whole token: what is left of equal sums is rounding.
+        # Less than a whole token is only the rounding of equal sums.
         known = new > 0.5
         mean = numpy.full(len(sets), numpy.nan)
         mean[known] = (weighted - before[2])[known] / new[known]
@@ -279,14 +279,14 @@ def _text(tokens: numpy.ndarray, decode: Decode | None, where: str) -> str:
                 f"{where} has the token id {tokens.max()}, so tokens are not bytes; give the "
                 "tokenizer (--tokenizer-model FILE, or --tokenizer-type and what it needs)"
             )
-        # The last id is no byte of UTF-8: a byte-level vocabulary has it as end of document.
+        # The last id is not a byte of UTF-8: byte-level vocabularies use it as end of document.
         data = tokens[tokens < _BYTES - 1].astype(numpy.uint8).tobytes()
         return data.decode("utf-8", errors="replace")
     try:
         return decode(tokens.tolist())
     except Exception as error:
-        # Megatron's tokenizers say each in their own way that they do not know an id.
+        # Each of Megatron's tokenizers reports an unknown id in its own way.
         raise DWMError(
-            f"{where} is no text of this tokenizer ({in_short(error)}); give the one that the data "
-            "were made with (--tokenizer-type, --tokenizer-model)"
+            f"{where} cannot be decoded with this tokenizer ({in_short(error)}); give the one that "
+            "the data were made with (--tokenizer-type, --tokenizer-model)"
         ) from None

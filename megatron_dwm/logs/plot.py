@@ -1,6 +1,6 @@
-"""Draws runs side by side, and how the domains' weights moved. Needs matplotlib.
+"""Plots runs side by side, and the domains' weights over time. Needs matplotlib.
 
-Readable without colour: every line has a dash pattern of its own and its name at its end.
+Plots are readable without colour: every line has its own dash pattern and its name at its end.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _DASHES: tuple[Any, ...] = (
     (0, (1, 4)),
     (0, (10, 2, 3, 2)),
 )
-_PARTS = 30  # points of a domain's line
-_LABEL_GAP = 0.055  # least distance of two names, over the height of the axes
-_EARLY = 0.2  # of the run, whose high losses are cut off
+_PARTS = 30  # number of points of a domain's line
+_LABEL_GAP = 0.055  # minimum distance of two names, relative to the height of the axes
+_EARLY = 0.2  # first share of the run, whose high losses are cut off
 
 
 def domain_weights_over_run(
@@ -37,7 +37,7 @@ def domain_weights_over_run(
 
     Args:
         log: lines of `dwm_log.jsonl`.
-        parts: pieces of equal length that the run is cut into.
+        parts: number of equal pieces that the run is divided into.
     """
     last = max((line["iteration"] for line in log), default=0)
     sums: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
@@ -61,7 +61,7 @@ def domain_weights_over_run(
 
 
 def check_matplotlib(flag: str) -> Any:
-    """Finds out, before any work, whether something can be drawn.
+    """Checks, before any work, whether something can be drawn.
 
     Returns:
         matplotlib's `FigureCanvasBase`.
@@ -80,7 +80,7 @@ def check_matplotlib(flag: str) -> Any:
 
 
 def check_plot(path: str) -> None:
-    """Finds out, before any work, whether a plot can be drawn and saved under this name.
+    """Checks, before any work, whether a plot can be drawn and saved under this name.
 
     Raises:
         DWMError: matplotlib is missing, or does not know the file's ending.
@@ -94,7 +94,7 @@ def check_plot(path: str) -> None:
 def draw(
     path: str, comparison: Comparison | None, weights: dict[str, tuple[list[float], list[float]]]
 ) -> None:
-    """Draws what is given: losses over tokens and over time, and domains' weights.
+    """Draws losses over tokens and over time, and domains' weights, as far as given.
 
     Args:
         path: the picture, in the format that its ending names.
@@ -143,7 +143,7 @@ def _panel(axis: Any, xs: list[list[float]], curves: list[Any], labels: dict[str
         axis.plot(x, curve.losses, linestyle=dashes, marker=".", markersize=4)
     for setter, text in labels.items():
         getattr(axis, setter)(text)
-    # Losses of the first steps would leave no height for the differences that matter.
+    # Losses of the first steps would flatten the differences that matter.
     shown = [
         loss
         for x, curve in zip(xs, curves, strict=True)
@@ -160,9 +160,9 @@ def name_lines(axis: Any, ends: list[tuple[str, float, float]], gap: float = _LA
     """Writes each line's name to the right of its end, names kept apart.
 
     Args:
-        axis: of matplotlib.
+        axis: matplotlib's axes.
         ends: name, x and y of each line's last point.
-        gap: least distance of two names, over the height of the axes.
+        gap: minimum distance of two names, relative to the height of the axes.
     """
     ends = [end for end in ends if numpy.isfinite(end[2])]
     low, high = axis.get_ylim()
@@ -181,12 +181,12 @@ def name_lines(axis: Any, ends: list[tuple[str, float, float]], gap: float = _LA
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Returns heights of names at least a gap apart, in the same order and close to the given."""
+    """Returns heights of names, at least a gap apart, in the same order, close to the given."""
     order = sorted(range(len(heights)), key=heights.__getitem__)
     placed: list[float] = []
     for index in order:
         placed.append(max(heights[index], placed[-1] + gap) if placed else heights[index])
-    # All were pushed up only: half of the push is taken back.
+    # Names were only pushed up: half of the push is undone.
     shift = (sum(placed) - sum(heights)) / len(heights) if heights else 0.0
     found = [0.0] * len(heights)
     for index, height in zip(order, placed, strict=True):
@@ -195,5 +195,5 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def dashes_of(count: int) -> list[Any]:
-    """Returns the dash pattern of each of so many lines."""
+    """Returns a dash pattern for each of several lines."""
     return [_DASHES[k % len(_DASHES)] for k in range(count)]

@@ -1,4 +1,4 @@
-"""Which data the weighting model preferred, by stage: read from the step log."""
+"""Reports which data the weighting model preferred, by stage, from the step log."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _FIELDS = ("window", "domain_weight", "domain_samples")
 def domain_weights_by_stage(log: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Returns stage name -> domain -> mean weight over the stage's samples.
 
-    Warm-up steps, in which every weight is 1, are left out. A stage's meta window, in which the
-    DWM still learns, and its frozen window are named apart: `stage 2 meta`, `stage 2 frozen`. Steps
-    without stages, as those of uniform weights, are named by their window alone.
+    Warm-up steps, in which every weight is 1, are left out. A stage's meta window, in which the DWM
+    still learns, and its frozen window have separate names: `stage 2 meta`, `stage 2 frozen`. Steps
+    without stages, as with uniform weights, are named by their window alone.
 
     Args:
         log: lines of `dwm_log.jsonl`.
@@ -49,7 +49,7 @@ def domain_weights_by_stage(log: Iterable[dict[str, Any]]) -> dict[str, dict[str
 
 
 def format_table(by_stage: dict[str, dict[str, float]]) -> str:
-    """Returns a text table: a row a domain, a column a stage and window.
+    """Returns a text table: one row per domain, one column per stage and window.
 
     Args:
         by_stage: what `domain_weights_by_stage` returns.

@@ -1,4 +1,4 @@
-"""A run's step log, read once for a report: figures over steps, stages, weight by sample."""
+"""A run's step log, read once for a report: metrics over steps, stages, weights of samples."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from megatron_dwm.logs.report import domain_weights_by_stage
 from megatron_dwm.logs.summary import read_lines, step_log
 from megatron_dwm.logs.text_statistics import rank_correlation, ranks
 
-# Fields with one value for each sample; far too much to keep of a long run.
+# Fields with one value per sample; far too much to keep for a long run.
 _OF_SAMPLES = ("weights", "scores", "domains", "influence", "losses")
-_PARTS = 40  # points of a line over the run
+_PARTS = 40  # number of points of a line over the run
 _END = 0.1  # share of the run that "at the end" means
 BINS = 10
 
 
 @dataclass
 class WeightByRank:
-    """How the weights of a step go with another number of its samples.
+    """How the weights of a step relate to another number of its samples.
 
-    Steps differ in scale, so what counts is a sample's rank in its step, and its weight over the
+    Steps differ in scale, so it uses a sample's rank in its step, and its weight relative to the
     step's mean.
 
     Attributes:
-        counts: `[BINS]` samples, from the lowest tenth of a step to the highest.
-        sums: `[BINS]` of their weights over the step's mean.
+        counts: `[BINS]` number of samples, from the lowest tenth of a step to the highest.
+        sums: `[BINS]` sums of their weights relative to the step's mean.
         squares: the same, squared.
         correlations: rank correlation of weight and number, for each step.
     """
@@ -44,7 +44,7 @@ class WeightByRank:
     correlations: list[float] = field(default_factory=list)
 
     def add(self, weights: Sequence[float | None], numbers: Sequence[float | None]) -> None:
-        """Takes in a step; one whose weights are all alike says nothing and is left out."""
+        """Includes a step, unless all its weights are equal, which carries no information."""
         w = numpy.array(weights, dtype=float)
         x = numpy.array(numbers, dtype=float)
         if w.shape != x.shape or len(w) < 3 or not numpy.isfinite([w, x]).all():
@@ -72,17 +72,17 @@ class WeightByRank:
 
 @dataclass(frozen=True)
 class RunLog:
-    """What a report shows of one run's log.
+    """One run's log, as shown in a report.
 
     Attributes:
         name: of the run.
         folder: its `--save` folder.
-        lines: of the log, without what is per sample.
+        lines: lines of the log, without per-sample fields.
         by_stage: see `domain_weights_by_stage`.
-        by_usefulness: less the influence that the meta step finds; empty unless the run had
-            `--dwm-log-samples` and took meta steps.
-        by_loss: the mean token loss; empty unless the run had `--dwm-log-samples`, with a policy
-            that asks for losses.
+        by_usefulness: weights by the negative influence that the meta step finds; empty unless the
+            run had `--dwm-log-samples` and took meta steps.
+        by_loss: weights by the mean token loss; empty unless the run had `--dwm-log-samples`, with
+            a policy that asks for losses.
     """
 
     name: str
@@ -94,11 +94,11 @@ class RunLog:
 
     @property
     def last(self) -> int:
-        """The last iteration that was logged."""
+        """The last logged iteration."""
         return self.lines[-1]["iteration"]
 
     def series(self, key: str) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Returns iterations and values of a figure, where it was logged."""
+        """Returns the iterations and values of a metric, where it was logged."""
         pairs = [
             (line["iteration"], line[key])
             for line in self.lines
@@ -108,7 +108,7 @@ class RunLog:
         return found[:, 0], found[:, 1]
 
     def over_run(self, key: str, parts: int = _PARTS) -> tuple[list[float], list[float]]:
-        """Returns a figure's means over pieces of the run of equal length, and their middles."""
+        """Returns a metric's means over equal pieces of the run, and their middles."""
         x, y = self.series(key)
         place = numpy.minimum((x - 1) * parts // self.last, parts - 1).astype(int)
         counts, sums = numpy.bincount(place), numpy.bincount(place, y)
@@ -117,18 +117,18 @@ class RunLog:
         return middles.tolist(), (sums[filled] / counts[filled]).tolist()
 
     def at_end(self, key: str) -> float:
-        """Returns a figure's mean over the last tenth of the run, else its last value, else NaN."""
+        """Returns a metric's mean over the last tenth of the run, else its last value, else NaN."""
         x, y = self.series(key)
         late = y[x > self.last * (1 - _END)]
         return float(late.mean() if len(late) else y[-1] if len(y) else math.nan)
 
     def domains(self, parts: int = _PARTS) -> dict[str, tuple[list[float], list[float]]]:
-        """Returns `domain_weights_over_run`, domains with most samples first."""
+        """Returns `domain_weights_over_run`, with the domains with most samples first."""
         over_run = domain_weights_over_run(self.lines, parts)
         return {name: over_run[name] for name, _ in self.samples_by_domain().most_common()}
 
     def samples_by_domain(self) -> Counter[str]:
-        """Returns how many samples of each domain were logged."""
+        """Returns the number of logged samples of each domain."""
         found: Counter[str] = Counter()
         for line in self.lines:
             found.update(line["domain_samples"])
@@ -146,7 +146,7 @@ class RunLog:
         return total / count if count else math.nan
 
     def marks(self) -> list[tuple[int, str]]:
-        """Returns the first iteration of each stage but the first, and of what follows a warm-up.
+        """Returns the first iteration of each stage except the first, and the end of the warm-up.
 
         Returns:
             Iteration and name, in order.
@@ -160,11 +160,11 @@ class RunLog:
         return found
 
     def kind(self) -> str:
-        """Returns how the run was weighted, as far as its log tells."""
+        """Returns how the run was weighted, as far as its log shows."""
         meta, _ = self.series("meta_loss")
         if len(meta):
             spacing = float(numpy.median(numpy.diff(meta))) if len(meta) > 1 else 0.0
-            # Not all of them: they are denser early on, and a stage may have none in its end.
+            # The typical interval: meta steps are denser early on, and a stage may end without any.
             often = {0.0: "", 1.0: ", mostly in every step"}
             every = often.get(spacing, f", mostly every {spacing:g} steps")
             return f"learned, {len(meta)} meta steps{every}"
@@ -181,7 +181,7 @@ def read_run_log(name: str, folder: str) -> RunLog:
     """Reads a run's step log.
 
     Raises:
-        DWMError: there is none, it is empty, or a line is not one of a step log.
+        DWMError: there is none, it is empty, or a line does not belong to a step log.
     """
     path = step_log(folder)
     lines, by_usefulness, by_loss = [], WeightByRank(), WeightByRank()
@@ -205,7 +205,7 @@ def read_run_log(name: str, folder: str) -> RunLog:
 
 
 def _check(line: dict[str, Any]) -> None:
-    """Refuses a line whose fields have other types than a step log's."""
+    """Refuses a line whose fields do not have a step log's types."""
     weights, samples = line.get("domain_weight", {}), line.get("domain_samples", {})
     right = (
         isinstance(weights, dict)
@@ -225,7 +225,7 @@ def _check(line: dict[str, Any]) -> None:
 
 
 def run_names(folders: Sequence[str]) -> list[str]:
-    """Returns what runs are called: their folders' names, whole paths where two are the same."""
+    """Returns names for runs: their folders' names, or whole paths if two are the same."""
     names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
     return [
         folder if names.count(name) > 1 else name

@@ -1,9 +1,9 @@
-"""Where the step log goes: sinks of one interface, of which each may fail without hurting another.
+"""The sinks of the step log, with one interface; one may fail without affecting the others.
 
 jsonl        every line, in parts of a bounded size
-tensorboard  every line's figures
-wandb        the same figures under the same names, at the steps at which the log is written
-console      a line every log interval, notices at once
+tensorboard  every line's metrics
+wandb        the same metrics under the same names, at the steps when the log is written
+console      one line every log interval; notices at once
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from megatron_dwm.logs.log_file import FILE_NAME, cut_after, next_part, older_pa
 from megatron_dwm.logs.names import DOMAIN_WEIGHT, LAYOUT, NOTICES, scalars_of
 
 PART_BYTES = 256 << 20  # size limit of a file of the JSONL log
-PARTS_KEPT = 16  # finished files of it that are kept, beside the newest one
+PARTS_KEPT = 16  # finished files that are kept, besides the newest one
 DOMAINS_SHOWN = 32  # domains that TensorBoard and Weights & Biases get
 
 
 class LogSink(Protocol):
-    """Takes the lines of the step log.
+    """Receives the lines of the step log.
 
     Attributes:
-        name: for notices.
+        name: name for notices.
     """
 
     name: str
 
     def write(self, line: dict[str, Any], iteration: int) -> None:
-        """Takes a line; it may wait in memory until `flush`.
+        """Receives a line; it may wait in memory until `flush`.
 
         Args:
-            line: of the step log, see `lines.describe`; not to be changed.
-            iteration: the line's, 1-based; higher than the last one.
+            line: line of the step log, see `lines.describe`; must not be changed.
+            iteration: the line's iteration, 1-based; higher than the last one.
         """
 
     def flush(self) -> None:
-        """Passes on what waits in memory."""
+        """Writes lines that wait in memory."""
 
     def close(self) -> None:
-        """Gives back what is held open, after a last `flush`."""
+        """Releases open resources, after a last `flush`."""
 
 
 class JsonlSink:
@@ -56,8 +56,8 @@ class JsonlSink:
         folder: where `dwm_log.jsonl` and its older parts are.
         first_iteration: iterations done before this run; later lines of an older log of the same
             folder are dropped, because this run takes those steps again.
-        part_bytes: size limit of a file; a line that is longer has a file of its own.
-        parts_kept: finished files that are kept; older ones are removed.
+        part_bytes: size limit of a file; a longer line gets its own file.
+        parts_kept: number of finished files to keep; older ones are removed.
     """
 
     name = FILE_NAME
@@ -77,7 +77,7 @@ class JsonlSink:
         self._open()
 
     def write(self, line: dict[str, Any], iteration: int) -> None:
-        """As `LogSink.write`."""
+        """See `LogSink.write`."""
         text = json.dumps(line, allow_nan=False).encode() + b"\n"
         if self._size > 0 and self._size + len(text) > self.part_bytes:
             self.flush()
@@ -86,19 +86,19 @@ class JsonlSink:
         self._size += len(text)
 
     def flush(self) -> None:
-        """As `LogSink.flush`."""
+        """See `LogSink.flush`."""
         text = memoryview(b"".join(self._waiting))
         self._waiting.clear()
-        # On a disk that is nearly full, less may be written than was asked for.
+        # On a nearly full disk, fewer bytes may be written than requested.
         while text:
             text = text[self.file.write(text) :]
 
     def close(self) -> None:
-        """As `LogSink.close`."""
+        """See `LogSink.close`."""
         self.file.close()
 
     def _open(self) -> None:
-        # Unbuffered: what has failed is not tried again behind our back.
+        # Unbuffered, so that a failed write is not silently repeated.
         self.file: Any = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open for the run
         self._size = os.path.getsize(self.path)
 
@@ -112,7 +112,7 @@ class JsonlSink:
 
 
 class DomainMeans:
-    """Mean weights by domain since they were last asked for, of the domains that matter most."""
+    """Mean weights by domain since the last call, for the domains with most samples."""
 
     def __init__(self) -> None:
         self._samples: dict[str, int] = defaultdict(int)  # of this process
@@ -120,7 +120,7 @@ class DomainMeans:
         self._counts: dict[str, int] = defaultdict(int)
 
     def add(self, line: dict[str, Any]) -> None:
-        """Takes in the domains of a line of the step log."""
+        """Includes the domains of a line of the step log."""
         for name, weight in line["domain_weight"].items():
             count = line["domain_samples"][name]
             self._samples[name] += count
@@ -129,7 +129,7 @@ class DomainMeans:
                 self._counts[name] += count
 
     def take(self) -> dict[str, float]:
-        """Returns domain -> mean weight, of the `DOMAINS_SHOWN` with most samples so far."""
+        """Returns domain -> mean weight, for the `DOMAINS_SHOWN` with most samples so far."""
         shown = nlargest(DOMAINS_SHOWN, self._samples, key=self._samples.__getitem__)
         seen = [name for name in shown if self._counts.get(name)]
         found = {name: self._sums[name] / self._counts[name] for name in seen}
@@ -139,7 +139,7 @@ class DomainMeans:
 
 
 class _Figures:
-    """What TensorBoard and Weights & Biases have in common.
+    """What TensorBoard and Weights & Biases share.
 
     Args:
         log_interval: steps between two sets of domain weights.
@@ -149,7 +149,7 @@ class _Figures:
         self.log_interval, self.domains = log_interval, DomainMeans()
 
     def scalars(self, line: dict[str, Any], iteration: int) -> dict[str, float]:
-        """Returns name -> value of what a line has to show."""
+        """Returns the metrics of a line, by name."""
         found = scalars_of(line)
         self.domains.add(line)
         if iteration % self.log_interval == 0:
@@ -159,9 +159,9 @@ class _Figures:
 
 
 class TensorBoardSink:
-    """Figures as scalars, notices as text, by the writer of `--tensorboard-dir`.
+    """Metrics as scalars, notices as text, through the writer of `--tensorboard-dir`.
 
-    The tab "Custom Scalars" has them side by side, see `names.LAYOUT`.
+    The tab "Custom Scalars" shows them side by side, see `names.LAYOUT`.
 
     Args:
         writer: a `SummaryWriter`; stays open.
@@ -175,26 +175,26 @@ class TensorBoardSink:
         writer.add_custom_scalars(LAYOUT)
 
     def write(self, line: dict[str, Any], iteration: int) -> None:
-        """As `LogSink.write`."""
+        """See `LogSink.write`."""
         for name, value in self.figures.scalars(line, iteration).items():
             self.writer.add_scalar(name, value, iteration)
         if line.get("notices"):
             self.writer.add_text(NOTICES, "\n\n".join(line["notices"]), iteration)
 
     def flush(self) -> None:
-        """Nothing: the writer has a thread and a clock of its own."""
+        """Nothing to do: the writer flushes in its own thread."""
 
     def close(self) -> None:
-        """As `LogSink.close`."""
+        """See `LogSink.close`."""
         self.writer.flush()
 
 
 class WandbSink:
-    """The same figures by the writer of `--wandb-project`.
+    """The same metrics through the writer of `--wandb-project`.
 
-    Weights & Biases takes no step that is older than the last one it was given, and the trainer
-    gives it one after each training step. What lines that waited have to say is therefore sent
-    together, at the step of the newest; of a figure that several lines have, the newest counts.
+    Weights & Biases accepts no step older than the last one, and the trainer sends one after each
+    training step. Metrics of lines that waited are therefore sent together, at the step of the
+    newest; if several lines have the same metric, the newest counts.
 
     Args:
         writer: the module `wandb`, or a run; stays open.
@@ -210,13 +210,13 @@ class WandbSink:
         self._iteration = 0
 
     def write(self, line: dict[str, Any], iteration: int) -> None:
-        """As `LogSink.write`."""
+        """See `LogSink.write`."""
         self._waiting |= self.figures.scalars(line, iteration)
         self._notices += line.get("notices", [])
         self._iteration = iteration
 
     def flush(self) -> None:
-        """As `LogSink.flush`."""
+        """See `LogSink.flush`."""
         found, self._waiting = self._waiting, {}
         if self._notices:
             found[NOTICES], self._notices = "\n\n".join(self._notices), []
@@ -224,11 +224,11 @@ class WandbSink:
             self.writer.log(found, step=self._iteration)
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Nothing to release."""
 
 
 class ConsoleSink:
-    """A line every log interval, in the manner of Megatron's own; notices whenever there are any.
+    """One line every log interval, in the style of Megatron's own; notices at once.
 
     Args:
         printer: prints one line.
@@ -242,21 +242,21 @@ class ConsoleSink:
         self.notices = Notices()
 
     def write(self, line: dict[str, Any], iteration: int) -> None:
-        """As `LogSink.write`."""
+        """See `LogSink.write`."""
         if iteration % self.log_interval == 0:
             self.printer(console_line(line))
         for notice in [*line.get("notices", []), *self.notices.of(line)]:
             self.printer(notice)
 
     def flush(self) -> None:
-        """Nothing waits."""
+        """Nothing to write."""
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Nothing to release."""
 
 
 class Sinks:
-    """Several sinks as one. One that fails stops, with a notice; the others and the run go on.
+    """Several sinks as one. A sink that fails stops with a notice; the others and the run go on.
 
     Args:
         printer: prints one line.
@@ -267,22 +267,22 @@ class Sinks:
         self.active: list[LogSink] = []
 
     def open(self, name: str, make: Callable[[], LogSink]) -> None:
-        """Adds the sink that `make` returns, if it does."""
+        """Adds the sink that `make` returns, unless it fails."""
         try:
             self.active.append(make())
         except Exception as error:
             self._say(name, error)
 
     def write(self, line: dict[str, Any], iteration: int) -> None:
-        """As `LogSink.write`."""
+        """See `LogSink.write`."""
         self._each(lambda sink: sink.write(line, iteration))
 
     def flush(self) -> None:
-        """As `LogSink.flush`."""
+        """See `LogSink.flush`."""
         self._each(lambda sink: sink.flush())
 
     def close(self) -> None:
-        """As `LogSink.close`."""
+        """See `LogSink.close`."""
         self.flush()
         closing, self.active = self.active, []
         for sink in closing:
@@ -295,20 +295,21 @@ class Sinks:
         for sink in list(self.active):
             try:
                 call(sink)
-            # Whatever a disk, a server or a client's code does: a log is never worth a training.
+            # Whatever a disk, a server or a client library does: a log must never end a training
+            # run.
             except Exception as error:
                 self.active.remove(sink)
                 self._say(sink.name, error)
-                with contextlib.suppress(Exception):  # what is wrong has been said
+                with contextlib.suppress(Exception):  # the error has been reported
                     sink.close()
 
     def _say(self, name: str, error: Exception) -> None:
         kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
         reason = kind + " ".join(str(error).split())  # on one line
-        with contextlib.suppress(Exception):  # it may be the console itself that fails
+        with contextlib.suppress(Exception):  # the console itself may be what fails
             self.printer(
                 f"DWM: WARNING: the step log is no longer written to {name}: {reason}; the "
-                "training goes on without it, and a resumed run tries it again"
+                "training continues without it, and a resumed run tries again"
             )
 
 
@@ -320,13 +321,13 @@ def open_sinks(
     log_interval: int,
     printer: Callable[[str], None],
 ) -> Sinks:
-    """Returns the sinks of a run, on the rank that writes.
+    """Returns the sinks of a run, for the rank that writes.
 
     Args:
         folder: the run's `--save` folder; None: no JSONL.
         first_iteration: iterations done before this run.
-        tensorboard: the writer that Megatron has opened, or None.
-        wandb: the same of Weights & Biases.
+        tensorboard: the writer opened by Megatron, or None.
+        wandb: the same for Weights & Biases.
         log_interval: steps between console lines.
         printer: prints one line.
     """

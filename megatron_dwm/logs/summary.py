@@ -1,4 +1,4 @@
-"""What `report` says of a run and of runs side by side: as text, and as figures for a script."""
+"""What `report` shows about a run and about runs side by side: as text, and as plain values."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _STEP_TIME = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+)")
 
 @dataclass(frozen=True)
 class Pair:
-    """A weighted run against the stock trainer.
+    """A weighted run compared with the stock trainer.
 
     Attributes:
         stock: last validation loss of the stock trainer.
-        weighted: the same of the weighted run.
-        step_time_ratio: mean step time of the weighted run over the stock trainer's.
+        weighted: the same for the weighted run.
+        step_time_ratio: mean step time of the weighted run divided by the stock trainer's.
     """
 
     stock: float
@@ -35,12 +35,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Where a domain that is known to be bad ended.
+    """How a domain that is known to be bad ended.
 
     Attributes:
         domain: its name.
         weight: its mean weight at the end.
-        lowest: the good domain of the lowest weight.
+        lowest: the good domain with the lowest weight.
         lowest_weight: that weight.
     """
 
@@ -52,13 +52,13 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Summary:
-    """All that is reported.
+    """Everything that is reported.
 
     Attributes:
         by_stage: stage -> domain -> mean weight; None without a run.
         comparison: the runs side by side, or None.
         pair: the two outputs, or None.
-        verdict: on the bad domain, or None.
+        verdict: verdict on the bad domain, or None.
     """
 
     by_stage: dict[str, dict[str, float]] | None
@@ -130,7 +130,7 @@ def step_log(run: str) -> str:
 
 
 def read_lines(path: str, label: str) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a step log, and shows how far it was read."""
+    """Yields the lines of a step log, with a progress bar."""
     with bar(sum(os.path.getsize(part) for part in parts(path)), "B", label) as shown:
         yield from iterate_log(path, shown.update)
 
@@ -161,7 +161,7 @@ def last_validation_loss(path: str) -> float:
 
 
 def mean_step_seconds(path: str) -> float:
-    """Returns the mean printed step time of a trainer's output, the first line left out."""
+    """Returns the mean printed step time of a trainer's output, without the first line."""
     with open(path, errors="replace") as file:
         times = [float(text) for text in _STEP_TIME.findall(file.read())][1:]
     return sum(times) / len(times) / 1000 if times else float("nan")
@@ -171,7 +171,7 @@ def pair_of(log: str | None, stock_log: str | None) -> Pair | None:
     """Reads both outputs; None unless there are both.
 
     Raises:
-        DWMError: there is no validation loss in one.
+        DWMError: one of them has no validation loss.
     """
     if not (log and stock_log):
         return None
@@ -183,7 +183,7 @@ def compared_runs(words: Sequence[str]) -> Comparison | None:
     """Reads the runs of `NAME=LOG` words; None without any.
 
     Raises:
-        DWMError: a word is not `NAME=LOG`, or two have one name.
+        DWMError: a word is not `NAME=LOG`, or two have the same name.
     """
     runs: dict[str, Run] = {}
     for word in words:
@@ -191,7 +191,9 @@ def compared_runs(words: Sequence[str]) -> Comparison | None:
         if not (name and equals and path):
             raise DWMError(f"--compare {word}: give NAME=LOG, a name and what the trainer printed")
         if name in runs:
-            raise DWMError(f"--compare {word}: there is a run named {name} already; name it apart")
+            raise DWMError(
+                f"--compare {word}: there is already a run named {name}; give it another name"
+            )
         runs[name] = read_run(name, path)
     return Comparison.of(list(runs.values())) if runs else None
 
@@ -199,7 +201,7 @@ def compared_runs(words: Sequence[str]) -> Comparison | None:
 def verdict_on(
     bad: str, good: Sequence[str], by_stage: dict[str, dict[str, float]]
 ) -> Verdict | None:
-    """Compares a bad domain with good ones in the last stage; None where one side is missing."""
+    """Compares a bad domain with good ones in the last stage; None if one side is missing."""
     last = list(by_stage.values())[-1] if by_stage else {}
     weights = {name: last[name] for name in good if name in last}
     if bad not in last or not weights:

@@ -1,7 +1,7 @@
-"""Plain figures of a text, against which weights are set, and how closely two figures go together.
+"""Simple statistics of a text to compare weights with, and rank correlations.
 
-They show what a weighting may go by without being told to: how long a document is, how much of it
-repeats, how much of it is no prose.
+They show what a weighting may respond to implicitly: how long a document is, how much of it
+repeats, how much of it is not prose.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from itertools import islice
 import numpy
 
 _WORD = re.compile(r"\w+")
-# Of a text. The share of new words falls with the length, so all texts are cut alike.
+# Words of a text that count. The share of new words falls with length, so all texts are cut
+# equally.
 _WORDS, _BYTES = 200, 16384
 
 
@@ -24,9 +25,9 @@ def type_token_ratio(text: str) -> float:
 
 
 def compression_ratio(text: str) -> float:
-    """Returns zlib's bytes over UTF-8 bytes, of the first 16 KiB; NaN of an empty text.
+    """Returns zlib's bytes divided by UTF-8 bytes, for the first 16 KiB; NaN for an empty text.
 
-    Low where a text repeats itself. Of a text of a few words zlib's header alone is a large part.
+    It is low if a text repeats itself. For a text of a few words, zlib's header is a large part.
     """
     data = text.encode("utf-8", errors="replace")[:_BYTES]
     return len(zlib.compress(data, 6)) / len(data) if data else float("nan")
@@ -40,14 +41,14 @@ def symbol_share(text: str) -> float:
 
 
 def rank_correlation(x: numpy.ndarray, y: numpy.ndarray) -> float:
-    """Returns Spearman's rank correlation, ties at their mean rank.
+    """Returns Spearman's rank correlation, with ties at their mean rank.
 
     Args:
         x: `[n]`; pairs with a NaN are left out.
         y: `[n]`.
 
     Returns:
-        NaN with fewer than 3 pairs, or where one side is constant.
+        NaN with fewer than 3 pairs, or if one side is constant.
     """
     known = numpy.isfinite(x) & numpy.isfinite(y)
     if known.sum() < 3:
@@ -59,9 +60,9 @@ def rank_correlation(x: numpy.ndarray, y: numpy.ndarray) -> float:
 
 
 def rank_correlation_within(x: numpy.ndarray, y: numpy.ndarray, groups: numpy.ndarray) -> float:
-    """Returns the mean of the rank correlations within groups, by the pairs of each.
+    """Returns the mean of the rank correlations within groups, weighted by their pairs.
 
-    What is left of a correlation when the groups' own differences are taken out.
+    This is the correlation without the differences between groups.
 
     Args:
         x: `[n]`.
@@ -69,7 +70,7 @@ def rank_correlation_within(x: numpy.ndarray, y: numpy.ndarray, groups: numpy.nd
         groups: `[n]` integers.
 
     Returns:
-        NaN where no group has one.
+        NaN if no group has one.
     """
     found, counts = [], []
     for group in numpy.unique(groups):
@@ -82,19 +83,19 @@ def rank_correlation_within(x: numpy.ndarray, y: numpy.ndarray, groups: numpy.nd
 
 
 def ranks(values: numpy.ndarray) -> numpy.ndarray:
-    """Returns `[n]` ranks from 0, ties at their mean."""
+    """Returns `[n]` ranks from 0, with ties at their mean."""
     _, place, counts = numpy.unique(values, return_inverse=True, return_counts=True)
     last = numpy.cumsum(counts)
     return (last - (counts + 1) / 2)[place]
 
 
 def binned(x: numpy.ndarray, y: numpy.ndarray, bins: int) -> list[tuple[float, float, float, int]]:
-    """Returns mean x, mean y, standard deviation of y and count of bins of equally many pairs.
+    """Returns mean x, mean y, standard deviation of y and count of equally filled bins.
 
     Args:
-        x: `[n]`, by which pairs are sorted; pairs with a NaN are left out.
+        x: `[n]`, the sort key of the pairs; pairs with a NaN are left out.
         y: `[n]`.
-        bins: at most so many; equal values of x are never split.
+        bins: maximum number of bins; equal values of x are never split.
     """
     known = numpy.isfinite(x) & numpy.isfinite(y)
     x, y = x[known], y[known]

@@ -1,4 +1,4 @@
-"""The step log: takes what each step leaves, and writes lines without holding up the training."""
+"""The step log: receives each step's values and writes lines without delaying the training."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from megatron_dwm.logs.sinks import Sinks
 if TYPE_CHECKING:
     from megatron_dwm.step.record import StepRecord
 
-MOST_WAITING = 64  # steps whose tensors are kept before they are read
+MOST_WAITING = 64  # maximum number of steps whose tensors are kept unread
 
 
 class WeightLog:
-    """Writes what each step's weights were.
+    """Writes each step's weights.
 
-    To read a step's weights is to wait for the device, so steps wait, with their tensors where they
-    are, until something else waits anyway (a meta step, a console line), there is something to say
-    at once, or there are many of them. `flush` writes them at other times: before a checkpoint is
+    Reading a step's weights means waiting for the device, so steps are kept, with their tensors on
+    the device, until something else waits anyway (a meta step, a console line), there is an urgent
+    message, or many have accumulated. `flush` writes them at other times: before a checkpoint is
     saved, from which a resumed run continues the log, and after the last step.
 
     Args:
@@ -39,22 +39,22 @@ class WeightLog:
         self.waiting: list[tuple[StepRecord, dict[str, Any]]] = []
 
     def write(self, record: StepRecord, extra: dict[str, Any] | None = None) -> None:
-        """Logs one step, now or a little later.
+        """Logs one step, now or slightly later.
 
         Args:
             record: the step.
-            extra: further figures for the step's line.
+            extra: further values for the step's line.
         """
         if self.sinks is None or not self.sinks.active or record.weights is None:
             return
-        # A policy may change its figures' tensors in place before they are read.
+        # A policy may change its tensors in place before they are read.
         figures = {k: _copy(value) for k, value in record.figures.items()}
         self.waiting.append((dataclasses.replace(record, figures=figures), extra or {}))
         if self._due(record):
             self.flush()
 
     def flush(self) -> None:
-        """Writes the steps that wait."""
+        """Writes the pending steps."""
         if self.sinks is None or not self.waiting:
             return
         waiting, self.waiting = self.waiting, []
@@ -67,8 +67,8 @@ class WeightLog:
         """Ends the log.
 
         Args:
-            wait: whether to write the steps that wait, for which the device may have to be waited
-                for; not where it may never be done.
+            wait: whether to write the pending steps, which may wait for the device; False if the
+                device may never finish.
         """
         if wait:
             self.flush()
@@ -77,7 +77,7 @@ class WeightLog:
             self.sinks.close()
 
     def _due(self, record: StepRecord) -> bool:
-        """Whether the steps that wait are to be written now."""
+        """Whether the pending steps should be written now."""
         told = record.overhead is not None and record.overhead.notice is not None
         return (
             record.meta is not None

@@ -1,1 +1,1 @@
-"""`dL_meta/dw` for every sample: estimators, and how they see layers and optimizers."""
+"""`dL_meta/dw` of every sample: estimators, and rules for layers and optimizers."""

@@ -1,4 +1,4 @@
-"""Which estimator of the per-sample meta-gradient a run uses, and why."""
+"""Chooses a run's estimator of the per-sample meta-gradient, and says why."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def choose_estimator(
     Args:
         config: settings.
         model: the LLM's DDP-wrapped chunks.
-        llm_config: its `TransformerConfig`; None: nothing in it stands against the hooks.
+        llm_config: its `TransformerConfig`; None: nothing in it rules out the hooks.
 
     Returns:
         `ghost` or `finite_difference`, and the reason in words.
 
     Raises:
-        DWMError: `ghost` was asked for, by name or through the lookahead, and a parameter on some
+        DWMError: `ghost` was requested, by name or through the lookahead, but a parameter on some
             rank is not covered; the parameter is named.
     """
     found: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
@@ -38,19 +38,19 @@ def choose_estimator(
 
 
 def decide(config: DWMConfig, uncovered: list[str], llm_config: Any = None) -> tuple[str, str]:
-    """As `choose_estimator`, once it is known what the ghost estimator does not cover.
+    """Like `choose_estimator`, given what the ghost estimator does not cover.
 
     Args:
         config: settings.
-        uncovered: parameters of any rank, each with the reason.
-        llm_config: what has the flags that stand against the hooks.
+        uncovered: uncovered parameters of all ranks, each with the reason.
+        llm_config: object with the flags that rule out the hooks.
     """
     if config.estimator == "finite_difference":
-        return "finite_difference", "asked for by --dwm-estimator"
+        return "finite_difference", "requested by --dwm-estimator"
     against = [f"{flag} ({why})" for flag, why in _unusable(llm_config, config.lookahead)]
     uncovered = [*uncovered, *against]
     if not uncovered:
-        why = "asked for by --dwm-estimator" if config.estimator == "ghost" else "auto"
+        why = "requested by --dwm-estimator" if config.estimator == "ghost" else "auto"
         return "ghost", f"{why}; it covers every trained parameter"
     if config.estimator == "ghost":
         raise DWMError(refusal(uncovered))
@@ -63,38 +63,38 @@ def decide(config: DWMConfig, uncovered: list[str], llm_config: Any = None) -> t
 
 
 def check_ahead(config: DWMConfig, estimator: str, reason: str) -> None:
-    """Refuses a policy that wants influence ahead of the step, where hooks cannot find it.
+    """Refuses a policy that needs influence ahead of the step, if hooks cannot provide it.
 
     Args:
         config: settings.
         estimator: what `choose_estimator` returned.
-        reason: as well.
+        reason: its reason.
 
     Raises:
-        DWMError: it names the policy.
+        DWMError: names the policy.
     """
     if config.needs.influence_ahead and estimator != "ghost":
         raise DWMError(f"--dwm-policy {config.policy} needs the ghost estimator ({reason})")
 
 
 def choose_lookahead(config: DWMConfig, estimator: str, llm_config: Any = None) -> str:
-    """Resolves `--dwm-lookahead auto`: in passing where hooks can, else after the LLM's step.
+    """Resolves `--dwm-lookahead auto`: `current` if hooks cover the model, else `next`.
 
     Args:
         config: settings.
         estimator: what `choose_estimator` returned.
-        llm_config: the LLM's `TransformerConfig`; None: nothing in it stands against the hooks.
+        llm_config: the LLM's `TransformerConfig`; None: nothing in it rules out the hooks.
 
     Raises:
-        DWMError: what is asked for would count losses in that are to be left out.
+        DWMError: the requested lookahead would include losses that should be left out.
     """
     # In the training pass they are backpropagated with the rest.
     mixed = config.mtp == "plain" and has_further_losses(llm_config)
     if config.lookahead == "current" and mixed:
         raise DWMError(
-            "--dwm-lookahead current reads the influence off the training pass, which --dwm-mtp "
-            "plain wants without the losses of multi-token prediction; use --dwm-lookahead next, "
-            "or --dwm-mtp weighted"
+            "--dwm-lookahead current gets the influence from the training pass, which includes the "
+            "losses of multi-token prediction that --dwm-mtp plain leaves out; use --dwm-lookahead "
+            "next, or --dwm-mtp weighted"
         )
     if config.lookahead != "auto":
         return str(config.lookahead)

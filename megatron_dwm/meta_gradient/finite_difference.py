@@ -1,20 +1,20 @@
 """Per-sample influence by a central difference along v: two forward-only passes.
 
 `c_i = <v, g_i> = (l_i(theta + eps v) - l_i(theta - eps v)) / (2 eps) + O(eps^2)`, with `l_i` the
-sample's share of the trainer's loss. It needs nothing from the model but its loss, so it works
-with every kernel. Source: the finite-difference hypergradient of SAMA (NeurIPS 2023), here with
-one difference for all samples at once.
+sample's share of the trainer's loss. It needs only the model's loss, so it works with every kernel.
+Source: the finite-difference hypergradient of SAMA (NeurIPS 2023), here with one difference for all
+samples at once.
 
-Its error has two parts that pull eps apart: curvature, which grows with eps^2, and the rounding
-of the weights and of the losses, which grows with 1 / eps. So eps is the smallest step that the
-weights' own precision resolves (`choose_step`), and what remains is measured:
+Its error has two parts that pull eps in opposite directions: curvature, which grows with eps^2, and
+the rounding of weights and losses, which grows with 1 / eps. So eps is the smallest step that the
+weights' own precision resolves (`choose_step`), and the remaining error is measured:
 
-    fd_signal_to_noise   |2 eps v| / |what the parameters really moved by - 2 eps v|
-    fd_linearity_error   |c(2 eps) - c(eps)| / |c(eps)|, now and then
+    fd_signal_to_noise   |2 eps v| / |actual move of the parameters - 2 eps v|
+    fd_linearity_error   |c(2 eps) - c(eps)| / |c(eps)|, at some meta steps
 
-Curvature alone would make the second three times the error of c(eps), rounding alone about as
-large as it: it is an upper estimate in both cases, where a comparison with eps / 2 would be a
-lower one for curvature.
+With curvature alone the second would be three times the error of c(eps), with rounding alone about
+equal to it: it overestimates the error in both cases, while a comparison with eps / 2 would
+underestimate it for curvature.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ import torch.distributed as dist
 
 from megatron_dwm.core import collectives
 
-# |eps v| / |theta|, from which one is chosen. The least is near the best in float32; the large ones
-# are for a v that is concentrated on few elements, of which the others get little.
+# |eps v| / |theta|, from which one is chosen. The smallest is near the best in float32; the large
+# ones are for a v that is concentrated on few elements, so that the others get little.
 RELATIVE_STEPS = tuple(3e-4 * 2.0 ** (k / 2) for k in range(13))
-# Wanted of a step, see `choose_step`, by the precision of the parameters. bf16: over ten tiny runs
-# the mean error against per-sample gradients was 13, 10 and 10 % with 7, 8 and 10. fp32: below 1 %
-# in five runs, in one of which a step of 3e-4 was off by 4 %. fp16 is not measured: in between, as
-# the best eps goes with the cube root of the rounding unit.
+# Resolution that a step must have, see `choose_step`, by the precision of the parameters. bf16:
+# over ten tiny runs the mean error against per-sample gradients was 13, 10 and 10 % with 7, 8 and
+# 10. fp32: below 1 % in five runs, in one of which a step of 3e-4 was off by 4 %. fp16 was not
+# measured: the value is in between, as the best eps grows with the cube root of the rounding unit.
 RESOLUTION = {torch.bfloat16: 8.0, torch.float16: 32.0, torch.float32: 3e4}
-# Elements of each parameter on which a step is tried.
+# Number of elements of each parameter on which a step is tried.
 SAMPLED_ELEMENTS = 2**12
 # Meta steps from one check of linearity to the next; a check costs two more forward passes.
 LINEARITY_INTERVAL = 100
-# Above it, the log says so loudly.
+# Above this limit, the log shows a warning.
 LINEARITY_LIMIT = 0.25
 
 
 @dataclass
 class Difference:
-    """What the passes found.
+    """The result of the passes.
 
     Attributes:
         values: `[n]` float32, this rank's `c_i`; None on ranks that see no losses.
-        quality: the same on every rank, for the log: `fd_relative_step`, `fd_signal_to_noise`
-            and, where it was checked, `fd_linearity_error`; empty where v is 0 or not finite.
+        quality: the same on every rank, for the log: `fd_relative_step`, `fd_signal_to_noise` and,
+            if it was checked, `fd_linearity_error`; empty if v is 0 or not finite.
     """
 
     values: torch.Tensor | None
@@ -69,18 +69,18 @@ def estimate(
     relative_step: float | None = None,
     check_linearity: bool = False,
 ) -> Difference:
-    """Returns this rank's `c_i`, and how far they can be trusted.
+    """Returns this rank's `c_i`, and how reliable they are.
 
     Args:
         parameters: the model's trainable parameters; `main_grad` holds v on entry. They are left
-            somewhere near theta: the caller restores them.
+            near theta: the caller restores them.
         theta: the parameters before the step, in the same order.
         measure: runs the model forward over the step's micro-batches and returns each
             sample's share of the loss, `[n]`, on ranks that see losses and None elsewhere.
         group: all ranks, over which eps must agree: with expert parallelism, data-parallel ranks
             hold different parameters too.
-        device: of the parameters; a rank without any takes part in the sums.
-        dtype: of the run's parameters, the same on every rank.
+        device: the parameters' device; a rank without parameters takes part in the sums.
+        dtype: dtype of the run's parameters, the same on every rank.
         relative_step: `|eps v| / |theta|`; None: chosen by `choose_step`.
         check_linearity: also take the difference over twice the step. The values stay those of
             the single step, so a run does not depend on which of its steps are checked.
@@ -107,10 +107,10 @@ def estimate(
 
 
 def warning(quality: dict[str, float]) -> str | None:
-    """Returns a line for the console where a check of linearity failed.
+    """Returns a line for the console if a check of linearity failed.
 
     Args:
-        quality: of an estimate, of this or another estimator.
+        quality: quality of an estimate, of this or another estimator.
     """
     error = quality.get("fd_linearity_error", 0.0)
     if error <= LINEARITY_LIMIT:
@@ -132,7 +132,7 @@ def norms(
 ) -> tuple[float, float]:
     """Returns `|theta|` and `|v|` over the whole model, the same on every rank.
 
-    Replicated parameters count on every rank, in both: eps and the signal-to-noise ratio are
+    Replicated parameters count on every rank, in both norms: eps and the signal-to-noise ratio are
     ratios of such norms, and need only be the same everywhere.
     """
     squares = torch.zeros(2, dtype=torch.float64, device=device)
@@ -152,16 +152,17 @@ def choose_step(
     device: torch.device,
     dtype: torch.dtype,
 ) -> float:
-    """Returns the least of `RELATIVE_STEPS` that the parameters' precision resolves.
+    """Returns the smallest of `RELATIVE_STEPS` that the parameters' precision resolves.
 
-    That is, with `sum |2 eps v| / sum |what the parameters would move by - 2 eps v|` of at least
-    `RESOLUTION`; the largest if none has it. Absolute values, not squares as in
+    That is, the smallest with `sum |2 eps v| / sum |actual move of the parameters - 2 eps v|` of at
+    least `RESOLUTION`; the largest if none has it. It uses absolute values, not squares as in
     `fd_signal_to_noise`: Adam divides v by the size of the gradient, so elements that contribute
-    alike to `<v, g_i>` differ by orders of magnitude in v, and squares would see only the largest.
+    equally to `<v, g_i>` differ by orders of magnitude in v, and squares would see only the
+    largest.
 
-    Tried at every meta step on evenly spaced elements of each parameter, which costs next to
-    nothing beside a forward pass. So the choice is a function of theta and v alone, and a run
-    resumed from a checkpoint chooses as the run that was not interrupted.
+    Steps are tried at every meta step on evenly spaced elements of each parameter, which costs next
+    to nothing compared with a forward pass. So the choice is a function of theta and v alone, and a
+    resumed run chooses the same as an uninterrupted one.
 
     Args:
         parameters: `main_grad` holds v; only that and the precision are read.
@@ -169,7 +170,7 @@ def choose_step(
         scale: `|theta| / |v|` over the whole model.
         group: all ranks.
         device: of the parameters.
-        dtype: of the run's parameters.
+        dtype: dtype of the run's parameters.
     """
     eps = torch.tensor(RELATIVE_STEPS, device=device).unsqueeze(1) * scale  # [k, 1]
     noise = torch.zeros(len(RELATIVE_STEPS), dtype=torch.float64, device=device)
@@ -181,7 +182,7 @@ def choose_step(
         v = parameter.main_grad.reshape(-1)[::stride].float()  # [m]
         if v.numel() == 0:
             continue
-        # As in `_difference`: there, over, and back from where that ended.
+        # As in `_difference`: forth, and back from where that ended.
         above = (start.float() + eps * v).to(value.dtype).float()  # [k, m]
         below = (above - 2.0 * eps * v).to(value.dtype).float()
         share = value.numel() / v.numel()
@@ -204,7 +205,7 @@ def _difference(
     group: dist.ProcessGroup,
     device: torch.device,
 ) -> tuple[torch.Tensor | None, float]:
-    """Returns `c_i` `[n]`, float64, at this eps, and the norm of the rounding in it."""
+    """Returns `c_i` `[n]`, float64, at this eps, and the norm of its rounding error."""
     for parameter, value in zip(parameters, theta, strict=True):
         if value.dtype == parameter.main_grad.dtype:
             torch.add(value, parameter.main_grad.view_as(value), alpha=eps, out=parameter.data)
@@ -224,18 +225,19 @@ def _move_back(
     group: dist.ProcessGroup,
     device: torch.device,
 ) -> float:
-    """Moves the parameters by `-distance v` from where rounding has left them.
+    """Moves the parameters by `-distance v` from where rounding left them.
 
-    Not to theta - eps v: the first move's rounding error is then no part of the difference, which
-    halves the noise. (It shifts the difference's middle by less than half an ulp of theta.)
+    The target is not theta - eps v: this way the first move's rounding error is not part of the
+    difference, which halves the noise. (It shifts the centre of the difference by less than half an
+    ulp of theta.)
 
     Returns:
-        The norm of what this move's rounding added, over the whole model.
+        The norm of this move's rounding error, over the whole model.
     """
     noise = torch.zeros(1, dtype=torch.float64, device=device)
     for parameter in parameters:
         v = _direction(parameter)
-        # kept: one parameter in float32, before and then the error of its move.
+        # Kept: one parameter in float32: first its old value, then the error of its move.
         before = parameter.detach().to(torch.float32, copy=True)
         parameter.data.copy_(torch.add(before, v, alpha=-distance))
         error = before.sub_(parameter.detach()).sub_(v, alpha=distance)
@@ -252,12 +254,12 @@ def _relative_change(
 ) -> float:
     """Returns `|doubled - values| / |values|` over the global batch, the same on every rank.
 
-    Not finite where all values are 0: v is not, so the step must have been lost in the rounding.
+    Not finite if all values are 0: v is not 0, so the step must have been lost in the rounding.
     """
     squares = torch.zeros(2, dtype=torch.float64, device=device)
     if values is not None and doubled is not None:
         squares = torch.stack([(doubled - values).square().sum(), values.square().sum()])
-    # Summed over all ranks: earlier stages add 0, tensor-parallel peers the same to both.
+    # Summed over all ranks: earlier stages add 0, tensor-parallel peers add the same to both.
     change, size = collectives.sum_of_shards(squares, group).sqrt().tolist()
     return change / size if size > 0.0 else math.inf
 

@@ -1,7 +1,7 @@
-"""Per-sample influence by a loop of per-sample backward passes: the truth for tests.
+"""Per-sample influence by a loop of per-sample backward passes: the reference for tests.
 
-One pass of the whole step for every sample of the global batch, through the trainer's own
-schedule and reductions, so it is exact under every layout and far too slow for training.
+It takes one pass of the whole step for every sample of the global batch, through the trainer's own
+schedule and reductions, so it is exact in every parallel layout and far too slow for training.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def estimate(
         num_samples: N.
         backward_of_sample: runs the trainer's forward and backward with the one-hot weight of
             global sample i at theta, and leaves the reduced gradient in `main_grad`.
-        device: of the parameters.
+        device: the parameters' device.
 
     Returns:
         `[N]` float64, equal on all ranks.
@@ -41,7 +41,7 @@ def estimate(
     for i in range(num_samples):
         with torch.enable_grad():
             backward_of_sample(i)
-        # Every rank of an optimizer's group takes part in the sum, with or without a share.
+        # Every rank of an optimizer's group takes part in the sum, with or without a shard.
         sums = {
             id(leaf): [leaf, torch.zeros((), dtype=torch.float64, device=device)] for leaf in leaves
         }

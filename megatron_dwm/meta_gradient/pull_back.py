@@ -1,7 +1,7 @@
-"""From the meta loss's gradient h to `v = (dU/dG)^T h`: how the meta loss sees the gradient G.
+"""Pulls the meta loss's gradient h back through the optimizer's step: `v = (dU/dG)^T h`.
 
 `theta+ = theta + U(clip(sum_i w_i g_i))`, so `dL_meta/dw_i = <h, dU/dG g_i> = <v, g_i>` with
-h taken at theta+. v lives in the model's gradient buffers (`main_grad`), full on every rank.
+h taken at theta+. v is kept in the model's gradient buffers (`main_grad`), complete on every rank.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from megatron_dwm.meta_gradient.optimizers.optimizer_rules import rule_of
 
 @dataclass
 class InnerStep:
-    """What has to be kept of an optimizer step to differentiate it.
+    """What has to be kept from an optimizer step to differentiate it.
 
-    The gradient only, 4 bytes an element that this rank steps: the moments stay with the
-    optimizer until its next step, and the Jacobian is computed from both when h is there.
+    Only the gradient is kept, 4 bytes per element that this rank updates: the moments stay with the
+    optimizer until its next step, and the Jacobian is computed from both once h is known.
 
     Attributes:
-        entries: for each slice that this rank steps: the slice and the (clipped) gradient that it
-            was stepped with, `[k]` float32, None where the Jacobian does not need it.
+        entries: for each slice that this rank updates: the slice and the (clipped) gradient of its
+            step, `[k]` float32, None if the Jacobian does not need it.
         lrs: the step's learning rates, by the id of the group.
         clip: `(a, b)` of `derivatives.clip_projection`.
-        optimizers: the Megatron optimizers, those without a share on this rank too.
-        layer_wise: those of which each rank steps some parameters whole.
+        optimizers: the Megatron optimizers, including those without a shard on this rank.
+        layer_wise: those in which each rank updates some parameters whole.
     """
 
     entries: list[tuple[ParamShard, torch.Tensor | None]]
@@ -65,12 +65,12 @@ class InnerStep:
 
     @torch.no_grad()
     def pull_back(self, model: list[Any], device: torch.device) -> None:
-        """Replaces h in the gradient buffers by v, completes v on every rank, forgets the step.
+        """Replaces h in the gradient buffers with v, completes v on every rank, and drops the step.
 
         Args:
             model: the DDP-wrapped chunks whose `main_grad` hold h, reduced over data parallelism
                 (with the distributed optimizer: this rank's shard of it).
-            device: of the parameters; a rank without any takes part in the sums.
+            device: the parameters' device; a rank without parameters takes part in the sums.
         """
         a, b = self.clip
         dot = self._dot_with_clipped_gradient(device) if b else 0.0
@@ -87,10 +87,10 @@ class InnerStep:
                 h, rule = shard.grad_slice(), rule_of(shard)
                 h.copy_(rule.pull_back(shard, self.lrs[id(shard.group)], clipped, h))
                 if clipped is not None and rule.needs_gradient:
-                    # The batch has no gradient there (a token that it does not contain), so no
-                    # sample of it that has a weight has: <v, g_i> is the same. Adam's dU/dG can be
-                    # lr / eps there, which would leave a finite difference along v nothing of all
-                    # other parameters.
+                    # The batch has no gradient there (a token that it does not contain), so none of
+                    # its samples with a weight above 0 has one: <v, g_i> is the same. Adam's dU/dG
+                    # can be lr / eps there, which would leave a finite difference along v nothing
+                    # for all other parameters.
                     h.masked_fill_(clipped == 0, 0.0)
                 if a != 1.0:
                     h.mul_(a)
@@ -119,12 +119,12 @@ class InnerStep:
 
 @torch.no_grad()
 def pull_back_before_step(optimizer: Any, lrs: dict[int, float], model: list[Any]) -> None:
-    """Replaces h, taken before the step, by v with the Jacobian that the step is expected to have.
+    """Replaces h, taken before the step, with v, using the Jacobian expected for the step.
 
-    The gradient of the coming step is not known yet. Adam's Jacobian is taken with the second
-    moment as it stands (a frozen preconditioner, as in OPUS, ICML 2026); SGD's does not
-    depend on the gradient and is exact. Clipping is left to the caller, which knows its factor
-    after the step; its projection is not applied.
+    The gradient of the coming step is not known yet. Adam's Jacobian uses the current second moment
+    (a frozen preconditioner, as in OPUS, ICML 2026); SGD's does not depend on the gradient and is
+    exact. Clipping is left to the caller, which knows its factor after the step; its projection is
+    not applied.
 
     Args:
         optimizer: Megatron's optimizer, which must have taken a step before.
@@ -149,10 +149,10 @@ def pull_back_before_step(optimizer: Any, lrs: dict[int, float], model: list[Any
 
 @torch.no_grad()
 def pull_back_identity(lr: float, model: list[Any]) -> None:
-    """Replaces h by `v = -lr h` (`--dwm-jacobian identity`): any optimizer taken for plain SGD.
+    """Replaces h with `v = -lr h` (`--dwm-jacobian identity`): treats any optimizer as plain SGD.
 
-    One learning rate for all parameters: which group a parameter is in, an unknown optimizer need
-    not tell.
+    It uses one learning rate for all parameters, because an unknown optimizer need not tell which
+    group a parameter is in.
     """
 
     def apply(parameter: torch.nn.Parameter) -> None:
@@ -162,15 +162,15 @@ def pull_back_identity(lr: float, model: list[Any]) -> None:
 
 
 def _transform(model: list[Any], apply: Any, by_owners: bool = False) -> None:
-    """Applies a function to each parameter's `main_grad`, and completes it on every rank.
+    """Applies a function to each parameter's `main_grad` and completes it on every rank.
 
-    With the distributed optimizer a rank's own shards become right, and are gathered bucket by
-    bucket while the next bucket is worked on; at most two buckets' own shards are held for that.
+    With the distributed optimizer each rank transforms its own shards, which are gathered bucket by
+    bucket while the next bucket is processed; at most two buckets' own shards are held for this.
 
     Args:
         model: DDP-wrapped chunks.
         apply: what to do with a parameter.
-        by_owners: whether one rank alone has made each parameter's, and the others 0 of it.
+        by_owners: whether only one rank holds each parameter's result, and the others hold 0.
     """
     handle = None
     for chunk in model:

@@ -1,1 +1,1 @@
-"""How samples are weighted: one file per family of policies, all on the interface of `base`."""
+"""How samples are weighted: one file per family of policies, all with the interface of `base`."""

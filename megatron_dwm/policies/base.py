@@ -1,19 +1,19 @@
-"""The interface of everything that weighs samples, and how a policy is found by its name.
+"""The interface of all weight policies, and how a policy is found by its name.
 
-A policy says what it needs, gives each micro-batch its weights, learns from the samples' influence
-on the meta loss where it wants to, and keeps its state in the checkpoint. A policy of one's own is
-a subclass anywhere on the path, named as `--dwm-policy package.module:Class`.
+A policy declares what it needs, gives each micro-batch its weights, may learn from the samples'
+influence on the meta loss, and keeps its state in the checkpoint. Your own policy is a subclass
+anywhere on the path, named as `--dwm-policy package.module:Class`.
 
 The step calls a policy in this order:
 
-    foresee(step, c)   on every rank, where influence is asked for ahead of the step
+    foresee(step, c)   on every rank, if influence is asked for ahead of the step
     begin(step)        on every rank, before the trainer's own step
     weights(view)      on ranks that see losses, inside the forward step of each micro-batch
     observe(step, c)   on every rank, on meta steps, once the influence is known
     end(step)          on every rank, when the step is over
 
-What `weights` reads of the policy's state must not change between `begin` and `observe`: no weight
-may depend on the order of the micro-batches, nor on how they are spread over ranks.
+The state that `weights` reads must not change between `begin` and `observe`: no weight may depend
+on the order of the micro-batches, or on how they are distributed over ranks.
 
 Shapes: b samples in a micro-batch, m micro-batches on this rank (n = m b), N samples in the global
 batch, s tokens in a sample, h the language model's hidden size.
@@ -52,13 +52,13 @@ class PolicyContext:
 
     Attributes:
         config: all settings, defaults resolved.
-        topology: which ranks hold which samples, and parts of one.
+        topology: which ranks hold which samples, and parts of samples.
         device: where tensors live.
         micro_batch_size: b.
         hidden_size: h.
-        sequence_parallel: whether hidden states are spread over tensor-parallel ranks.
-        scorer: builds the separate weighting model; called by the policy that has one.
-        steps: of the whole training.
+        sequence_parallel: whether hidden states are split over tensor-parallel ranks.
+        scorer: builds the separate weighting model; called by policies that have one.
+        steps: number of steps of the whole training.
     """
 
     config: DWMConfig
@@ -72,7 +72,7 @@ class PolicyContext:
 
     @property
     def sees_losses(self) -> bool:
-        """Whether this rank is of the last pipeline stage."""
+        """Whether this rank is in the last pipeline stage."""
         return self.topology.sees_losses
 
 
@@ -85,9 +85,9 @@ class StepView:
         num_microbatches: m.
         batches: the step's micro-batches.
         domains: `[n]` data set of each local sample, -1 unknown; None on ranks without losses.
-        documents: by setting (`Needs.documents`) `[n]`, see `SampleView`; empty on ranks without
-            losses.
-        learns: whether the step lies where the policy may learn (a meta window).
+        documents: `[n]` numbers by setting (`Needs.documents`), see `SampleView`; empty on ranks
+            without losses.
+        learns: whether the policy may learn in this step (it is in a meta window).
         causes: what was NaN or infinite in the step, once that is known.
     """
 
@@ -112,8 +112,8 @@ class SampleView:
         states: `[s, b, h]` final hidden states, detached (`[s / tp, b, h]` under sequence
             parallelism); None unless asked for.
         domains: `[b]`, as in `StepView`.
-        documents: by setting (`Needs.documents`) `[b]`, the mean over the sample's tokens of their
-            documents' numbers; empty unless asked for.
+        documents: `[b]` numbers by setting (`Needs.documents`): the mean, over the sample's tokens,
+            of their documents' numbers; empty unless asked for.
     """
 
     index: int
@@ -126,11 +126,12 @@ class SampleView:
 
 @dataclass
 class Lesson:
-    """What a policy made of a meta step's influence.
+    """What a policy learned from a meta step's influence.
 
     Attributes:
-        updated: whether it has learned from it.
-        grad_norm: of a weighting model that learns by gradient, before clipping; else NaN.
+        updated: whether it learned from it.
+        grad_norm: gradient norm of a weighting model that learns by gradient, before clipping; else
+            NaN.
         causes: what was NaN or infinite, the same on every rank, see `bad_steps`.
     """
 
@@ -140,28 +141,28 @@ class Lesson:
 
 
 class WeightPolicy(abc.ABC):
-    """A way to weigh samples.
+    """A way to weight samples.
 
-    The mean weight is one in expectation. Subclasses take a `PolicyContext` and nothing else.
+    The mean weight is one in expectation. Subclasses are constructed from a `PolicyContext` alone.
     """
 
     needs = Needs()
-    scorer: Any = None  # a separate weighting model, where there is one
+    scorer: Any = None  # a separate weighting model, if there is one
 
     def __init__(self, context: PolicyContext) -> None:
         self.context = context
 
     def begin(self, step: StepView) -> None:  # noqa: B027 - nothing to do is the usual case
-        """Gets ready for a weighted step. On every rank; collectives are allowed."""
+        """Prepares a weighted step. Called on every rank; collectives are allowed."""
 
     def foresee(  # noqa: B027 - only where `Needs.influence_ahead` asks
         self, step: StepView, influence: torch.Tensor | None
     ) -> None:
-        """Takes the influence that the samples of the coming step would have at weight 1.
+        """Receives the influence that the samples of the coming step would have at weight 1.
 
         Args:
             step: the step.
-            influence: as for `observe`; None where it cannot be known yet.
+            influence: as for `observe`; None if it cannot be known yet.
         """
 
     @abc.abstractmethod
@@ -169,52 +170,52 @@ class WeightPolicy(abc.ABC):
         """Returns the weights of a micro-batch, `[b]` float32, finite and not negative."""
 
     def observe(self, step: StepView, influence: torch.Tensor) -> Lesson:
-        """Takes the influence of the step's samples. On every rank; collectives are allowed.
+        """Receives the influence of the step's samples. On every rank; collectives are allowed.
 
         Args:
             step: the step.
-            influence: `[N]` `c_i = dL_meta/dw_i` over the learning rate, negative where more
+            influence: `[N]` `c_i = dL_meta/dw_i` divided by the learning rate, negative where more
                 weight helps, in the order (data-parallel rank, micro-batch, sample); finite. On
-                ranks that see no losses a single zero.
+                ranks that see no losses, a single zero.
         """
         return Lesson()
 
     def end(self, step: StepView) -> list[str]:
-        """Ends a weighted step. On every rank; collectives are allowed.
+        """Ends a weighted step. Called on every rank; collectives are allowed.
 
         Returns:
-            What was NaN or infinite in what was learned here, the same on every rank.
+            What became NaN or infinite by learning here, the same on every rank.
         """
         return []
 
     def bad_scores(self) -> torch.Tensor | bool:
-        """Returns whether a score of this rank was NaN or infinite since this was last called."""
+        """Returns whether a score of this rank was NaN or infinite since the last call."""
         return False
 
     def broken(self) -> torch.Tensor | bool:
-        """Returns whether something that the policy has learned is NaN or infinite."""
+        """Returns whether anything that the policy has learned is NaN or infinite."""
         return False
 
     @property
     def opening(self) -> float:
-        """How far weights may leave 1 yet, from 0 to 1: less than 1 where a gate holds them."""
+        """How far weights may move away from 1, from 0 to 1: below 1 if a gate holds them back."""
         return 1.0
 
     @property
     def synchronous(self) -> bool:
-        """Whether `bad_scores` must be looked at in every step, at the price of a wait."""
+        """Whether `bad_scores` must be checked in every step, at the price of a wait."""
         return False
 
     def local_scores(self) -> torch.Tensor | None:
-        """Returns the scores `[n]` of the last step's local samples; None where there are none."""
+        """Returns the scores `[n]` of the last step's local samples; None if there are none."""
         return None
 
     def figures(self) -> dict[str, Any]:
-        """Returns figures of the last step for the log: numbers, or scalar tensors."""
+        """Returns values of the last step for the log: numbers, or scalar tensors."""
         return {}
 
     def notices(self) -> list[str]:
-        """Returns lines for the user since this was last called, on ranks that see losses."""
+        """Returns lines for the user since the last call, on ranks that see losses."""
         return []
 
     def description(self) -> dict[str, Any] | None:
@@ -226,31 +227,31 @@ class WeightPolicy(abc.ABC):
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - no state, no work
-        """Takes over what `state_dict` returned."""
+        """Loads what `state_dict` returned."""
 
     def common_state(self) -> dict[str, Any]:
-        """Returns state that every rank has alike, those that see no losses too: plain values."""
+        """Returns state that is the same on every rank, even without losses, as plain values."""
         return {}
 
     def load_common_state(self, state: dict[str, Any]) -> None:  # noqa: B027 - as above
-        """Takes over what `common_state` returned."""
+        """Loads what `common_state` returned."""
 
     def forget_evidence(self) -> None:  # noqa: B027 - there is none
-        """Drops what another run has proved, where a policy starts from that run's state."""
+        """Drops another run's evidence, when a policy starts from that run's state."""
 
     def local_state_dict(self) -> dict[str, Any]:
-        """Returns state that this rank alone has; lost where a run resumes on other ranks."""
+        """Returns state that only this rank has; lost if a run resumes on other ranks."""
         return {}
 
     def load_local_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - as above
-        """Takes over what `local_state_dict` returned on this rank."""
+        """Loads what `local_state_dict` returned on this rank."""
 
 
 def policy_class(name: str) -> type[WeightPolicy]:
-    """Returns the policy of a name in `BUILT_IN`, or of a dotted path `package.module:Class`.
+    """Returns the policy class of a name in `BUILT_IN`, or of a path `package.module:Class`.
 
     Raises:
-        DWMError: there is none, or it is no `WeightPolicy`.
+        DWMError: there is none, or it is not a `WeightPolicy`.
     """
     found = named(name)
     if not (isinstance(found, type) and issubclass(found, WeightPolicy)):

@@ -2,10 +2,10 @@
 
     w_i = prod_k w_ik / m,    m: the running mean of the product
 
-The mean of a product is not the product of the means, so that m, fixed at the start of a step and
+The mean of a product is not the product of the means, so m, fixed at the start of a step and
 updated at its end, brings the mean back to one. A sample that one policy drops stays dropped. Each
-policy learns as it does alone, from the same influence: what more of a sample would do, whatever
-the others say of it.
+policy learns as it would alone, from the same influence: the effect of more weight on a sample,
+whatever weight the other policies give it.
 
 Shapes: b samples in a micro-batch, n on this rank.
 """
@@ -32,8 +32,8 @@ class Combined(WeightPolicy):
     """The product of policies.
 
     Args:
-        context: what they are built from.
-        names: of the policies.
+        context: what the policies are built from.
+        names: names of the policies.
     """
 
     def __init__(self, context: PolicyContext, names: list[str]) -> None:
@@ -44,32 +44,32 @@ class Combined(WeightPolicy):
         for policy in self.policies[1:]:
             self.needs = self.needs | policy.needs
         self.scorer = next((p.scorer for p in self.policies if p.scorer is not None), None)
-        # Running mean of the product, age.
+        # Running mean of the product, and its age.
         self.running = torch.tensor([1.0, 0.0], dtype=torch.float64, device=context.device)
         self._sums = StepSums(context.topology)
         self._products: dict[int, torch.Tensor] = {}
 
     def begin(self, step: StepView) -> None:
-        """As `WeightPolicy.begin`."""
+        """See `WeightPolicy.begin`."""
         self._settle()
         self._products.clear()
         for policy in self.policies:
             policy.begin(step)
 
     def foresee(self, step: StepView, influence: torch.Tensor | None) -> None:
-        """As `WeightPolicy.foresee`, of those that ask for it."""
+        """See `WeightPolicy.foresee`; for the policies that ask for it."""
         for policy in self.policies:
             if policy.needs.influence_ahead:
                 policy.foresee(step, influence)
 
     def weights(self, view: SampleView) -> torch.Tensor:
-        """As `WeightPolicy.weights`."""
+        """See `WeightPolicy.weights`."""
         product = torch.stack([policy.weights(view).double() for policy in self.policies]).prod(0)
         self._products[view.index] = product
         return (product / self.running[0]).float()
 
     def observe(self, step: StepView, influence: torch.Tensor) -> Lesson:
-        """As `WeightPolicy.observe`, of those that learn."""
+        """See `WeightPolicy.observe`; for the policies that learn."""
         lessons = [p.observe(step, influence) for p in self.policies if p.needs.influence]
         whole = Lesson()
         for lesson in lessons:
@@ -80,7 +80,7 @@ class Combined(WeightPolicy):
         return whole
 
     def end(self, step: StepView) -> list[str]:
-        """As `WeightPolicy.end`; starts summing the products."""
+        """See `WeightPolicy.end`; starts to sum the products."""
         causes = [cause for policy in self.policies for cause in policy.end(step)]
         if self.context.sees_losses and self._products:
             product = torch.cat([self._products[k] for k in sorted(self._products)])
@@ -88,14 +88,14 @@ class Combined(WeightPolicy):
         return list(dict.fromkeys(causes))
 
     def bad_scores(self) -> torch.Tensor | bool:
-        """As `WeightPolicy.bad_scores`, of all: each forgets what it has told."""
+        """See `WeightPolicy.bad_scores`; asks all policies, as each resets when asked."""
         found: torch.Tensor | bool = False
         for policy in self.policies:
             found = policy.bad_scores() | found
         return found
 
     def broken(self) -> torch.Tensor | bool:
-        """As `WeightPolicy.broken`."""
+        """See `WeightPolicy.broken`."""
         found: torch.Tensor | bool = False
         for policy in self.policies:
             found = policy.broken() | found
@@ -103,77 +103,77 @@ class Combined(WeightPolicy):
 
     @property
     def opening(self) -> float:
-        """As `WeightPolicy.opening`, of the one that is held back most."""
+        """See `WeightPolicy.opening`; that of the policy that is held back most."""
         return min(policy.opening for policy in self.policies)
 
     @property
     def synchronous(self) -> bool:
-        """As `WeightPolicy.synchronous`."""
+        """See `WeightPolicy.synchronous`."""
         return any(policy.synchronous for policy in self.policies)
 
     @property
     def batch(self) -> Any:
-        """What the guards did, of the first policy that has some."""
+        """What the guards did, for the first policy that has guards."""
         found = (getattr(policy, "batch", None) for policy in self.policies)
         return next((batch for batch in found if batch is not None), None)
 
     def local_scores(self) -> torch.Tensor | None:
-        """As `WeightPolicy.local_scores`, of the first policy that has some."""
+        """See `WeightPolicy.local_scores`; those of the first policy that has some."""
         found = (policy.local_scores() for policy in self.policies)
         return next((scores for scores in found if scores is not None), None)
 
     def figures(self) -> dict[str, Any]:
-        """As `WeightPolicy.figures`; where two have the same, the first policy's."""
+        """See `WeightPolicy.figures`; of equal names, the first policy's counts."""
         found: dict[str, Any] = {}
         for policy in self.policies:
             found = {**policy.figures(), **found}
         return found
 
     def notices(self) -> list[str]:
-        """As `WeightPolicy.notices`."""
+        """See `WeightPolicy.notices`."""
         return [line for policy in self.policies for line in policy.notices()]
 
     def description(self) -> dict[str, Any] | None:
-        """As `WeightPolicy.description`, of all."""
+        """See `WeightPolicy.description`; that of all policies."""
         found: dict[str, Any] = {"form": "+".join(self.names)}
         for policy in self.policies:
             found.update({k: v for k, v in (policy.description() or {}).items() if k != "form"})
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """As `WeightPolicy.state_dict`."""
+        """See `WeightPolicy.state_dict`."""
         self._settle()
         states = {str(k): policy.state_dict() for k, policy in enumerate(self.policies)}
         return {"running": self.running.cpu(), "policies": states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As `WeightPolicy.load_state_dict`."""
+        """See `WeightPolicy.load_state_dict`."""
         self.running = state["running"].to(self.running.device)
         for k, policy in enumerate(self.policies):
             policy.load_state_dict(state["policies"][str(k)])
 
     def common_state(self) -> dict[str, Any]:
-        """As `WeightPolicy.common_state`."""
+        """See `WeightPolicy.common_state`."""
         return {str(k): policy.common_state() for k, policy in enumerate(self.policies)}
 
     def load_common_state(self, state: dict[str, Any]) -> None:
-        """As `WeightPolicy.load_common_state`."""
+        """See `WeightPolicy.load_common_state`."""
         for k, policy in enumerate(self.policies):
             if str(k) in state:
                 policy.load_common_state(state[str(k)])
 
     def forget_evidence(self) -> None:
-        """As `WeightPolicy.forget_evidence`."""
+        """See `WeightPolicy.forget_evidence`."""
         for policy in self.policies:
             policy.forget_evidence()
 
     def local_state_dict(self) -> dict[str, Any]:
-        """As `WeightPolicy.local_state_dict`."""
+        """See `WeightPolicy.local_state_dict`."""
         states = {str(k): policy.local_state_dict() for k, policy in enumerate(self.policies)}
         return {k: state for k, state in states.items() if state}
 
     def load_local_state_dict(self, state: dict[str, Any]) -> None:
-        """As `WeightPolicy.load_local_state_dict`."""
+        """See `WeightPolicy.load_local_state_dict`."""
         for k, policy in enumerate(self.policies):
             if str(k) in state:
                 policy.load_local_state_dict(state[str(k)])
@@ -188,7 +188,7 @@ class Combined(WeightPolicy):
 
 
 def build_policy(names: str, context: PolicyContext) -> WeightPolicy:
-    """Returns the policy of a name, or of several with `+` between them.
+    """Returns the policy of a name, or of several names joined by `+`.
 
     Args:
         names: see `DWMConfig.policies`.

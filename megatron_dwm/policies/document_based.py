@@ -1,23 +1,23 @@
-"""Weights that follow from what is known of a sample's documents before the training.
+"""Weights from what is known about a sample's documents before training.
 
-A number of each document lies in a weight file beside the data set (`megatron-dwm weights make`):
-a quality score, a perplexity, the importance under a target (DSIR), the loss of a reference model.
-A sample's number is the mean over its tokens of their documents' numbers.
+A weight file beside the data set (`megatron-dwm weights make`) has a number for each document: a
+quality score, a perplexity, the importance for a target (DSIR), the loss of a reference model. A
+sample's number is the mean, over its tokens, of their documents' numbers.
 
     static      w = number / running mean
-    curriculum  w = 1 / c for the share c of the samples that are easiest, else 0 (of samples whose
-                numbers are alike, where the share ends, all count in part); c grows from
-                `--dwm-curriculum-start` to 1 over `--dwm-curriculum-share` of the training, by
-                the pacing functions of Bengio et al. (ICML 2009) and Platanios et al. (NAACL 2019):
+    curriculum  w = 1 / c for the easiest share c of the samples, else 0 (where the share ends,
+                samples with equal numbers all count in part); c grows from `--dwm-curriculum-start`
+                to 1 over `--dwm-curriculum-share` of the training, by the pacing functions of
+                Bengio et al. (ICML 2009) and Platanios et al. (NAACL 2019):
                     linear  c = c0 + (1 - c0) t      t from 0 to 1
                     root    c = sqrt(c0^2 + (1 - c0^2) t)
-                    step    as linear, in five steps
-    rho         by the map of the loss over that of a reference model: what is learnable and not yet
-                learned counts most. As in RHO-LOSS (ICML 2022, arXiv 2206.07137), with weights
-                instead of a selection
+                    step    like linear, in five steps
+    rho         the map of the loss relative to that of a reference model: what is learnable but not
+                yet learned counts most. As in RHO-LOSS (ICML 2022, arXiv 2206.07137), but with
+                weights instead of a selection
 
-A curriculum of weights reads samples that do not count yet; drawing by weight files that change
-from stage to stage (`--dwm-sampling weights`) reads none in vain.
+A curriculum of weights also reads samples that do not count yet; drawing by weight files that
+change from stage to stage (`--dwm-sampling weights`) reads none in vain.
 
 Shapes: b samples in a micro-batch, n on this rank.
 """
@@ -37,11 +37,11 @@ from megatron_dwm.policies.maps import DECAY, build_map, newest
 from megatron_dwm.policies.running import StepSums, share_of_new
 
 _BINS = 256
-_STEPS = 5  # of the pacing `step`
+_STEPS = 5  # number of steps of the pacing `step`
 
 
 class _Running(WeightPolicy):
-    """A policy with running figures of past steps, the same on every data-parallel rank.
+    """A policy with running statistics of past steps, the same on every data-parallel rank.
 
     Args:
         context: what it is built from.
@@ -53,12 +53,12 @@ class _Running(WeightPolicy):
         self._numbers: dict[int, torch.Tensor] = {}
 
     def begin(self, step: StepView) -> None:
-        """Takes the last step's figures in."""
+        """Includes the last step's statistics."""
         self._settle()
         self._numbers.clear()
 
     def end(self, step: StepView) -> list[str]:
-        """Starts collecting the step's figures over data parallelism."""
+        """Starts to collect the step's statistics over data-parallel ranks."""
         if self.context.sees_losses and self._numbers:
             numbers = torch.cat([self._numbers[k] for k in sorted(self._numbers)])
             self._sums.start(self.sums(numbers))
@@ -66,14 +66,14 @@ class _Running(WeightPolicy):
 
     @abc.abstractmethod
     def sums(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Returns what is added up of this rank's numbers `[n]` float64."""
+        """Returns this rank's part of the sums over the numbers `[n]` float64."""
 
     @abc.abstractmethod
     def update(self, sums: torch.Tensor) -> None:
-        """Takes the sums over all samples in."""
+        """Includes the sums over all samples."""
 
     def description(self) -> dict[str, Any]:
-        """The policy's name: states of two of them do not fit each other."""
+        """The policy's name: one policy cannot load another's state."""
         return {"form": type(self).__name__.lower()}
 
     def _settle(self) -> None:
@@ -83,7 +83,7 @@ class _Running(WeightPolicy):
 
 
 class Static(_Running):
-    """The sample's number over the running mean of them."""
+    """The sample's number divided by the running mean of the numbers."""
 
     needs = Needs(documents=("static_weights",))
 
@@ -93,43 +93,43 @@ class Static(_Running):
         self.running = torch.tensor([1.0, 0.0], dtype=torch.float64, device=context.device)
 
     def weights(self, view: SampleView) -> torch.Tensor:
-        """As `WeightPolicy.weights`; 1 in the first step, whose mean is not known."""
+        """See `WeightPolicy.weights`; 1 in the first step, when the mean is not known."""
         numbers = self._numbers[view.index] = view.documents["static_weights"].double()
         mean, age = self.running
         return torch.where(age > 0, numbers / mean.clamp(min=1e-30), 1.0).float()
 
     def sums(self, numbers: torch.Tensor) -> torch.Tensor:
-        """As `_Running.sums`: count and sum."""
+        """See `_Running.sums`: count and sum."""
         return torch.stack([torch.ones_like(numbers).sum(), numbers.sum()])
 
     def update(self, sums: torch.Tensor) -> None:
-        """As `_Running.update`; samples that all weigh 0 leave the mean as it is."""
+        """See `_Running.update`; if all samples have the number 0, the mean is unchanged."""
         mean, age = self.running[0], self.running[1] + 1
         seen = mean + share_of_new(age, DECAY) * (sums[1] / sums[0] - mean)
         self.running = torch.stack([torch.where(seen > 0, seen, mean), age])
 
     def state_dict(self) -> dict[str, Any]:
-        """As `WeightPolicy.state_dict`."""
+        """See `WeightPolicy.state_dict`."""
         self._settle()
         return {"running": self.running.cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As `WeightPolicy.load_state_dict`."""
+        """See `WeightPolicy.load_state_dict`."""
         self.running = state["running"].to(self.running.device)
 
 
 class Curriculum(_Running):
     """The easiest share of the samples, which grows with the training.
 
-    A sample's number lies in [0, 1]: the mean place of its documents among all of the training
-    data. Which numbers are the lowest share is read off a running histogram of the samples'.
+    A sample's number is in [0, 1]: the mean rank of its documents among all of the training data. A
+    running histogram of the samples' numbers tells which of them are in the lowest share.
     """
 
     needs = Needs(documents=("curriculum_by",))
 
     def __init__(self, context: PolicyContext) -> None:
         super().__init__(context)
-        # The histogram, and last its age.
+        # The histogram, with its age as the last entry.
         self.running = torch.zeros(_BINS + 1, dtype=torch.float64, device=context.device)
         self._share = 1.0
         # The bin in which the share ends, and how much samples in it count.
@@ -143,13 +143,13 @@ class Curriculum(_Running):
         histogram = self.running[:-1]
         below = torch.cumsum(histogram, 0) - histogram
         self._edge = (below < self._share).sum().clamp(min=1) - 1
-        # Not by an index, for which the device would be waited for.
+        # Without an index, which would wait for the device.
         at = self._edge.view(1)
         inside = (self._share - below.gather(0, at)) / histogram.gather(0, at).clamp(min=1e-12)
         self._part = inside.clamp(max=1).squeeze(0)
 
     def share(self, iteration: int) -> float:
-        """Returns the share c of the samples that count in a step."""
+        """Returns the share c of samples that count in a step."""
         config = self.context.config
         start, whole = config.curriculum_start, config.curriculum_share * self.context.steps
         t = min(1.0, iteration / max(1.0, whole))
@@ -160,7 +160,7 @@ class Curriculum(_Running):
         return start + (1 - start) * t
 
     def weights(self, view: SampleView) -> torch.Tensor:
-        """As `WeightPolicy.weights`; 1 in the first step, before the numbers are known."""
+        """See `WeightPolicy.weights`; 1 in the first step, before the numbers are known."""
         numbers = view.documents["curriculum_by"].double().clamp(0, 1)
         if self.context.config.curriculum_order == "descending":
             numbers = 1 - numbers
@@ -171,29 +171,29 @@ class Curriculum(_Running):
         return torch.where(known, counts / self._share, 1.0).float()
 
     def sums(self, numbers: torch.Tensor) -> torch.Tensor:
-        """As `_Running.sums`: how many samples are in each bin."""
+        """See `_Running.sums`: the number of samples in each bin."""
         ones = torch.ones_like(numbers)
         return torch.zeros_like(self.running[:-1]).index_add_(0, _bins(numbers), ones)
 
     def update(self, sums: torch.Tensor) -> None:
-        """As `_Running.update`."""
+        """See `_Running.update`."""
         histogram, age = self.running[:-1], self.running[-1] + 1
-        # A quantile of few samples scatters: more steps than for a mean.
+        # A quantile of few samples is noisy: it averages over more steps than a mean.
         new = share_of_new(age, 1 - (1 - DECAY) / 5)
         histogram = histogram + new * (sums / sums.sum().clamp(min=1) - histogram)
         self.running = torch.cat([histogram, age.view(1)])
 
     def figures(self) -> dict[str, Any]:
-        """The share of the samples that count."""
+        """The share of samples that count."""
         return {"curriculum": self._share}
 
     def state_dict(self) -> dict[str, Any]:
-        """As `WeightPolicy.state_dict`."""
+        """See `WeightPolicy.state_dict`."""
         self._settle()
         return {"running": self.running.cpu(), "share": self._share}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As `WeightPolicy.load_state_dict`."""
+        """See `WeightPolicy.load_state_dict`."""
         self.running, self._share = state["running"].to(self.running.device), state["share"]
 
 
@@ -202,10 +202,11 @@ def _bins(numbers: torch.Tensor) -> torch.Tensor:
 
 
 class ExcessLoss(_Running):
-    """The map of a sample's mean token loss over that of a reference model.
+    """The map of a sample's mean token loss relative to that of a reference model.
 
-    Weights are 1 for two steps: the first says where excess losses lie, the second what weights
-    they come to. They go back to 1 while all losses fall faster than that is followed.
+    Weights are 1 for two steps: the first shows the range of excess losses, the second the mean of
+    the weights that they give. Weights return to 1 while all losses fall faster than the running
+    range can follow.
     """
 
     needs = Needs(losses=True, map=True, documents=("reference_losses",))
@@ -213,13 +214,13 @@ class ExcessLoss(_Running):
     def __init__(self, context: PolicyContext) -> None:
         super().__init__(context)
         self.map = build_map(context.config, True, context.device, drifts=True)
-        # Mean and variance of a step's excess losses, of the last samples, see `maps.RECENT`.
+        # Mean and variance of the excess losses of the last samples, see `maps.RECENT`.
         self.running = torch.tensor([0.0, 1.0], dtype=torch.float64, device=context.device)
         self._steps = 0
         self._bad: torch.Tensor | bool = False
 
     def weights(self, view: SampleView) -> torch.Tensor:
-        """As `WeightPolicy.weights`."""
+        """See `WeightPolicy.weights`."""
         losses = mean_losses(view.losses, view.mask, self.context.topology)
         excess = self._numbers[view.index] = losses - view.documents["reference_losses"].double()
         found = self.map.weights(excess)
@@ -227,42 +228,42 @@ class ExcessLoss(_Running):
         return found.weights if self._steps > 1 else torch.ones_like(found.weights)
 
     def sums(self, numbers: torch.Tensor) -> torch.Tensor:
-        """As `_Running.sums`: count, sum and sum of squares, and what the map needs."""
+        """See `_Running.sums`: count, sum and sum of squares, and what the map needs."""
         finite = torch.isfinite(numbers)
         kept = torch.where(finite, numbers, 0.0)
         own = torch.stack([finite.double().sum(), kept.sum(), kept.square().sum()])
         return torch.cat([own, self.map.sums(numbers)])
 
     def update(self, sums: torch.Tensor) -> None:
-        """As `_Running.update`."""
+        """See `_Running.update`."""
         count, total, squares = sums[:3]
         mean = total / count.clamp(min=1)
         step = torch.stack([mean, squares / count.clamp(min=1) - mean.square()])
         self._steps += 1
         new = newest(count.clamp(min=1)).clamp(min=1 / self._steps)
         self.running = self.running + new * (step - self.running)
-        if self._steps > 1:  # the first step finds where the map lies, and says nothing else
+        if self._steps > 1:  # the first step only places the map
             self.map.update(sums[3:])
         self.map.place(*self.running)
 
     def bad_scores(self) -> torch.Tensor | bool:
-        """As `WeightPolicy.bad_scores`."""
+        """See `WeightPolicy.bad_scores`."""
         found, self._bad = self._bad, False
         return found
 
     def local_scores(self) -> torch.Tensor | None:
-        """As `WeightPolicy.local_scores`: the excess losses."""
+        """See `WeightPolicy.local_scores`: the excess losses."""
         if not self._numbers:
             return None
         return torch.cat([self._numbers[k] for k in sorted(self._numbers)])
 
     def state_dict(self) -> dict[str, Any]:
-        """As `WeightPolicy.state_dict`."""
+        """See `WeightPolicy.state_dict`."""
         self._settle()
         return {"map": self.map.state_dict(), "running": self.running.cpu(), "steps": self._steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As `WeightPolicy.load_state_dict`."""
-        self._steps = state.get("steps", 0)  # what was saved before begins anew
+        """See `WeightPolicy.load_state_dict`."""
+        self._steps = state.get("steps", 0)  # older states start from 0
         self.map.load_state_dict(state["map"])
         self.running = state["running"].to(self.running.device)

@@ -1,9 +1,9 @@
-"""Domain weights while the training runs: influence averaged over each domain's samples.
+"""Domain weights during training: influence averaged over each domain's samples.
 
-As DoReMi (NeurIPS 2023), ADO (ICLR 2025) and R&B (2025) mix domains by what these do for the loss
-while training, here by the influence that the head learns from. A domain's score is the mean
-usefulness of its samples, forgotten as the head forgets and drawn towards 0 where few were seen;
-every sample of a domain has its weight, through the same map and the same gate as the head's.
+DoReMi (NeurIPS 2023), ADO (ICLR 2025) and R&B (2025) mix domains by their effect on the loss during
+training; this policy uses the influence that the head learns from. A domain's score is the mean
+usefulness of its samples, with the head's forgetting and shrunk towards 0 if few were seen. All
+samples of a domain have the same weight, through the same map and gate as the head's.
 
     m_d = sum_i z_i / (n_d + P)      z_i: see `learned.Targets`; both sums with forgetting
     s_d = m_d / sqrt(sum_d p_d m_d^2)    p_d: the domain's share of the samples
@@ -22,7 +22,7 @@ from megatron_dwm.policies.base import Lesson, PolicyContext, SampleView, StepVi
 from megatron_dwm.policies.learned import LearnedPolicy
 from megatron_dwm.policies.running import StepSums
 
-PRIOR = 16.0  # samples of usefulness 0 that every domain begins with
+PRIOR = 16.0  # samples of usefulness 0 that every domain starts with
 
 
 class Domains(LearnedPolicy):
@@ -36,13 +36,13 @@ class Domains(LearnedPolicy):
 
     def __init__(self, context: PolicyContext) -> None:
         super().__init__(context, standard=True)
-        # Sum of usefulness and number of samples, by domain; the last one has no number.
+        # Sum of usefulness and number of samples, by domain; the last entry is for unknown domains.
         self.sums = torch.zeros(1, 2, dtype=torch.float64, device=context.device)
         self._pending = StepSums(context.topology)
         self._domains: dict[int, torch.Tensor] = {}
 
     def begin(self, step: StepView) -> None:
-        """Takes the map's figures of the last step in."""
+        """Includes the last step's sums in the map."""
         self._settle()
         self._scores.clear()
         self._domains.clear()
@@ -57,7 +57,7 @@ class Domains(LearnedPolicy):
         return mean * (share * mean.square()).sum().clamp(min=1e-12).rsqrt()
 
     def weights(self, view: SampleView) -> torch.Tensor:
-        """As `WeightPolicy.weights`; a domain that no meta step has seen scores 0."""
+        """See `WeightPolicy.weights`; a domain that no meta step has seen has score 0."""
         if view.domains is None:
             domains = torch.full((view.losses.size(0),), -1, device=self.sums.device)
         else:
@@ -86,23 +86,23 @@ class Domains(LearnedPolicy):
         return Lesson(True)
 
     def end(self, step: StepView) -> list[str]:
-        """Starts summing what the map needs of this step."""
+        """Starts to sum what the map needs from this step."""
         scores = self.local_scores()
         if self.context.sees_losses and scores is not None:
             self._pending.start(self.map.sums(scores))
         return []
 
     def description(self) -> dict[str, Any]:
-        """Its name."""
+        """The policy's name."""
         return {"form": "domains"}
 
     def state_dict(self) -> dict[str, Any]:
-        """As `WeightPolicy.state_dict`."""
+        """See `WeightPolicy.state_dict`."""
         self._settle()
         return {**super().state_dict(), "sums": self.sums.cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As `WeightPolicy.load_state_dict`."""
+        """See `WeightPolicy.load_state_dict`."""
         super().load_state_dict(state)
         self.sums = state["sums"].to(self.sums.device)
 

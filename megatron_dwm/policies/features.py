@@ -1,11 +1,12 @@
-"""What the language model's own forward pass says of a sample: the features of the head.
+"""The head's features of a sample, from the language model's own forward pass.
 
     mean and variance over positions of the final hidden states (after the final norm)   [b, 2 h]
     mean and standard deviation of the per-token losses                                  [b, 2]
 
-Positions count as the loss counts them; masked ones not at all. Under sequence parallelism each
-tensor-parallel rank has a part of the positions, under context parallelism each rank of that group
-has (losses too): moments of the parts are merged, so the features are those of the whole sample.
+Positions count as they count in the loss; masked ones do not count. Under sequence parallelism each
+tensor-parallel rank has a part of the positions, and under context parallelism each rank of that
+group (also of the losses): the moments of the parts are merged, so the features are those of the
+whole sample.
 
 Shapes: b samples, s positions on this rank, h hidden size.
 """
@@ -19,7 +20,7 @@ import torch
 
 from megatron_dwm.core.topology import Topology
 
-# Elements of a float32 copy that is made at a time.
+# Elements of a float32 copy that are made at a time.
 _BLOCK = 1 << 22
 
 
@@ -39,7 +40,7 @@ class Moments:
 
     @property
     def variance(self) -> torch.Tensor:
-        """`[b, f]`; 0 where no position counts."""
+        """Variance `[b, f]`; 0 where no position counts."""
         return self.deviations / self.count.clamp(min=1e-20)
 
 
@@ -57,7 +58,7 @@ def moments_over_positions(x: torch.Tensor, mask: torch.Tensor) -> Moments:
     weights = mask.unsqueeze(-1)
     parts = list(zip(x.split(step), weights.split(step), strict=True))
     if len(parts) == 1:
-        parts = [(x.float(), weights)]  # small enough to be kept from the first pass to the second
+        parts = [(x.float(), weights)]  # small enough to keep for both passes
     count = weights.sum(0)
     mean = _added([(part.float() * m).sum(0) for part, m in parts]) / count.clamp(min=1e-20)
     squares = [((part.float() - mean).square() * m).sum(0) for part, m in parts]
@@ -69,10 +70,10 @@ def _added(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def merged(parts: Moments, gather: Callable[[torch.Tensor], torch.Tensor]) -> Moments:
-    """Merges the moments of ranks of which each has other positions of the samples.
+    """Merges the moments of ranks that each have other positions of the samples.
 
     Args:
-        parts: this rank's.
+        parts: this rank's moments.
         gather: a method of `Topology` that returns `[ranks, ...]`.
     """
     packed = torch.cat([parts.count, parts.mean, parts.deviations], dim=1)
@@ -89,13 +90,13 @@ def merged(parts: Moments, gather: Callable[[torch.Tensor], torch.Tensor]) -> Mo
 def sample_features(
     states: torch.Tensor, losses: torch.Tensor, mask: torch.Tensor, topology: Topology
 ) -> torch.Tensor:
-    """Returns the features of a micro-batch, `[b, 2 h + 2]` float32, the same on all its ranks.
+    """Returns the features of a micro-batch, `[b, 2 h + 2]` float32, equal on all its ranks.
 
     Args:
         states: `[s, b, h]` final hidden states; `[s / tp, b, h]` under sequence parallelism.
         losses: `[b, s]` per-token losses.
         mask: `[b, s]` how much each position counts.
-        topology: which rank has which positions.
+        topology: which ranks have which positions.
     """
     over_losses = moments_over_positions(losses.t().unsqueeze(-1), mask.t())
     positions = mask.t()
@@ -116,14 +117,14 @@ def sample_features(
 def mean_losses(
     losses: torch.Tensor, mask: torch.Tensor | None, topology: Topology
 ) -> torch.Tensor:
-    """Returns the mean token loss of each sample, `[b]` float64, the same on all its ranks.
+    """Returns the mean token loss of each sample, `[b]` float64, equal on all its ranks.
 
     Args:
         losses: `[b, s]` per-token losses.
         mask: `[b, s]` how much each position counts.
-        topology: which rank has which positions.
+        topology: which ranks have which positions.
     """
-    assert mask is not None  # `Needs.losses` has asked for it
+    assert mask is not None  # requested by `Needs.losses`
     parts = moments_over_positions(losses.t().unsqueeze(-1), mask.t())
     return merged(parts, topology.gather_parts_of_context).mean.squeeze(1).double()
 
@@ -131,18 +132,18 @@ def mean_losses(
 class Projection:
     """A fixed random projection of many standardised features to few.
 
-    Each feature gets a random sign and goes to one of the outputs, all of which take equally many:
-    a count sketch (Charikar et al., 2002; Weinberger et al., 2009) with balanced buckets. Inner
-    products are kept in expectation. It needs one vector of signs and one of places, and the same
-    sums in the same order on every rank.
+    Each feature gets a random sign and is added to one of the outputs, all of which get equally
+    many: a count sketch (Charikar et al., 2002; Weinberger et al., 2009) with balanced buckets.
+    Inner products are preserved in expectation. It needs one vector of signs and one of positions,
+    and takes the same sums in the same order on every rank.
 
-    The last `kept` features pass unchanged.
+    The last `kept` features pass through unchanged.
 
     Args:
         width: number of features.
-        limit: number of outputs, if there are more features.
-        kept: how many at the end are passed on as they are.
-        seed: of signs and places.
+        limit: number of outputs, if there are more features than that.
+        kept: number of features at the end that pass through unchanged.
+        seed: seed of signs and positions.
         device: where features live.
     """
 
@@ -158,14 +159,14 @@ class Projection:
         padded = per_output * outputs
         order = torch.randperm(padded, generator=generator)
         signs = torch.randint(2, (padded,), generator=generator).double() * 2 - 1
-        # Places beyond the last feature read the first one with sign 0.
+        # Positions beyond the last feature read the first one with sign 0.
         signs[order >= self.inputs] = 0.0
         self.order = order.clamp(max=self.inputs - 1).masked_fill(order >= self.inputs, 0)
         self.order = self.order.to(device)
         self.signs, self.per_output = signs.to(device), per_output
 
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
-        """Returns `[n, width]` of `[n, inputs + kept]`, in the same precision."""
+        """Projects `[n, inputs + kept]` to `[n, width]`, in the same precision."""
         if not self.active:
             return features
         many, kept = features.split([self.inputs, self.kept], dim=1)

@@ -1,14 +1,14 @@
-"""How far weights may leave one: what out-of-sample correlation has proved.
+"""The gate: how far weights may move away from one, by out-of-sample correlation.
 
-At every meta step the scores were made before the influence was known, so their correlation r with
-the samples' usefulness -c is an honest figure. The gate keeps its running mean and standard error
+At every meta step the scores were computed before the influence was known, so their correlation r
+with the samples' usefulness -c is out of sample. The gate keeps its running mean and standard error
 and scales the weights towards one, w = 1 + a (w - 1):
 
     a = clip((mean - 2 standard errors) / FULL, 0, 1)
 
-0 where the model knows nothing, or has not shown it yet. The standard error is that of a weighted
-mean of the r seen, whose variance is taken as theirs, or that of a correlation without signal,
-1 / (N - 1), whichever is larger: a few that happen to agree prove nothing.
+a is 0 if the model knows nothing, or has not shown it yet. The standard error is that of a weighted
+mean of the observed r. Their variance is the observed one or that of a correlation without signal,
+1 / (N - 1), whichever is larger: a few values that happen to agree prove nothing.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import Any
 
 import torch
 
-DECAY = 0.95  # of what was seen, a meta step
-FULL = 0.2  # a lower bound that opens the gate all the way
+DECAY = 0.95  # of past evidence, per meta step
+FULL = 0.2  # lower confidence bound at which the gate is fully open
 ERRORS = 2.0  # standard errors from the mean to the bound
-LEAST = 3  # meta steps before it opens at all
+LEAST = 3  # meta steps that it needs before it opens
 
 
 class Gate:
-    """Running evidence that a score says something of the influence.
+    """Running evidence that scores predict influence.
 
-    Plain numbers, computed alike on every rank that sees losses.
+    Plain numbers, the same on every rank that sees losses.
     """
 
     def __init__(self) -> None:
@@ -38,9 +38,9 @@ class Gate:
         self._said: str | None = None
 
     def observe(self, scores: torch.Tensor, influence: torch.Tensor) -> None:
-        """Takes one meta step's scores and influence, `[N]` each, made independently.
+        """Includes one meta step's scores and influence, `[N]` each, computed independently.
 
-        Steps in which either is constant say nothing and are left out.
+        Steps in which either is constant carry no information and are left out.
         """
         r = correlation(scores, -influence)
         self.last = r
@@ -55,14 +55,14 @@ class Gate:
 
     @property
     def mean(self) -> float:
-        """Running mean of the correlation; NaN before the first."""
+        """Running mean of the correlation; NaN before the first one."""
         return self.first / self.weight if self.weight else math.nan
 
     def standard_error(self, samples: int) -> float:
         """Returns the standard error of the mean.
 
         Args:
-            samples: N of a correlation.
+            samples: N, the samples per correlation.
         """
         if not self.weight:
             return math.nan
@@ -77,7 +77,7 @@ class Gate:
         return min(1.0, max(0.0, bound / FULL))
 
     def words(self, samples: int) -> str | None:
-        """Returns a line when the gate has opened, opened fully, or closed; else None."""
+        """Returns a line if the gate has opened, opened fully, or closed; else None."""
         state = "closed" if self.opening <= 0 else "open" if self.opening >= 1 else "partly open"
         if state == self._said or (self._said is None and state == "closed"):
             return None
@@ -87,8 +87,8 @@ class Gate:
             f"{self.standard_error(samples):.3f} over the last meta steps"
         )
         meaning = {
-            "closed": "which does not prove that the scores say anything: every weight is 1",
-            "partly open": f"weights go {self.opening:.0%} of their way from 1",
+            "closed": "which does not prove that the scores predict anything: every weight is 1",
+            "partly open": f"weights go {self.opening:.0%} of the way from 1",
             "open": "weights apply in full",
         }
         return f"DWM: gate {state}: {evidence}, {meaning[state]}"
@@ -100,7 +100,7 @@ class Gate:
         return {name: getattr(self, name) for name in names} | {"said": self._said, "last": last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over a state."""
+        """Loads a state."""
         for name in ("weight", "weight2", "first", "second", "seen", "opening"):
             setattr(self, name, state[name])
         self._said = state["said"]
@@ -109,7 +109,7 @@ class Gate:
 
 
 def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Returns Pearson's correlation of two `[N]`; NaN where one is constant or not finite."""
+    """Returns Pearson's correlation of two `[N]`; NaN if one is constant or not finite."""
     a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
     scale = torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b)
     value = ((a * b).sum() / scale).item() if scale > 0 else math.nan

@@ -1,17 +1,17 @@
 """Guards against weights that collapse onto a few samples; all off by default.
 
-They are applied in this order, each to what the one before it gives:
+They are applied in this order, each to the result of the one before:
 
     floor   tau' >= tau, the smallest with (sum w)^2 / (N sum w^2) >= F for w = N softmax(s / tau')
     mix     w' = (1 - A) w + A
     cap     w'' = min(W, a w') with the a that makes the mean 1 (water-filling)
 
-Mix and cap take from the largest weights and give to smaller ones, so that they only raise the
-effective sample size that the floor has left. Every one keeps the mean at 1 and the order of the
-samples. All are functions of the scores that can be differentiated (the cap: but where a weight
-reaches it), so the DWM's gradient goes through them.
+Mix and cap take from the largest weights and give to smaller ones, so they can only raise the
+effective sample size that the floor ensures. All keep the mean at 1 and the order of the samples.
+All are differentiable functions of the scores (the cap except where a weight reaches it), so the
+DWM's gradient goes through them.
 
-In float64, on the device, without waiting for it. Shapes: `N` samples in the global batch.
+Computed in float64, on the device, without waiting for it. Shapes: `N` samples in the global batch.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import torch
 
 from megatron_dwm.config import DWMConfig
 
-# The floor's temperature is looked for on grids of this many intervals, each inside one interval
-# of the grid before; then Newton's method makes it exact.
+# The floor's temperature is searched on grids of this many intervals, each within one interval of
+# the previous grid; then Newton's method makes it exact.
 _INTERVALS, _GRIDS, _NEWTON_STEPS = 32, 4, 2
 
 
@@ -59,8 +59,8 @@ class GuardedWeights:
 
     Attributes:
         weights: `[N]` with mean 1, differentiable in the scores.
-        temperature: scalar tensor, tau' of the batch; None where there is no floor.
-        capped: scalar tensor, the number of samples at the cap; None where there is none.
+        temperature: scalar tensor, tau' of the batch; None without a floor.
+        capped: scalar tensor, the number of samples at the cap; None without a cap.
     """
 
     weights: torch.Tensor
@@ -69,7 +69,7 @@ class GuardedWeights:
 
 
 def guarded_weights(scores: torch.Tensor, temperature: float, guards: Guards) -> GuardedWeights:
-    """Returns the weights that the guards let pass.
+    """Returns the guarded weights.
 
     Args:
         scores: `[N]` finite scores of the whole global batch.
@@ -84,9 +84,9 @@ def guarded_weights(scores: torch.Tensor, temperature: float, guards: Guards) ->
     raised = None
     if guards.min_effective_samples is not None:
         beta = _inverse_temperature(s, beta, guards.min_effective_samples)
-        # Exactly tau where the floor did not act, so that one can see whether it did.
+        # Exactly tau if the floor did not act, so that one can tell whether it did.
         raised = torch.where(beta < 1.0 / temperature, 1.0 / beta, temperature).detach()
-    # Shifted, as a common part of the scores would cost digits.
+    # Shifted, because a common part of the scores would cost precision.
     log_weights = torch.log_softmax((s - s.detach().max()) * beta, dim=0) + math.log(s.numel())
     if guards.uniform_mix > 0:
         share = torch.full_like(log_weights, math.log(guards.uniform_mix))
@@ -99,7 +99,7 @@ def guarded_weights(scores: torch.Tensor, temperature: float, guards: Guards) ->
 
 def _log_effective_size(s: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
     """Returns `log((sum p)^2 / (N sum p^2))` of `p = softmax(beta s)` for each beta `[...]`."""
-    # A common shift changes nothing but the digits that are lost.
+    # A common shift changes nothing but the loss of precision.
     scaled = beta.unsqueeze(-1) * (s - s.detach().max())
     twice = torch.logsumexp(2 * scaled, dim=-1)
     return 2 * torch.logsumexp(scaled, dim=-1) - twice - math.log(s.numel())
@@ -111,14 +111,14 @@ def _inverse_temperature(s: torch.Tensor, highest: torch.Tensor, floor: float) -
     The logarithm q of the effective size falls with beta:
     `dq/dbeta = 2 (E_p[s] - E_pp[s])`, p = softmax(beta s), pp = softmax(2 beta s). It is at least
     `1 / cosh^2(beta R / 2)` for scores within a range R (Kantorovich), which is where the search
-    begins. At the solution one step of Newton's method with the slope held fixed changes nothing,
-    and its derivative is the implicit one: `dbeta/ds = -(dq/ds) / (dq/dbeta)`.
+    starts. At the solution, one Newton step with the slope held fixed changes nothing, and its
+    derivative is the implicit one: `dbeta/ds = -(dq/ds) / (dq/dbeta)`.
     """
     target = math.log(floor)
     fixed = s.detach()
     spread = (fixed.max() - fixed.min()).clamp_min(torch.finfo(s.dtype).tiny)
     acts = _log_effective_size(fixed, highest) < target
-    # Bounds of log beta. Where the floor does not act, both are harmless and not used.
+    # Bounds of log beta. If the floor does not act, both are harmless and unused.
     high = highest.log().view(1)
     low = torch.minimum((2 * math.acosh(floor**-0.5) / spread).log().view(1), high)
     steps = torch.arange(_INTERVALS + 1, dtype=s.dtype, device=s.device) / _INTERVALS
@@ -136,7 +136,7 @@ def _inverse_temperature(s: torch.Tensor, highest: torch.Tensor, floor: float) -
 def _newton_step(
     s: torch.Tensor, beta: torch.Tensor, target: float, acts: torch.Tensor
 ) -> torch.Tensor:
-    """Returns `(q - target) / (dq/dbeta)`, the slope held fixed; 0 where the floor does not act."""
+    """Returns `(q - target) / (dq/dbeta)`, the slope held fixed; 0 if the floor does not act."""
     fixed = s.detach() - s.detach().max()
     first = (torch.softmax(beta * fixed, dim=0) * fixed).sum()
     second = (torch.softmax(2 * beta * fixed, dim=0) * fixed).sum()
@@ -146,14 +146,14 @@ def _newton_step(
 
 
 def _capped(log_weights: torch.Tensor, cap: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns `min(W, a w)` with mean 1, and how many are at W.
+    """Returns `min(W, a w)` with mean 1, and the number of weights at W.
 
-    The k largest are at the cap, with the smallest k for which the others, scaled to what is left
-    of the sum, stay within it. As W > 1 there is one: the last share is at most W.
+    The k largest are at the cap, with the smallest k for which the others, scaled to the rest of
+    the sum, stay within it. As W > 1 there is such a k: the last share is at most W.
 
     Args:
-        log_weights: `[N]` logarithms of weights with mean 1; weights too small for a number of
-            their own still get their share.
+        log_weights: `[N]` logarithms of weights with mean 1; weights that underflow still get their
+            share.
         cap: W > 1.
     """
     count = log_weights.numel()

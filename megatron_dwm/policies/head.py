@@ -1,20 +1,20 @@
-"""The head: a linear score on the language model's own states of this very forward pass.
+"""The head: a linear score on the language model's own states in the current forward pass.
 
     phi(x) = features (`features`), standardised by running moments, projected above `LIMIT`
-    s(x) = <w, phi(x)> over its own standard deviation,   w by ridge regression of the influence
+    s(x) = <w, phi(x)> / its standard deviation,   w by ridge regression of the influence
 
-The states of a language model drift while it trains, early on by several deviations within some
-steps, and with them the scores of all samples alike. The map therefore has its centre at the score
-of the mean features of the last `maps.RECENT` samples or so, as the score is linear, and its
-deviation is that of their scores; else a drift would be taken for a difference, and drop every
-sample or none.
+The states of a language model drift while it trains, early on by several standard deviations within
+a few steps, and the scores of all samples drift with them. The map's centre is therefore the score
+of the mean features of the last `maps.RECENT` samples or so (the score is linear), and its
+deviation is that of their scores; otherwise a drift would be mistaken for a difference between
+samples, and drop all of them or none.
 
-There is no second model and no pass of its own: a micro-batch's weights are known inside its own
-forward step. Running moments and w are fixed at the start of a step and change at its end, so that
-no weight depends on the layout or on the order of micro-batches.
+There is no second model and no extra pass: a micro-batch's weights are known inside its own forward
+step. Running moments and w are fixed at the start of a step and change at its end, so that no
+weight depends on the parallel layout or on the order of micro-batches.
 
-Of each step one vector is summed over data parallelism, started when the step is over and waited
-for in the next: its length is about four times the hidden size.
+Each step sums one vector over data-parallel ranks, with a length of about four times the hidden
+size; the sum starts at the end of the step and is awaited in the next.
 
 Shapes: b samples in a micro-batch, n on this rank, N in the global batch, F features, k after
 projection.
@@ -33,7 +33,7 @@ from megatron_dwm.policies.learned import LearnedPolicy
 from megatron_dwm.policies.maps import DECAY, SigmoidMap, newest
 from megatron_dwm.policies.ridge import Ridge
 
-LIMIT = 1024  # features that the regression is given at most
+LIMIT = 1024  # maximum number of features of the regression
 _OF_LOSSES = 2
 _OF_SCORES = 3
 
@@ -59,14 +59,14 @@ class Head(LearnedPolicy):
         self._pending: tuple[torch.Tensor, Any] | None = None
 
     def begin(self, step: StepView) -> None:
-        """Takes the last step's sums in."""
+        """Includes the last step's sums."""
         self._settle()
         self._features.clear()
         self._scores.clear()
         self.batch = None
 
     def weights(self, view: SampleView) -> torch.Tensor:
-        """As `WeightPolicy.weights`."""
+        """See `WeightPolicy.weights`."""
         assert view.states is not None and view.mask is not None
         features = sample_features(view.states, view.losses, view.mask, self.context.topology)
         self._features[view.index] = features
@@ -79,11 +79,11 @@ class Head(LearnedPolicy):
         return self._standardised(features) @ (self.ridge.w * self.ridge.scale)
 
     def broken(self) -> torch.Tensor | bool:
-        """As `WeightPolicy.broken`."""
+        """See `WeightPolicy.broken`."""
         return ~torch.isfinite(self.ridge.w).all()
 
     def learn(self, step: StepView, influence: torch.Tensor, scores: torch.Tensor | None) -> Lesson:
-        """One update of the regression, on ranks that see losses."""
+        """Updates the regression once, on ranks that see losses."""
         if not self.context.sees_losses or scores is None:
             return Lesson(True)
         topology = self.context.topology
@@ -92,7 +92,7 @@ class Head(LearnedPolicy):
         phi = self._standardised(self._local_features())
         phi = torch.where(torch.isfinite(phi), phi, 0.0)
         mean = topology.sum_over_samples(phi.sum(0)) / len(targets)
-        # Around the batch's own mean, as its targets are.
+        # Centred over the batch, like its targets.
         phi = phi - mean
         products = torch.cat([phi.T @ phi, (phi.T @ local).unsqueeze(0)])
         products = topology.sum_over_samples(products)
@@ -102,13 +102,13 @@ class Head(LearnedPolicy):
         return Lesson(True)
 
     def end(self, step: StepView) -> list[str]:
-        """Starts summing what the running moments and the map need of this step."""
+        """Starts to sum what the running moments and the map need from this step."""
         if not self.context.sees_losses or not self._features:
             return []
         features = self._local_features().double()
         scores = self.local_scores()
         assert scores is not None
-        # Of the scores that the samples have now, after what has been learned from them.
+        # Uses the scores that the samples have now, after learning from them.
         now = self.scores(features)
         now = now[torch.isfinite(now)]
         of_scores = torch.stack([torch.ones_like(now).sum(), now.sum(), now.square().sum()])
@@ -118,21 +118,21 @@ class Head(LearnedPolicy):
         return []
 
     def figures(self) -> dict[str, Any]:
-        """As `LearnedPolicy.figures`, and how far weights may leave 1 while scores drift."""
+        """See `LearnedPolicy.figures`; adds how far weights may leave 1 while scores drift."""
         found = super().figures()
         if isinstance(self.map, SigmoidMap) and self.map.drifts:
             found["steadiness"] = self.map.steadiness
         return found
 
     def description(self) -> dict[str, Any]:
-        """The features' number, by which a saved head is known to fit."""
+        """The number of features, which tells whether a saved head fits."""
         found: dict[str, Any] = {"form": "head", "--hidden-size": self.context.hidden_size}
-        if self.projection.active:  # by its seed, weights belong to other sums of features
+        if self.projection.active:  # its seed decides which sums of features the weights belong to
             found["--dwm-seed"] = self.context.config.seed
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """As `WeightPolicy.state_dict`."""
+        """See `WeightPolicy.state_dict`."""
         self._settle()
         return {
             **super().state_dict(),
@@ -142,11 +142,11 @@ class Head(LearnedPolicy):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As `WeightPolicy.load_state_dict`."""
+        """See `WeightPolicy.load_state_dict`."""
         super().load_state_dict(state)
         self.ridge.load_state_dict(state["ridge"])
         self.standard.load_state_dict(state["standard"])
-        if "spread" in state:  # missing in what was saved before there was one
+        if "spread" in state:  # missing in older states
             self.spread = state["spread"].to(self.spread.device)
 
     def _local_features(self) -> torch.Tensor:
@@ -156,7 +156,7 @@ class Head(LearnedPolicy):
         return self.projection(self.standard(features.double()))
 
     def _settle(self) -> None:
-        """Waits for the sums of the last step and takes them in."""
+        """Waits for the sums of the last step and includes them."""
         if self._pending is None:
             return
         packed, handle = self._pending
@@ -179,7 +179,7 @@ class Head(LearnedPolicy):
 class RunningMoments:
     """Running mean and variance of each feature, float64, and the mean of the last few steps.
 
-    Before the first update every feature is 0, whatever it is: there is nothing to say.
+    Before the first update every standardised feature is 0: nothing is known yet.
 
     Args:
         width: F.
@@ -204,14 +204,14 @@ class RunningMoments:
         return torch.cat([finite.double().sum(0), around.sum(0), around.square().sum(0)])
 
     def update(self, sums: torch.Tensor) -> None:
-        """Takes a step's sums over all samples in, without waiting for the device."""
+        """Includes a step's sums over all samples, without waiting for the device."""
         width = len(self.mean)
         count, first, second = sums.split([1, width, width])
         empty = count < 1
         count = count.clamp(min=1)
         shift = first / count
         spread = (second / count - shift.square()).clamp(min=0)
-        # As long as there is little to average, all of it counts alike.
+        # While there is little to average, all of it counts equally.
         age = self.age + 1
         latest = torch.where(empty, 0.0, torch.maximum(newest(count), 1 / age))
         self.recent = self.recent + latest * (self.mean + shift - self.recent)
@@ -226,8 +226,8 @@ class RunningMoments:
         return {name: getattr(self, name).cpu() for name in ("mean", "variance", "recent", "age")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes them over."""
-        # What was saved before there was a recent mean has the running one in its place.
+        """Loads the moments."""
+        # Older states have no recent mean; the running mean takes its place.
         for name, value in {"recent": state["mean"], **state}.items():
             setattr(self, name, value.to(self.mean.device))
         self._rescale()

@@ -1,9 +1,9 @@
-"""The samples' own influence decides at every step: no model, no memory, and a price.
+"""Weights by the samples' own influence at every step: no model and no memory, but costly.
 
 As in GREATS (NeurIPS 2024) and OPUS (ICML 2026), but with weights instead of a selection: before
-the trainer's own step the influence of each of its samples on a meta batch is found, with the
-optimizer's preconditioner as it stands. That is a meta pass and a forward and backward pass more
-in every step.
+the trainer's own step the influence of each of its samples on a meta batch is computed, with the
+optimizer's current preconditioner. This adds a meta pass and a forward and backward pass to every
+step.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Influence(WeightPolicy):
         self._scores: torch.Tensor | None = None
 
     def foresee(self, step: StepView, influence: torch.Tensor | None) -> None:
-        """As `WeightPolicy.foresee`."""
+        """See `WeightPolicy.foresee`."""
         self._weights = self._scores = None
         if influence is None or not self.context.sees_losses:
             return
@@ -44,14 +44,14 @@ class Influence(WeightPolicy):
         self._weights = self.context.topology.own_samples(mapped)
 
     def weights(self, view: SampleView) -> torch.Tensor:
-        """As `WeightPolicy.weights`; 1 as long as there is nothing to look ahead from."""
+        """See `WeightPolicy.weights`; 1 until the optimizer has a state to look ahead from."""
         b = self.context.micro_batch_size
         if self._weights is None:
             return torch.ones(b, device=self.context.device)
         return self._weights[view.index * b : (view.index + 1) * b]
 
     def end(self, step: StepView) -> list[str]:
-        """Takes the step's scores into the map."""
+        """Includes the step's scores in the map."""
         if self._scores is not None and not self.map.whole_batch:
             topology = self.context.topology
             local = topology.own_samples(self._scores)
@@ -59,14 +59,14 @@ class Influence(WeightPolicy):
         return []
 
     def description(self) -> dict[str, Any]:
-        """Its name."""
+        """The policy's name."""
         return {"form": "influence"}
 
     def state_dict(self) -> dict[str, Any]:
-        """As `WeightPolicy.state_dict`."""
+        """See `WeightPolicy.state_dict`."""
         return {"map": self.map.state_dict(), "targets": self.targets.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As `WeightPolicy.load_state_dict`."""
+        """See `WeightPolicy.load_state_dict`."""
         self.map.load_state_dict(state["map"])
         self.targets.load_state_dict(state["targets"])

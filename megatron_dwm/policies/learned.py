@@ -1,7 +1,7 @@
-"""What learned policies share: scores through the map and the gate, and honest evidence.
+"""What learned policies share: scores through map and gate, and out-of-sample evidence.
 
-A subclass gives scores; how they become weights, when those may leave one, and what is said of it
-is here.
+A subclass provides scores; this module turns them into weights, decides how far those may move away
+from one, and reports it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from megatron_dwm.policies.base import Lesson, PolicyContext, SampleView, StepVi
 from megatron_dwm.policies.gate import Gate
 from megatron_dwm.policies.maps import Mapped, build_map
 
-WINSOR = 3.0  # standard deviations at which targets are cut off
-_SCALE_DECAY = 0.9  # of the influence's running variance, a meta step
+WINSOR = 3.0  # standard deviations at which targets are clipped
+_SCALE_DECAY = 0.9  # of the influence's running variance, per meta step
 
 
 class LearnedPolicy(WeightPolicy):
@@ -24,8 +24,8 @@ class LearnedPolicy(WeightPolicy):
 
     Args:
         context: what it is built from.
-        standard: whether the scores have mean 0 and variance 1 by their making.
-        drifts: whether all of them may move alike all the same, see `maps.SigmoidMap`.
+        standard: whether the scores have mean 0 and variance 1 by construction.
+        drifts: whether they may still all move together, see `maps.SigmoidMap`.
     """
 
     def __init__(self, context: PolicyContext, standard: bool, drifts: bool = False) -> None:
@@ -43,22 +43,22 @@ class LearnedPolicy(WeightPolicy):
 
     @abc.abstractmethod
     def learn(self, step: StepView, influence: torch.Tensor, scores: torch.Tensor | None) -> Lesson:
-        """Learns from a meta step. On every rank.
+        """Learns from a meta step. Called on every rank.
 
         Args:
             step: the step.
             influence: `[N]`, see `WeightPolicy.observe`.
-            scores: `[N]` that the weights were made of; None on ranks that see no losses.
+            scores: `[N]` scores behind the weights; None on ranks that see no losses.
         """
 
     # ------------------------------------------------------------------ weights
 
     def mapped(self, scores: torch.Tensor) -> torch.Tensor:
-        """Returns the weights of scores through map and gate, and notes bad ones."""
+        """Returns the weights of scores through map and gate, and records bad scores."""
         found = self.map.weights(scores)
         self._bad = found.bad | self._bad
         if self.batch is not None and found.capped is not None and not self.map.whole_batch:
-            found.capped = found.capped + self.batch.capped  # of this rank's micro-batches so far
+            found.capped = found.capped + self.batch.capped  # over this rank's micro-batches so far
         self.batch = found
         return self.opened(found.weights)
 
@@ -70,7 +70,7 @@ class LearnedPolicy(WeightPolicy):
 
     @property
     def opening(self) -> float:
-        """How far weights may leave 1: the gate's opening, 1 without a gate."""
+        """How far weights may move away from 1: the gate's opening, 1 without a gate."""
         return self.gate.opening if self.gated else 1.0
 
     def keep_scores(self, view: SampleView, scores: torch.Tensor) -> None:
@@ -78,20 +78,20 @@ class LearnedPolicy(WeightPolicy):
         self._scores[view.index] = scores
 
     def local_scores(self) -> torch.Tensor | None:
-        """Returns the scores of this rank's samples `[n]`; None where none were made."""
+        """Returns the scores of this rank's samples `[n]`; None if there are none."""
         if not self._scores:
             return None
         return torch.cat([self._scores[k] for k in sorted(self._scores)])
 
     def bad_scores(self) -> torch.Tensor | bool:
-        """As `WeightPolicy.bad_scores`."""
+        """See `WeightPolicy.bad_scores`."""
         found, self._bad = self._bad, False
         return found
 
     # ------------------------------------------------------------------ evidence
 
     def observe(self, step: StepView, influence: torch.Tensor) -> Lesson:
-        """Takes the evidence for the gate, then learns."""
+        """Gives the gate its evidence, then learns."""
         scores = None
         local = self.local_scores()
         if self.context.sees_losses and local is not None:
@@ -110,18 +110,18 @@ class LearnedPolicy(WeightPolicy):
         }
 
     def notices(self) -> list[str]:
-        """Says when the gate has opened or closed, and why."""
+        """Reports when the gate has opened or closed, and why."""
         words = self.gate.words(self._samples) if self.gated else None
         return [] if words is None else [words]
 
     def forget_evidence(self) -> None:
-        """As `WeightPolicy.forget_evidence`: the gate starts closed."""
+        """See `WeightPolicy.forget_evidence`: the gate starts closed."""
         self.gate = Gate()
 
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """As `WeightPolicy.state_dict`."""
+        """See `WeightPolicy.state_dict`."""
         return {
             "map": self.map.state_dict(),
             "gate": self.gate.state_dict(),
@@ -130,7 +130,7 @@ class LearnedPolicy(WeightPolicy):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As `WeightPolicy.load_state_dict`."""
+        """See `WeightPolicy.load_state_dict`."""
         self.map.load_state_dict(state["map"])
         if state["gate"] is not None:
             self.gate.load_state_dict(state["gate"])
@@ -139,21 +139,21 @@ class LearnedPolicy(WeightPolicy):
 
 
 class Targets:
-    """From influence to what a regression learns: standardised usefulness.
+    """Turns influence into a regression's targets: standardised usefulness.
 
-    `z_i = -(c_i - mean) / deviation`, cut off at `WINSOR` deviations. The mean is the global
-    batch's own, as it differs between meta batches and says nothing of a sample; the deviation is
-    a running one, as that of few samples scatters.
+    `z_i = -(c_i - mean) / deviation`, clipped at `WINSOR` deviations. The mean is the global
+    batch's own, as it differs between meta batches and says nothing about a sample; the deviation
+    is a running one, because that of few samples is noisy.
     """
 
     def __init__(self) -> None:
         self.variance = self.weight = 0.0
 
     def __call__(self, influence: torch.Tensor) -> torch.Tensor:
-        """Returns `[N]` float64 targets of a meta step, and takes its variance in."""
+        """Returns `[N]` float64 targets of a meta step, and includes its variance."""
         c = influence.double()
         c = c - c.mean()
-        # Outliers are cut off before they set the scale.
+        # Outliers are clipped before they set the scale.
         size = c.square().mean().sqrt()
         c = c.clamp(-WINSOR * size, WINSOR * size)
         c = c - c.mean()
@@ -167,5 +167,5 @@ class Targets:
         return {"variance": self.variance, "weight": self.weight}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Takes it over."""
+        """Loads the running variance."""
         self.variance, self.weight = state["variance"], state["weight"]

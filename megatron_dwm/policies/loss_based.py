@@ -1,10 +1,10 @@
-"""Weights that follow from a sample's own loss: no learning, no meta set, next to no cost.
+"""Weights from a sample's own loss: no learning, no meta set, next to no cost.
 
-Each is a function of the mean token loss and of running statistics of that over past steps (fixed
-at the start of a step), so that no batch has to be waited for:
+Each is a function of the mean token loss and of its running statistics over past steps (fixed at
+the start of a step), so that nothing has to wait for the whole batch:
 
-    linupper    exp(min(u + 1, 1) / r): easy samples count less, all hard ones alike
-    quadratic   exp((1 - u^2) / r): samples of middling loss count most
+    linupper    exp(min(u + 1, 1) / r): easy samples count less, all hard ones count the same
+    quadratic   exp((1 - u^2) / r): samples of medium loss count most
     extremes    exp(|u| / r): the easiest and the hardest count most
     truncation  exp(-max(z, 0)), z the standardised loss: samples with a loss above the mean count
                 less, a soft form of loss truncation (Kang and Hashimoto, ACL 2020)
@@ -32,7 +32,7 @@ from megatron_dwm.policies.running import share_of_new
 
 
 class LossPolicy(WeightPolicy):
-    """A function of the sample's loss over a running normaliser.
+    """A function of the sample's loss, divided by a running normaliser.
 
     Args:
         context: what it is built from.
@@ -54,22 +54,23 @@ class LossPolicy(WeightPolicy):
         """Returns weights before normalisation, `[b]`, of mean token losses `[b]` float64."""
 
     def begin(self, step: StepView) -> None:
-        """Takes the last step's statistics in."""
+        """Includes the last step's statistics."""
         self._settle()
         self._losses.clear()
 
     def weights(self, view: SampleView) -> torch.Tensor:
-        """As `WeightPolicy.weights`; 1 until two steps have been seen."""
+        """See `WeightPolicy.weights`; 1 until two steps have been seen."""
         losses = mean_losses(view.losses, view.mask, self.context.topology)
         self._losses[view.index] = losses
         weights = self.raw(losses) / self.running[4]
-        # The first step finds the losses' range, the second one what the weights of it come to.
+        # The first step finds the range of the losses, the second the mean of the resulting
+        # weights.
         usable = torch.isfinite(weights) & (self.running[5] > 1)
         self._bad = ~torch.isfinite(losses).all() | self._bad
         return torch.where(usable, weights, 1.0).float()
 
     def end(self, step: StepView) -> list[str]:
-        """Starts collecting the step's statistics over data parallelism."""
+        """Starts to collect the step's statistics over data-parallel ranks."""
         if not self.context.sees_losses or not self._losses:
             return []
         losses = torch.cat([self._losses[k] for k in sorted(self._losses)])
@@ -88,21 +89,21 @@ class LossPolicy(WeightPolicy):
         return []
 
     def bad_scores(self) -> torch.Tensor | bool:
-        """As `WeightPolicy.bad_scores`."""
+        """See `WeightPolicy.bad_scores`."""
         found, self._bad = self._bad, False
         return found
 
     def description(self) -> dict[str, Any]:
-        """The policy's name: states of two of them do not fit each other."""
+        """The policy's name: one policy cannot load another's state."""
         return {"form": type(self).__name__.lower()}
 
     def state_dict(self) -> dict[str, Any]:
-        """As `WeightPolicy.state_dict`."""
+        """See `WeightPolicy.state_dict`."""
         self._settle()
         return {"running": self.running.cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As `WeightPolicy.load_state_dict`."""
+        """See `WeightPolicy.load_state_dict`."""
         self.running = state["running"].to(self.running.device)
 
     def _settle(self) -> None:
@@ -116,7 +117,7 @@ class LossPolicy(WeightPolicy):
         seen = torch.stack([first, second, -smallest * count, largest * count, raw]) / count
         mean, age = self.running[:5], self.running[5] + 1
         new = share_of_new(age, DECAY)
-        # The normaliser has seen one step less: that of the first was made without a range.
+        # The normaliser has seen one step less: the first step had no range yet.
         of_raw = share_of_new((age - 1).clamp(min=1), DECAY)
         news = torch.cat([new.expand(4), torch.where(age > 1, of_raw, 0.0).view(1)])
         updated = torch.cat([mean + news * (seen - mean), age.view(1)])
@@ -124,35 +125,35 @@ class LossPolicy(WeightPolicy):
 
 
 class LossShape(LossPolicy):
-    """The exponential of a shape of the scaled loss."""
+    """The exponential of a shape function of the scaled loss."""
 
     needs = Needs(losses=True, loss_shape=True)
 
     @abc.abstractmethod
     def shape(self, u: torch.Tensor) -> torch.Tensor:
-        """Returns `[b]`, within [0, 1], of losses `[b]` scaled to [-1, 1]."""
+        """Returns `[b]` in [0, 1] for losses `[b]` scaled to [-1, 1]."""
 
     def raw(self, losses: torch.Tensor) -> torch.Tensor:
-        """As `LossPolicy.raw`."""
+        """See `LossPolicy.raw`."""
         smallest, largest = self.running[2], self.running[3]
         u = 2 * (losses - smallest) / (largest - smallest).clamp(min=1e-12) - 1
-        # At most 1, whatever the temperature: the normaliser takes the factor out.
+        # At most 1, whatever the temperature: the normaliser removes the factor.
         return torch.exp((self.shape(u.clamp(-1, 1)) - 1) / self.context.config.loss_temperature)
 
 
 class LinUpper(LossShape):
-    """Rises linearly up to the middle of the losses."""
+    """Rises linearly up to the middle of the loss range."""
 
     def shape(self, u: torch.Tensor) -> torch.Tensor:
-        """As `LossShape.shape`."""
+        """See `LossShape.shape`."""
         return (u + 1).clamp(max=1)
 
 
 class Quadratic(LossShape):
-    """Highest in the middle of the losses."""
+    """Highest in the middle of the loss range."""
 
     def shape(self, u: torch.Tensor) -> torch.Tensor:
-        """As `LossShape.shape`."""
+        """See `LossShape.shape`."""
         return 1 - u.square()
 
 
@@ -160,15 +161,15 @@ class Extremes(LossShape):
     """Highest at the smallest and the largest losses."""
 
     def shape(self, u: torch.Tensor) -> torch.Tensor:
-        """As `LossShape.shape`."""
+        """See `LossShape.shape`."""
         return u.abs()
 
 
 class Truncation(LossPolicy):
-    """Weights that fall where the loss is above the mean."""
+    """Weights that fall off for losses above the mean."""
 
     def raw(self, losses: torch.Tensor) -> torch.Tensor:
-        """As `LossPolicy.raw`."""
+        """See `LossPolicy.raw`."""
         mean, square = self.running[0], self.running[1]
         z = (losses - mean) / (square - mean.square()).clamp(min=1e-12).sqrt()
         return torch.exp(-z.clamp(min=0))

@@ -1,7 +1,7 @@
-"""Scores to weights: the maps, and what keeps their weights near one.
+"""Maps from scores to weights, and the guards on the weights.
 
 A map is a pair of functions, `weights(scores)` and `pull_back(scores, c)`, with running state that
-changes between steps only.
+changes only between steps.
 
     sigmoid   w = sigmoid(slope (s - centre) / deviation) / normaliser   bounded: a soft filter
     softmax   w = N softmax(s / tau) over the global batch      mean exactly 1
@@ -10,7 +10,7 @@ The sigmoid's centre, deviation and normaliser are running averages over the sam
 so that a weight depends on its own sample only, and its mean is one in expectation. The softmax
 needs the scores of the whole global batch at once.
 
-Guards, in this order (of the softmax see `policies.guarding`; of the sigmoid here):
+Guards, in this order (those of the softmax are in `policies.guarding`; those of the sigmoid here):
 
     floor   w' = 1 + f (w - 1), with the largest f <= 1 that keeps 1 / (1 + f^2 var(w)) >= F, the
             effective share, var(w) a running average
@@ -30,31 +30,31 @@ from megatron_dwm.policies.guarding import Guards
 from megatron_dwm.policies.running import share_of_new
 from megatron_dwm.policies.softmax import batch_weights, score_gradient
 
-# Of the running averages, a step. 0.95: the last 20 steps or so.
+# Decay of the running averages per step. 0.95: the last 20 steps or so.
 DECAY = 0.95
-# Samples whose scores say where the map of standard scores lies; at least those of the last step.
+# Samples whose scores place the map of standard scores; at least those of the last step.
 RECENT = 256
-# A model whose scores do not differ yet has nothing to say.
+# A model whose scores do not differ yet carries no information.
 _LEAST_VARIANCE = 1e-4
 _DRIFT_DECAY = 0.9
 
 
 def newest(count: torch.Tensor) -> torch.Tensor:
-    """Returns how much a step of `count` samples counts in a mean of the last `RECENT` or so."""
+    """Returns the share of a step of `count` samples in a mean of the last `RECENT` or so."""
     steps = RECENT / count
     return 1 - ((steps - 1) / (steps + 1)).clamp(min=0.0)
 
 
 @dataclass
 class Mapped:
-    """What scores came to.
+    """The weights of scores, and what the guards did.
 
     Attributes:
         weights: float32, in the scores' shape; 1 where the score is NaN or infinite.
-        bad: scalar bool tensor, whether there was such a score.
-        raised: scalar tensor, what a floor raised the softmax's temperature to; NaN where it did
-            not, None without one.
-        capped: scalar tensor, how many weights are at the cap, or None.
+        bad: scalar bool tensor, whether any score was NaN or infinite.
+        raised: scalar tensor, the temperature to which a floor raised the softmax's; NaN if it did
+            not, None without a floor.
+        capped: scalar tensor, the number of weights at the cap, or None.
     """
 
     weights: torch.Tensor
@@ -82,16 +82,16 @@ class WeightMap(Protocol):
         """Returns this rank's sums `[k]` float64, which are added over data parallelism."""
 
     def update(self, sums: torch.Tensor) -> None:
-        """Takes the step's sums over all samples into the running state."""
+        """Includes the step's sums over all samples in the running state."""
 
     def place(self, centre: torch.Tensor, variance: torch.Tensor) -> None:
-        """Takes over where scores that are standard by their making lie now; scalars."""
+        """Sets current centre and variance of scores that are standard by construction; scalars."""
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the running state."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over a running state."""
+        """Loads a running state."""
 
 
 class SoftmaxMap:
@@ -99,7 +99,7 @@ class SoftmaxMap:
 
     Args:
         temperature: tau.
-        guards: what the weights are kept from.
+        guards: guards on the weights.
     """
 
     whole_batch = True
@@ -108,7 +108,7 @@ class SoftmaxMap:
         self.temperature, self.guards = temperature, guards
 
     def weights(self, scores: torch.Tensor) -> Mapped:
-        """As `WeightMap.weights`; one bad score makes every weight 1."""
+        """See `WeightMap.weights`; one bad score makes every weight 1."""
         found = batch_weights(scores, self.temperature, self.guards)
         raised = found.raised
         if raised is not None:
@@ -116,7 +116,7 @@ class SoftmaxMap:
         return Mapped(found.weights, found.bad, raised, found.capped)
 
     def pull_back(self, scores: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        """As `WeightMap.pull_back`."""
+        """See `WeightMap.pull_back`."""
         return score_gradient(scores, c, self.temperature, self.guards)
 
     def sums(self, scores: torch.Tensor) -> torch.Tensor:
@@ -130,38 +130,37 @@ class SoftmaxMap:
         """Nothing to do: only differences of scores count."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep."""
+        """Nothing to save."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to take over."""
+        """Nothing to load."""
 
 
 class _Constants(NamedTuple):
-    """What weights are made with for as long as the running state stays, scalar tensors each."""
+    """Constants of the map that hold until the running state changes, scalar tensors each."""
 
     centre: torch.Tensor
     normaliser: torch.Tensor
     per_deviation: torch.Tensor
-    shrinkage: torch.Tensor | None  # that keeps the effective share
+    shrinkage: torch.Tensor | None  # keeps the effective share above the floor
     factor: torch.Tensor
     steadiness: torch.Tensor
 
 
 class SigmoidMap:
-    """`w = sigmoid(slope (s - centre) / deviation) / normaliser`, of running averages.
+    """`w = sigmoid(slope (s - centre) / deviation) / normaliser`, with running averages.
 
-    Before the first update every weight is what centre 0 and normaliser 1/2 give: equal scores of
-    0 are weights of 1.
+    Before the first update, centre 0 and normaliser 1/2 are used: scores of 0 give weights of 1.
 
     Args:
         slope: by how much a standard deviation of the scores moves the sigmoid's argument.
-        guards: what the weights are kept from.
-        standard: whether scores have mean 0 and variance 1 by their making, so that centre and
-            deviation stay.
+        guards: guards on the weights.
+        standard: whether scores have mean 0 and variance 1 by construction, so that centre and
+            deviation are fixed.
         device: where scores live.
-        drifts: whether standard scores may all move alike, so that weights leave 1 only once they
-            have been seen to stay.
+        drifts: whether standard scores may all move together, so that weights move away from 1 only
+            once the scores have been seen to hold still.
     """
 
     whole_batch = False
@@ -193,15 +192,16 @@ class SigmoidMap:
 
     @property
     def _constants(self) -> _Constants:
-        # Once a step: some dozen operations, which a small model would feel in every micro-batch.
+        # Once per step: a few dozen operations, noticeable for a small model if done per
+        # micro-batch.
         if self._found is None:
             centre, normaliser, variance, factor, _, deviation2, drift = self.state.unbind()
             floor, shrinkage = self.guards.min_effective_samples, None
             if floor is not None:
                 allowed = math.sqrt(1 / floor - 1)
                 shrinkage = (allowed / variance.clamp(min=1e-12).sqrt()).clamp(max=1.0)
-            # A step's mean score is that of a sample over sqrt(N) from the centre, unless all
-            # scores have moved since the centre was found.
+            # A step's mean score is about deviation / sqrt(N) from the centre, unless all scores
+            # have moved since the centre was set.
             steadiness = (1.5 - 2 * drift.sqrt()).clamp(0.0, 1.0)
             self._found = _Constants(
                 centre, normaliser, deviation2.rsqrt(), shrinkage, factor, steadiness
@@ -209,7 +209,7 @@ class SigmoidMap:
         return self._found
 
     def weights(self, scores: torch.Tensor) -> Mapped:
-        """As `WeightMap.weights`; a bad score makes its own weight 1."""
+        """See `WeightMap.weights`; a bad score makes only its own weight 1."""
         weights = self._guarded(self._plain(scores.double()))
         good = torch.isfinite(scores) & torch.isfinite(weights)
         bad = ~good.all()
@@ -220,7 +220,7 @@ class SigmoidMap:
         return Mapped(weights, bad, None, capped)
 
     def pull_back(self, scores: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        """As `WeightMap.pull_back`; the running state is a constant."""
+        """See `WeightMap.pull_back`; the running state is a constant."""
         with torch.enable_grad():
             s = scores.detach().double().requires_grad_()
             weights = self._guarded(self._plain(s))
@@ -228,7 +228,7 @@ class SigmoidMap:
         return gradient.to(scores.dtype)
 
     def sums(self, scores: torch.Tensor) -> torch.Tensor:
-        """Returns count, and sums of what `update` averages."""
+        """Returns the count, and the sums of what `update` averages."""
         centre = self._constants.centre
         s = torch.where(torch.isfinite(scores), scores.double(), centre)
         sigmoids = torch.sigmoid(self._argument(s))
@@ -245,10 +245,10 @@ class SigmoidMap:
         ).sum(1)
 
     def update(self, sums: torch.Tensor) -> None:
-        """As `WeightMap.update`; without waiting for the device."""
+        """See `WeightMap.update`; without waiting for the device."""
         count, scores, spread, sigmoids, squares, guarded = sums
         centre, normaliser, variance, factor, age, deviation2, drift = self.state
-        # As long as there is little to average, all of it counts alike.
+        # While there is little to average, all of it counts equally.
         age = age + 1
         new = share_of_new(age, DECAY)
         count = count.clamp(min=1)
@@ -272,7 +272,7 @@ class SigmoidMap:
         )
 
     def place(self, centre: torch.Tensor, variance: torch.Tensor) -> None:
-        """As `WeightMap.place`; a centre that is not finite changes nothing."""
+        """See `WeightMap.place`; a centre that is not finite is ignored."""
         place = torch.zeros_like(self.state, dtype=torch.bool)
         place[0] = place[5] = True
         new = self.state.clone()
@@ -280,18 +280,18 @@ class SigmoidMap:
         self.state = torch.where(place & torch.isfinite(new), new, self.state)
 
     def state_dict(self) -> dict[str, Any]:
-        """As `WeightMap.state_dict`."""
+        """See `WeightMap.state_dict`."""
         return {"sigmoid": self.state.cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As `WeightMap.load_state_dict`."""
+        """See `WeightMap.load_state_dict`."""
         saved = state["sigmoid"].to(self.state.device)
-        # What was saved before there was a drift knows of none.
+        # Older states have no drift.
         self.state = torch.cat([saved, torch.zeros_like(self.state[len(saved) :])])
 
     @property
     def steadiness(self) -> torch.Tensor:
-        """How far weights may leave 1, as the scores of all samples move alike: in [0, 1]."""
+        """How far weights may move away from 1 while all scores move together: in [0, 1]."""
         return self._constants.steadiness
 
     def _plain(self, s: torch.Tensor) -> torch.Tensor:

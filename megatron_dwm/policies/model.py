@@ -1,11 +1,12 @@
 """The form `model`: a separate transformer that scores the tokens before the trainer's own step.
 
-Two rules by which it learns:
+It learns by one of two rules:
 
-    chain       the paper's: the meta loss's gradient through the weights, one step a meta step
+    chain       the paper's: the meta loss's gradient through the weights, one step per meta step
     regression  mean-squared error of its scores against the standardised influence of this meta
-                step and of some before (a replay), and, in every step between meta steps, against
-                the scores of a head (`head`) that watches: dense labels for a model that needs many
+                step and of some earlier ones (a replay), and, in every step between meta steps,
+                against the scores of a head (`head`) as teacher: dense labels for a model that
+                needs many
 
 Shapes: b samples in a micro-batch, m micro-batches on this rank (n = m b), N in the global batch.
 """
@@ -27,7 +28,7 @@ from megatron_dwm.policies.softmax import uniform_where
 if TYPE_CHECKING:
     from megatron_dwm.weighting_model.scorer import Update
 
-# Meta steps before the head's scores are labels.
+# Meta steps before the head's scores are used as labels.
 _TEACHER_READY = 3
 
 
@@ -58,11 +59,11 @@ class Model(LearnedPolicy):
 
     @property
     def synchronous(self) -> bool:
-        """Bad scores are known before the step, on every rank, at the price of a wait."""
+        """Bad scores are found before the step, on every rank, at the price of a wait."""
         return True
 
     def broken(self) -> torch.Tensor | bool:
-        """As `WeightPolicy.broken`."""
+        """See `WeightPolicy.broken`."""
         return self.scorer.bad_parameters()
 
     # ------------------------------------------------------------------ scores
@@ -85,14 +86,14 @@ class Model(LearnedPolicy):
         self._weights = topology.own_samples(self.batch_of_step)
 
     def _agreed(self, weights: torch.Tensor) -> torch.Tensor:
-        """Makes tensor-parallel peers agree on bad scores; data-parallel peers have seen them."""
+        """Makes tensor-parallel peers agree on bad scores; data-parallel peers already do."""
         assert self.batch is not None
         bad = self.context.topology.any_of_peers(self.batch.bad)
         self.batch.bad, self._bad = bad, bad | self._bad
         return uniform_where(bad, weights)
 
     def weights(self, view: SampleView) -> torch.Tensor:
-        """As `WeightPolicy.weights`."""
+        """See `WeightPolicy.weights`."""
         assert self._weights is not None
         if self.teacher is not None:
             self.teacher.weights(view)
@@ -102,13 +103,14 @@ class Model(LearnedPolicy):
     # ------------------------------------------------------------------ learning
 
     def learn(self, step: StepView, influence: torch.Tensor, scores: torch.Tensor | None) -> Lesson:
-        """One step of the chosen rule."""
+        """Takes one step of the chosen rule."""
         self.lessons += 1
         self._learned = True
         if not self.regression:
             gradient = None
             if scores is not None:
-                # Without the gate's factor: a model that could not learn would never open it.
+                # Without the gate's factor: otherwise a model behind a closed gate could never
+                # learn.
                 gradient = self.map.pull_back(scores, influence)
             return self._lesson([self._update(step, gradient)])
         if self.teacher is not None:
@@ -124,7 +126,7 @@ class Model(LearnedPolicy):
         return self._lesson(found)
 
     def end(self, step: StepView) -> list[str]:
-        """Between meta steps, learns the watching head's scores; updates the map."""
+        """Between meta steps, learns the teacher head's scores; updates the map."""
         causes: list[str] = []
         if self.teacher is not None:
             labels = None
@@ -147,11 +149,11 @@ class Model(LearnedPolicy):
     def _fit(
         self, step: StepView, scores: torch.Tensor | None, targets: torch.Tensor | None
     ) -> Update:
-        """One step along the gradient of `mean((s - mean(s) - z)^2)`; `[N]` each."""
+        """Takes one step along the gradient of `mean((s - mean(s) - z)^2)`; `[N]` each."""
         return self._update(step, _error_gradient(scores, targets))
 
     def _fit_again(self, past: tuple[list[torch.Tensor] | None, torch.Tensor | None]) -> Update:
-        """The same on a meta step of the past, with the scores of now."""
+        """Does the same for a past meta step, with current scores."""
         tokens, targets = past
         count = self.replay.num_microbatches
         local = self.scorer.scores(tokens, count)
@@ -188,48 +190,48 @@ class Model(LearnedPolicy):
     # ------------------------------------------------------------------ log and state
 
     def figures(self) -> dict[str, Any]:
-        """As `LearnedPolicy.figures`, and what the watching head has shown."""
+        """See `LearnedPolicy.figures`; adds the teacher head's correlation."""
         found = super().figures()
         if self.teacher is not None:
             found["teacher_correlation_mean"] = self.teacher.gate.mean
         return found
 
     def description(self) -> dict[str, Any]:
-        """The transformer's sizes and all else that must agree."""
+        """The transformer's sizes and everything else that must agree."""
         return self._description
 
     def state_dict(self) -> dict[str, Any]:
-        """As `WeightPolicy.state_dict`; the transformer and its optimizer are saved beside."""
+        """See `WeightPolicy.state_dict`; the transformer and its optimizer are saved separately."""
         teacher = None if self.teacher is None else self.teacher.state_dict()
         return {**super().state_dict(), "teacher": teacher}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As `WeightPolicy.load_state_dict`."""
+        """See `WeightPolicy.load_state_dict`."""
         super().load_state_dict(state)
         if self.teacher is not None and state["teacher"] is not None:
             self.teacher.load_state_dict(state["teacher"])
 
     def common_state(self) -> dict[str, Any]:
-        """As `WeightPolicy.common_state`: by it every stage decides what it takes part in."""
+        """See `WeightPolicy.common_state`: every stage uses it to decide what it takes part in."""
         return {"lessons": self.lessons}
 
     def load_common_state(self, state: dict[str, Any]) -> None:
-        """As `WeightPolicy.load_common_state`."""
+        """See `WeightPolicy.load_common_state`."""
         self.lessons = int(state["lessons"])
 
     def local_state_dict(self) -> dict[str, Any]:
-        """As `WeightPolicy.local_state_dict`: the replay's tokens and targets."""
+        """See `WeightPolicy.local_state_dict`: the replay's tokens and targets."""
         return self.replay.state_dict()
 
     def load_local_state_dict(self, state: dict[str, Any]) -> None:
-        """As `WeightPolicy.load_local_state_dict`."""
+        """See `WeightPolicy.load_local_state_dict`."""
         self.replay.load_state_dict(state)
 
 
 def _error_gradient(
     scores: torch.Tensor | None, targets: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """Returns the gradient of `mean((s - mean(s) - (z - mean(z)))^2)` by the scores, `[N]`.
+    """Returns the gradient of `mean((s - mean(s) - (z - mean(z)))^2)` in the scores, `[N]`.
 
     Samples without a finite target are left out.
     """
@@ -246,7 +248,7 @@ class Replay:
     """Samples and targets of the last meta steps, each rank's own part, in host memory.
 
     Args:
-        length: meta steps that are kept.
+        length: number of meta steps to keep.
     """
 
     def __init__(self, length: int) -> None:
@@ -260,7 +262,7 @@ class Replay:
         targets: torch.Tensor | None,
         num_microbatches: int,
     ) -> None:
-        """Keeps a meta step; one with another number of micro-batches starts anew.
+        """Keeps a meta step; another number of micro-batches clears the replay first.
 
         Args:
             tokens: `[b, s]` of each micro-batch, on ranks that read data.
@@ -281,8 +283,8 @@ class Replay:
         """Returns `count` of the kept meta steps, the same ones on every rank.
 
         Args:
-            number: of the meta step, which decides the choice.
-            count: how many, if there are as many.
+            number: number of the current meta step, which determines the choice.
+            count: how many to choose, if there are that many.
         """
         generator = torch.Generator().manual_seed(number)
         order = torch.randperm(len(self.steps), generator=generator)[:count]
@@ -293,7 +295,7 @@ class Replay:
         return {"steps": list(self.steps), "num_microbatches": self.num_microbatches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over this rank's part."""
+        """Loads this rank's part."""
         self.steps = list(state["steps"])[-self.length :] if self.length else []
         self.num_microbatches = int(state["num_microbatches"])
 

@@ -2,15 +2,15 @@
 
     A <- f A + X^T X,   b <- f b + X^T z,   w = (A + lambda tr(A) / k I)^-1 b
 
-of features X `[N, k]` and targets z `[N]`; f forgets, so that w follows a language model that
-changes. With n samples remembered and features of variance 1, `tr(A) / k = n`.
+for features X `[N, k]` and targets z `[N]`; f forgets, so that w follows a changing language model.
+With n samples remembered and features of variance 1, `tr(A) / k = n`.
 
-The penalty is that of a Gaussian prior. If features explain a share R^2 of the targets' variance,
-each weight has the variance R^2 / k and the noise 1 - R^2, so that
+The penalty comes from a Gaussian prior. If features explain a share R^2 of the targets' variance,
+each weight has variance R^2 / k and the noise has variance 1 - R^2, so that
 
     lambda = k (1 - R^2) / (n R^2)
 
-which is large while there are few samples, and R is known: the correlation of scores and targets
+which is large while there are few samples. R is known: it is the correlation of scores and targets
 before the targets were seen.
 """
 
@@ -21,23 +21,23 @@ from typing import Any
 
 import torch
 
-# Between which R^2 is believed.
+# Bounds of R^2.
 LEAST_R2, MOST_R2 = 0.05, 0.9
 _STATE = ("gram", "moment", "w", "scale")
 
 
 class Ridge:
-    """Sums of all meta steps so far, and the weights that follow from them.
+    """Sums over all meta steps so far, and the resulting weights.
 
     Attributes:
         w: `[k]`.
-        scale: what makes `<w, x>` of variance 1 over the samples that are remembered.
-        count: n, samples that are remembered.
+        scale: factor that gives `<w, x>` variance 1 over the samples remembered.
+        count: n, the effective number of samples remembered.
 
     Args:
         width: k.
-        forgetting: f, a meta step.
-        penalty: lambda; None: by the formula above.
+        forgetting: f, per meta step.
+        penalty: lambda; None: from the formula above.
         device: where features live.
     """
 
@@ -55,13 +55,13 @@ class Ridge:
     def update(
         self, gram: torch.Tensor, moment: torch.Tensor, samples: int, correlation: float = math.nan
     ) -> None:
-        """Takes `X^T X` and `X^T z` over all samples of a meta step, and solves.
+        """Includes `X^T X` and `X^T z` over all samples of a meta step, and solves.
 
         Args:
             gram: `[k, k]`.
             moment: `[k]`.
             samples: N.
-            correlation: R as far as it is known; NaN: it is not.
+            correlation: R; NaN if it is not known yet.
         """
         self.gram.mul_(self.forgetting).add_(gram)
         self.moment.mul_(self.forgetting).add_(moment)
@@ -69,7 +69,7 @@ class Ridge:
         width = len(self.moment)
         penalty = self.penalty
         if penalty is None:
-            r2 = correlation**2 if correlation > 0 else 0.0  # of NaN, too
+            r2 = correlation**2 if correlation > 0 else 0.0  # also for NaN
             r2 = min(max(r2, LEAST_R2), MOST_R2)
             penalty = width * (1 - r2) / (self.count * r2)
         system = self.gram.clone()
@@ -85,7 +85,7 @@ class Ridge:
         return {**found, "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes them over."""
+        """Loads the sums and the weights."""
         for name in _STATE:
             setattr(self, name, state[name].to(self.gram.device))
         self.count = state["count"]

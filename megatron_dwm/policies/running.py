@@ -1,4 +1,4 @@
-"""Sums over a step's samples that are started at its end and waited for in the next."""
+"""Sums over a step's samples that start at its end and are awaited in the next step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_dwm.core.topology import Topology
 
 
 class StepSums:
-    """What a policy adds up over data parallelism, without waiting for it in the step itself.
+    """A policy's sums over data-parallel ranks, without waiting for them in the step itself.
 
     Args:
         topology: which ranks hold which samples.
@@ -21,11 +21,11 @@ class StepSums:
         self._pending: tuple[torch.Tensor, Any] | None = None
 
     def start(self, sums: torch.Tensor) -> None:
-        """Starts adding up this rank's sums `[k]`, in place."""
+        """Starts to add up the ranks' sums `[k]`, in place."""
         self._pending = (sums, self.topology.start_sum_over_samples(sums))
 
     def take(self) -> torch.Tensor | None:
-        """Returns the sums that were started last, waiting for them; None the next time."""
+        """Waits for the sums that were started last and returns them; then None until restarted."""
         if self._pending is None:
             return None
         sums, handle = self._pending
@@ -36,6 +36,6 @@ class StepSums:
 
 
 def share_of_new(age: torch.Tensor | float, decay: float) -> torch.Tensor:
-    """Returns how much a step counts in a running average: all alike as long as there are few."""
+    """Returns a step's share in a running average: all steps count equally while there are few."""
     age = torch.as_tensor(age)
     return torch.maximum(torch.full_like(age, 1 - decay), 1 / age)

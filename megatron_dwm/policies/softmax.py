@@ -1,4 +1,4 @@
-"""Scores to weights over the global batch, and what the weights look like.
+"""Softmax of scores to weights over the global batch, and statistics of weights.
 
 Shapes: `N` samples in the global batch, `n` of them on this data-parallel rank.
 """
@@ -17,15 +17,15 @@ NO_GUARDS = Guards()
 
 @dataclass
 class BatchWeights:
-    """What a global batch's scores came to.
+    """The weights of a global batch's scores, and what the guards did.
 
     Attributes:
-        scores: `[N]`, as the DWM gave them.
-        weights: `[N]` float32 with mean 1; all 1 where the scores are bad.
-        bad: scalar bool tensor, whether a score, or the weight that follows, is NaN or infinite.
-        temperature: the one that was asked for.
-        raised: scalar tensor, the one that `--dwm-min-effective-samples` came to, or None.
-        capped: scalar tensor, how many samples are at `--dwm-max-weight`, or None.
+        scores: `[N]`, as computed by the DWM.
+        weights: `[N]` float32 with mean 1; all 1 if a score is bad.
+        bad: scalar bool tensor, whether a score, or the resulting weight, is NaN or infinite.
+        temperature: the configured temperature.
+        raised: scalar tensor, the temperature that `--dwm-min-effective-samples` gave, or None.
+        capped: scalar tensor, the number of samples at `--dwm-max-weight`, or None.
     """
 
     scores: torch.Tensor
@@ -44,11 +44,11 @@ def weights_from_scores(
     Args:
         scores: `[N]` scores of the whole global batch, float32.
         temperature: tau > 0.
-        guards: what the weights are kept from, see `guarding`.
+        guards: guards on the weights, see `guarding`.
 
     Returns:
-        `[N]` float32 weights, differentiable in the scores. Of scores that are NaN or infinite
-        nothing can be made: see `batch_weights`.
+        `[N]` float32 weights, differentiable in the scores. For scores that are NaN or infinite see
+        `batch_weights`.
     """
     if guards.off:
         return scores.numel() * torch.softmax(scores.float() / temperature, dim=0)
@@ -64,7 +64,7 @@ def batch_weights(
     Args:
         scores: `[N]` scores of the whole global batch.
         temperature: tau > 0.
-        guards: what the weights are kept from.
+        guards: guards on the weights.
     """
     if guards.off:
         found = GuardedWeights(weights_from_scores(scores, temperature))
@@ -77,7 +77,7 @@ def batch_weights(
 
 
 def uniform_where(bad: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Returns the weights `[N]`, or ones where the scalar `bad` is true, without asking for it."""
+    """Returns the weights `[N]`, or ones if the scalar `bad` is true, without a device sync."""
     return torch.where(bad, torch.ones_like(weights), weights)
 
 
@@ -89,9 +89,9 @@ def score_gradient(
 ) -> torch.Tensor:
     """Returns `dL_meta/ds` from `c = dL_meta/dw` through the weights that were trained with.
 
-    Without guards `dL/ds_i = (w_i / tau) * (c_i - (1/N) sum_j w_j c_j)`, the softmax Jacobian
-    times `c`. With guards it is torch's derivative of the guarded weights, that of a raised
-    temperature included.
+    Without guards `dL/ds_i = (w_i / tau) * (c_i - (1/N) sum_j w_j c_j)`, the softmax Jacobian times
+    `c`. With guards it is torch's derivative of the guarded weights, including that of a raised
+    temperature.
 
     Args:
         scores: `[N]` finite scores of the global batch.
@@ -100,7 +100,7 @@ def score_gradient(
         guards: those of `weights_from_scores`.
 
     Returns:
-        `[N]` gradient of the meta loss by score, in the scores' precision.
+        `[N]` gradient of the meta loss in the scores, in the scores' precision.
     """
     if guards.off:
         weights = weights_from_scores(scores, temperature)
@@ -109,7 +109,7 @@ def score_gradient(
     with torch.enable_grad():
         s = scores.detach().double().requires_grad_()
         weights = guarded_weights(s, temperature, guards).weights
-        # Centred: a constant in c changes nothing, and would cost digits.
+        # Centred: a constant in c changes nothing, but would cost precision.
         centred = influence.double() - (weights.detach() * influence).mean()
         (gradient,) = torch.autograd.grad((weights * centred).sum(), s)
     return gradient.to(scores.dtype)
@@ -121,7 +121,7 @@ def shuffled(weights: torch.Tensor, seed: int, iteration: int) -> torch.Tensor:
     Args:
         weights: `[N]` weights of the global batch.
         seed: the run's seed.
-        iteration: the step, so that every step has its own order on every rank alike.
+        iteration: the step; every step has its own order, the same on every rank.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + iteration)
     order = torch.randperm(weights.numel(), generator=generator)

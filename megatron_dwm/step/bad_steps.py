@@ -1,8 +1,8 @@
-"""Steps in which something was NaN or infinite: what it was, how often, and when to give up.
+"""Counts steps in which something was NaN or infinite, by cause, and decides when to give up.
 
-A bad step leaves the weighting model and its optimizer as they were, and the LLM is never stepped
-with a bad weight: where a score is bad the sample's weight is 1, under a softmax every weight of
-the batch. What the LLM does with a loss of its own that is NaN is the trainer's business.
+A bad step leaves the weighting model and its optimizer as they were, and the LLM never takes a step
+with a bad weight: if a score is bad, the sample's weight is 1; under a softmax, every weight of the
+batch is. A NaN in the LLM's own loss is left to the trainer.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Any
 
 from megatron_dwm.config import flag
 
-# What was not finite, and what can be done about it.
+# What was not finite, and what to do about it.
 CAUSES = {
     "loss": (
         "the language model's loss",
-        "it has diverged itself: lower --lr; the trainer's --check-for-nan-in-loss-and-grad, on by "
-        "default, ends such a run at once",
+        "it has diverged by itself: lower --lr; the trainer's --check-for-nan-in-loss-and-grad, on "
+        "by default, ends such a run at once",
     ),
     "scores": (
         "a score of the weighting policy",
@@ -33,8 +33,8 @@ CAUSES = {
     ),
     "parameters": (
         "a parameter of the weighting model",
-        "it cannot recover: resume from before, with --dwm-form model at lower --dwm-head-lr and "
-        "--dwm-backbone-lr",
+        "it cannot recover: resume from an earlier checkpoint, with --dwm-form model at lower "
+        "--dwm-head-lr and --dwm-backbone-lr",
     ),
 }
 
@@ -42,16 +42,16 @@ CAUSES = {
 class BadSteps:
     """Counts bad steps, the same on every rank; its state is in the checkpoint.
 
-    Two runs of bad steps are told apart, as not every step takes a meta step: steps with bad
-    scores, among those that score, and bad meta steps, among meta steps.
+    Two kinds of runs of bad steps are counted separately, because not every step is a meta step:
+    steps with bad scores, among those that score, and bad meta steps, among meta steps.
 
     Args:
         limit: `--dwm-max-bad-steps`.
 
     Attributes:
         counts: bad steps by cause; a step may have several.
-        steps: bad steps.
-        in_a_row: by `scores` and `update`.
+        steps: number of bad steps.
+        in_a_row: consecutive bad steps, by `scores` and `update`.
     """
 
     def __init__(self, limit: int) -> None:
@@ -67,7 +67,8 @@ class BadSteps:
         Args:
             causes: what was not finite.
             scored: whether the DWM scored the step's samples.
-            meta_step: whether an update of the DWM was due, and nothing but a cause kept it.
+            meta_step: whether an update of the DWM was due that only such a cause can have
+                prevented.
         """
         self.causes = causes
         self.steps += bool(causes)
@@ -80,7 +81,7 @@ class BadSteps:
             self.in_a_row["update"] = self.in_a_row["update"] + 1 if causes else 0
 
     def problem(self, iteration: int) -> str | None:
-        """Returns why the run must end after this step, None if it may go on.
+        """Returns why the run must end after this step; None if it may continue.
 
         Args:
             iteration: 1-based.
@@ -95,12 +96,12 @@ class BadSteps:
         return (
             f"iteration {iteration}: {what} is NaN or infinite, in the last of {longest} bad "
             f"{steps} in a row, as many as {flag('max_bad_steps')} {self.limit} allows (bad steps "
-            f"so far by cause: {counts}). Resume from a checkpoint of before (--load, "
-            f"--ckpt-step), and: {advice}"
+            f"so far by cause: {counts}). Resume from an earlier checkpoint (--load, --ckpt-step), "
+            f"and: {advice}"
         )
 
     def summary(self) -> dict[str, int]:
-        """Returns the bad steps by cause, those that occurred."""
+        """Returns the number of bad steps by cause, for causes that occurred."""
         return {cause: n for cause, n in self.counts.items() if n}
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """Keeps the DWM's measured time within a share of the language model's (`--dwm-overhead-budget`).
 
-`OverheadBudget` is the controller: seconds in, decisions out. `StepMeter` measures one step, on
-all ranks alike; `NoMeter` stands in for it, and does nothing, where no budget is set.
+`OverheadBudget` is the controller: seconds in, decisions out. `StepMeter` measures one step, with
+the same result on all ranks; `NoMeter` replaces it, and does nothing, if no budget is set.
 
-DWM time is what a step takes beyond the trainer's own step (which reads the micro-batches, too):
-scoring, the meta step, and what is charged besides (a verification). Scoring inside the trainer's
-step, by features and weights in the loss function, is timed there and taken off the trainer's. Not
-seen are the losses' product with the weights (benchmarks/uniform_overhead.py), and what happens
-between steps (the log, snapshots).
+DWM time is the time of a step beyond the trainer's own step (which includes reading the
+micro-batches): scoring, the meta step, and extra charges (a verification). Scoring inside the
+trainer's step, for features and weights in the loss function, is timed there and subtracted from
+the trainer's time. Not measured are the product of losses and weights
+(benchmarks/uniform_overhead.py), and work between steps (the log, snapshots).
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from megatron_dwm.step.plan import StepPlan
 Value = TypeVar("Value")
 
 NOTICE_INTERVAL = 100  # steps between two warnings
-_RECENT = 16  # steps that a typical time is taken from
-_ENOUGH = 3  # measurements that a word to the user may rest on
+_RECENT = 16  # steps from which a typical time is taken
+_ENOUGH = 3  # measurements needed before the user is told anything
 
 
 @dataclass
 class Overhead:
-    """What the budget leaves for a step's log line.
+    """The budget's values for a step's log line.
 
     Attributes:
         time_share: DWM seconds / seconds of the trainer's own steps, since the budget was set.
         budget: the share that is allowed.
-        put_off: whether a meta step was due and not taken.
-        notice: a line for the user, now and then.
+        put_off: whether a meta step was due but not taken.
+        notice: an occasional line for the user.
     """
 
     time_share: float
@@ -56,27 +56,29 @@ class Overhead:
 class OverheadBudget:
     """Decides which of the meta steps that are due can be afforded.
 
-    Every step earns `share` x the seconds of the trainer's own step and pays its DWM seconds; what
-    is left is the credit. A meta step is taken when the credit is not negative and, with what the
-    step itself will earn, covers what a meta step usually costs. The DWM's total therefore never
-    exceeds its share by more than the cost of one meta step, as long as scoring fits.
+    Every step earns `share` x the seconds of the trainer's own step and pays its DWM seconds; the
+    balance is the credit. A meta step is taken when the credit is not negative and, together with
+    what the step itself will earn, covers the usual cost of a meta step. The DWM's total therefore
+    never exceeds its share by more than the cost of one meta step, as long as scoring fits.
 
-    - The first meta step is taken whatever the credit, to measure it. It is paid in full, but does
-      not count as usual: it includes what happens once (warm start, memory, choice of kernels).
-    - Credit is kept up to the cost of one meta step. A frozen window therefore ends with one meta
-      step at hand, not with a burst of them; what it would have saved beyond is given up, so the
-      final share may lie below the budget. Up to the first meta step all is kept, as its one-time
-      costs are unknown: what warm-up saves pays for them, and the rest is given up then.
+    - The first meta step is taken whatever the credit, to measure it. It is paid in full, but is
+      not used for the usual cost: it includes one-time work (warm start, memory, choice of
+      kernels).
+    - Credit is capped at the cost of one meta step. After a frozen window there is therefore credit
+      for one meta step, not for a burst of them; the rest is given up, so the final share may be
+      below the budget. Until the first meta step all credit is kept, because its one-time costs are
+      unknown: what the warm-up saves pays for them, and the rest is given up then.
     - Usual times are medians of the last measurements: one slow step (the first one, or one that
       waited for a file system) neither blocks nor allows meta steps for long.
 
-    Pure arithmetic on the seconds that it is given; fed alike on all ranks it decides alike.
+    It is pure arithmetic on the seconds that it is given: with the same input, all ranks decide the
+    same.
 
     Args:
         share: DWM time that is allowed, over the time of the trainer's own step.
         hooked: whether the trainer's own step does DWM work on meta steps (`--dwm-lookahead
-            current`), so that its time there is taken from the steps without a meta step. Before
-            there is one, what it took with the hooks must do.
+            current`), so that its time there is estimated from steps without a meta step. Until
+            there is one, its time with the hooks is used.
     """
 
     def __init__(self, share: float, hooked: bool = False) -> None:
@@ -96,8 +98,9 @@ class OverheadBudget:
     def from_config(cls, config: DWMConfig) -> OverheadBudget | None:
         """Returns the budget that the settings ask for; None without `--dwm-overhead-budget`.
 
-        With a budget, which steps are meta steps follows from measured times. Such a run cannot be
-        reproduced bit for bit, nor does a resumed one repeat what the whole one would have done.
+        With a budget, measured times decide which steps are meta steps. Such a run cannot be
+        reproduced bit for bit, and a resumed run does not repeat what an uninterrupted one would
+        have done.
         """
         if config.overhead_budget is None or not config.scores:
             return None
@@ -111,9 +114,9 @@ class OverheadBudget:
         return self.credit >= 0 and self.credit + earned >= _usual(self._meta)
 
     def charge(self, dwm_seconds: float) -> None:
-        """Adds DWM time that was spent before the step that comes, outside it.
+        """Adds DWM time that was spent outside the coming step, before it.
 
-        Booked with that step, so that it does not change what was just decided about it.
+        It is booked with that step, so that it does not change what was just decided about it.
 
         Args:
             dwm_seconds: the same on all ranks.
@@ -126,13 +129,13 @@ class OverheadBudget:
         """Books one step.
 
         Args:
-            stock_seconds: of the trainer's own step.
-            dwm_seconds: of all else.
+            stock_seconds: time of the trainer's own step.
+            dwm_seconds: time of everything else.
             meta_step: whether a meta step was taken.
-            scoring_only: whether the DWM did nothing but score.
+            scoring_only: whether the DWM only scored.
         """
         if meta_step and self.hooked:
-            # The hooks can only have added time.
+            # Hooks can only add time.
             stock = min(stock_seconds, _usual(self._stock, stock_seconds))
             stock_seconds, dwm_seconds = stock, dwm_seconds + stock_seconds - stock
         else:
@@ -150,7 +153,7 @@ class OverheadBudget:
 
     @property
     def time_share(self) -> float:
-        """DWM seconds over the trainer's own, so far."""
+        """DWM seconds divided by the trainer's own, so far."""
         return self.dwm_seconds / self.stock_seconds if self.stock_seconds > 0 else 0.0
 
     @property
@@ -161,9 +164,9 @@ class OverheadBudget:
         return _usual(self._scoring) >= self.share * _usual(self._stock)
 
     def notice(self) -> str | None:
-        """Returns a line for the user after a step; None when there is nothing new to say.
+        """Returns a line for the user after a step; None if there is nothing new to say.
 
-        Once, how far apart meta steps will lie; at once and every `NOTICE_INTERVAL` steps, that
+        Once: how far apart meta steps will be. At once and every `NOTICE_INTERVAL` steps: that
         scoring alone exceeds the budget.
         """
         if self._warned_ago is not None:
@@ -190,7 +193,7 @@ class OverheadBudget:
         )
 
     def spacing(self) -> float:
-        """Returns the steps from one meta step to the next, as far as the budget decides."""
+        """Returns the number of steps from one meta step to the next that the budget allows."""
         scoring, meta = _usual(self._scoring), _usual(self._meta)
         left = self.share * _usual(self._stock) - scoring
         return max(1.0, (meta - scoring) / left) if left > 0 else math.inf
@@ -199,7 +202,7 @@ class OverheadBudget:
         return f"{_usual(seconds) / max(_usual(self._stock), 1e-9):.2%}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a resumed run goes on from, as plain values."""
+        """Returns the state for a resumed run, as plain values."""
         return {
             "share": self.share,
             "credit": self.credit,
@@ -210,7 +213,7 @@ class OverheadBudget:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a saved state; the account starts anew when the budget was changed."""
+        """Continues from a saved state; the account is reset if the budget has changed."""
         if state["share"] == self.share:
             self.credit = state["credit"]
             self.stock_seconds = state["stock_seconds"]
@@ -225,11 +228,11 @@ class OverheadBudget:
 
 
 class StepMeter:
-    """Measures one training step, and has the budget decide and book it.
+    """Measures one training step, and lets the budget decide about it and book it.
 
     Args:
         budget: the controller.
-        device: where the ranks' times are compared.
+        device: device on which the ranks' times are compared.
     """
 
     def __init__(self, budget: OverheadBudget, device: torch.device) -> None:
@@ -241,15 +244,15 @@ class StepMeter:
         self._start = now()
 
     def admitted(self, plan: StepPlan) -> StepPlan:
-        """Returns the plan, without its meta step if that is not affordable now."""
+        """Returns the plan, without its meta step if the budget does not allow it now."""
         self._put_off = plan.meta_step and not self.budget.allows_meta_step()
         self.plan = dataclasses.replace(plan, meta_step=False) if self._put_off else plan
         return self.plan
 
     def own(self, call: Callable[..., Value]) -> Callable[..., Value]:
-        """Returns `call`, its time counted as the trainer's own but for what `stopwatch` took.
+        """Returns `call`, its time counted as the trainer's own, except what `stopwatch` measured.
 
-        Only the first time: a step that is run again, to verify a meta-gradient, is DWM time.
+        Only the first call counts: a step that is re-run to verify a meta-gradient is DWM time.
         """
         first = True
 
@@ -270,12 +273,12 @@ class StepMeter:
         """Books the step.
 
         Args:
-            meta_step: whether a meta step was really taken.
+            meta_step: whether a meta step was actually taken.
         """
         assert self.plan is not None
         whole = now() - self._start
-        # Of all ranks the longest step and the longest DWM time: a rank that waits within the
-        # trainer's step for another one to have scored sees the wait as the trainer's own.
+        # The longest step and the longest DWM time over all ranks: a rank that waits inside the
+        # trainer's step for another rank's scoring would count the wait as the trainer's time.
         seconds = torch.tensor([whole, whole - self._own], dtype=torch.float64, device=self.device)
         seconds = collectives.largest(seconds, torch.distributed.group.WORLD)
         longest, dwm = seconds.tolist()
@@ -303,15 +306,15 @@ class NoMeter:
         return call
 
     def finish(self, meta_step: bool) -> None:
-        """Leaves nothing for the log."""
+        """Returns nothing for the log."""
 
 
 def now() -> float:
-    """Returns the time in seconds, when the device has done all that it was given."""
+    """Returns the time in seconds, after the device has finished all queued work."""
     torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def _usual(seconds: deque[float], missing: float = 0.0) -> float:
-    """Returns the median, the lower one of two; `missing` without any measurement."""
+    """Returns the (lower) median; `missing` without any measurement."""
     return statistics.median_low(seconds) if seconds else missing

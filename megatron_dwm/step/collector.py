@@ -1,4 +1,4 @@
-"""Hands the weights of a run's samples on to those who keep them by document."""
+"""Passes the weights of a run's samples on, to be recorded by document."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from megatron_dwm.data.weights_seen import DocumentWeightsSeen
 from megatron_dwm.errors import DWMError
 
-_WAIT = 4  # steps after which a step's weights are read: on a GPU they are there by then
+_WAIT = 4  # steps after which a step's weights are read: by then the GPU has computed them
 
 
 class Collector:
-    """Reads weights some steps after they were given, so that no step waits for the device.
+    """Reads weights a few steps after they were passed in, so that no step waits for the device.
 
     Args:
-        seen: gets them.
-        ranks: how many ranks have one.
+        seen: receives them.
+        ranks: number of ranks that have a collector.
     """
 
     def __init__(self, seen: DocumentWeightsSeen, ranks: int) -> None:
@@ -26,14 +26,15 @@ class Collector:
         self._waiting: deque[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = deque()
 
     def note(self, batches: list[Any], weights: torch.Tensor) -> None:
-        """Takes a step's weights.
+        """Accepts a step's weights.
 
         Args:
-            batches: micro-batches with `document_ids` `[b, s]` and, of a blend, `dataset_id` `[b]`.
-            weights: `[n]` of their samples, in their order.
+            batches: micro-batches with `document_ids` `[b, s]` and, for a blend, `dataset_id`
+                `[b]`.
+            weights: `[n]` weights of their samples, in their order.
 
         Raises:
-            DWMError: the batches do not say which documents they are of.
+            DWMError: the batches do not name their documents.
         """
         if not all(isinstance(batch, dict) and "document_ids" in batch for batch in batches):
             raise DWMError(

@@ -3,10 +3,10 @@
 Two orders of the same passes (`--dwm-lookahead`):
 
     next     B inner step, C meta gradient h at theta+, v = (dU/dG)^T h, D c_i = <v, g_i> at theta
-    current  C meta gradient h at theta, v with the Jacobian expected, B inner step, which is D too
+    current  C meta gradient h at theta, v with the expected Jacobian, B inner step, which is also D
 
-"next" is the exact derivative of the meta loss after the step. "current" saves pass D: it asks
-how the meta loss falls from theta on, and takes Adam's preconditioner before the step.
+"next" is the exact derivative of the meta loss after the step. "current" saves pass D: it takes the
+meta loss's derivative at theta, and Adam's preconditioner from before the step.
 
 Shapes: n samples on this data-parallel rank, N in the global batch.
 """
@@ -42,21 +42,21 @@ from megatron_dwm.meta_gradient.pull_back import (
 from megatron_dwm.step.loss import Applied, PolicyWeights
 from megatron_dwm.step.passes import Passes
 
-# Given weights `[N]`, what makes them inside the forward step, or None on ranks without losses.
+# Weights `[N]`, or what computes them inside the forward step, or None on ranks without losses.
 type Weighing = torch.Tensor | PolicyWeights | None
-# Takes the trainer's own step on the data iterator it is given.
+# Runs the trainer's own step on the data iterator it is given.
 StockStep = Callable[[Any], StepOutcome]
 
 
 @dataclass
 class Influence:
-    """What passes C and D found.
+    """The results of passes C and D.
 
     Attributes:
         values: `[N]` float32, `c_i = dL_meta/dw_i`, on last-stage ranks; zeros elsewhere.
         meta_loss: per token, on last-stage ranks.
         lr: the inner step's largest learning rate.
-        quality: what the estimator can say of itself, for the log.
+        quality: the estimator's own quality measures, for the log.
     """
 
     values: torch.Tensor
@@ -66,7 +66,7 @@ class Influence:
 
 
 class InfluencePasses:
-    """Takes the trainer's step and finds every sample's influence on the meta loss.
+    """Takes the trainer's step and computes every sample's influence on the meta loss.
 
     Args:
         config: settings; `estimator` is resolved (not `auto`).
@@ -90,19 +90,19 @@ class InfluencePasses:
     ) -> tuple[StepOutcome, Influence | None]:
         """Takes one weighted step of the trainer with passes C and D.
 
-        `times` has what its passes took: `meta_gradient` (C), `inner` (B, and with `current` D) and
-        `influence` (D).
+        `times` holds the time of each pass: `meta_gradient` (C), `inner` (B, and with `current` D)
+        and `influence` (D).
 
         Args:
             stock_step: runs the trainer's own step on the data iterator it is given.
             trainee: the LLM.
             batches: the step's micro-batches.
-            weights: `[N]` weights or what makes them, None on ranks that see no losses.
-            estimator: instead of the configured one.
+            weights: `[N]` weights or what computes them, None on ranks that see no losses.
+            estimator: estimator to use instead of the configured one.
 
         Returns:
-            What came of the trainer's step; the influence, None when the trainer skipped the step
-            or there is nothing to look ahead from yet.
+            The outcome of the trainer's step; the influence, None if the trainer skipped the step
+            or if the optimizer has no state to look ahead from yet.
         """
         with gathered_parameters(trainee):
             if self.config.lookahead == "current":
@@ -116,7 +116,7 @@ class InfluencePasses:
         """Pass B: the trainer's own step under weights `[N]`, or under a policy's.
 
         Returns:
-            What came of it, and what was applied to each micro-batch.
+            Its outcome, and what was applied to each micro-batch.
         """
         local: Weighing = None
         if weights is not None and self.passes.sees_losses:
@@ -138,7 +138,7 @@ class InfluencePasses:
         estimator: str,
     ) -> tuple[StepOutcome, Influence | None]:
         parameters = trainable_parameters(trainee.model)
-        # kept: a copy of the parameters, theta now, theta+ while pass D runs at theta.
+        # Kept: a copy of the parameters: theta now, theta+ while pass D runs at theta.
         theta = [p.detach().clone() for p in parameters]
         lrs, rng = learning_rates(trainee.optimizer), random_states()
         # B
@@ -146,10 +146,10 @@ class InfluencePasses:
             result, _ = self.weighted_step(stock_step, batches, weights)
         if result.skipped:
             return result, None
-        # C: h at theta+, and what it is in terms of the step's gradient
+        # C: h at theta+, pulled back to the step's gradient
         inner = None
         if self.config.jacobian == "exact":
-            # kept: the step's gradient, until v is there.
+            # Kept: the step's gradient, until v is computed.
             inner = InnerStep.capture(trainee.optimizer, lrs, result.grad_norm)
         with quiet(trainee):
             with self.times("meta_gradient"):
@@ -196,7 +196,7 @@ class InfluencePasses:
                 self.passes.run(trainee, batches, get_num_microbatches(), True)
             return self.passes.contributions(losses) if self.passes.sees_losses else None
 
-        # The parameters are overwritten, and theta is needed for every move.
+        # The parameters are overwritten, and theta is needed for every perturbation.
         after = [p.detach().clone() for p in parameters]
         found = finite_difference.estimate(
             parameters,
@@ -214,10 +214,10 @@ class InfluencePasses:
         return found.values, found.quality
 
     def _linearity_is_due(self) -> bool:
-        """Whether this meta step, by its number in the whole run, checks finite differences.
+        """Whether this meta step, by its number in the whole run, checks linearity.
 
-        Counted by the meta batches read, which a checkpoint keeps, so that a resumed run logs
-        what one without an interruption would.
+        Counted by the meta batches read, which a checkpoint keeps, so that a resumed run logs the
+        same as an uninterrupted one.
         """
         assert self.passes.meta_data is not None
         data = self.passes.meta_data
@@ -239,7 +239,7 @@ class InfluencePasses:
         # C: h at theta, and v with the Jacobian that the step is expected to have
         with quiet(trainee), self.times("meta_gradient"):
             loss = self._direction_ahead(trainee, lrs)
-            # kept: v, as the step needs the gradient buffers for its own gradient.
+            # Kept: v, because the step needs the gradient buffers for its own gradient.
             v = {id(p): p.main_grad.clone() for p in trainable_parameters(trainee.model)}
         restore_random_states(rng)
         # B and D in one
@@ -257,7 +257,7 @@ class InfluencePasses:
         recorded = collectives.sum_over_model_parallel(recorded, self.passes.groups.mp)
         local, w = self._scaled(recorded, applied.num_tokens, loss_scale(trainee)), applied.weights
         if local is not None and w is not None:
-            # The pass was weighted, so sample i was seen w_i times; one without weight not at all.
+            # The pass was weighted, so sample i has the factor w_i; one of weight 0 was not seen.
             local = torch.where(w > 0, local / w.clamp(min=1e-30), 0.0)
             if self.config.jacobian == "exact":
                 max_norm = _clip_grad(trainee.optimizer)
@@ -265,9 +265,9 @@ class InfluencePasses:
         return result, self._influence(local, loss, lrs, {})
 
     def ahead(self, trainee: Trainee, batches: StepBatches) -> Influence | None:
-        """Returns the influence of the step's samples before it, by passes of their own.
+        """Returns the influence of the step's samples ahead of the step, by separate passes.
 
-        With the Jacobian that the step is expected to have, as in `current`, at weights of 1.
+        Uses the Jacobian that the step is expected to have, as in `current`, at weights of 1.
         """
         if self.config.jacobian == "exact" and not self._optimizer_has_stepped(trainee):
             return None
@@ -291,9 +291,9 @@ class InfluencePasses:
     # ------------------------------------------------------------------ helpers
 
     def _ghost_pass(self, trainee: Trainee, batches: StepBatches) -> torch.Tensor | None:
-        """Returns `<v, g_i>` `[n]` of the local samples at weights of 1, by a pass of its own.
+        """Returns `<v, g_i>` `[n]` of the local samples at weights of 1, by a separate pass.
 
-        At the parameters and random states as they are, with the gradient buffers holding v.
+        Uses the current parameters and random states, with the gradient buffers holding v.
 
         Returns:
             The inner products, None on ranks that see no losses.
@@ -311,7 +311,7 @@ class InfluencePasses:
         return self._scaled(local, num_tokens, loss_scale(trainee))
 
     def ghost(self, trainee: Trainee) -> ghost.Ghost:
-        """Returns the LLM's layers with their formulas; looked up once."""
+        """Returns the LLM's layers with their ghost rules; looked up once."""
         if self._ghost is None:
             shape = self.passes.shape
             self._ghost = ghost.Ghost(
@@ -324,7 +324,7 @@ class InfluencePasses:
         return self._ghost
 
     def _optimizer_has_stepped(self, trainee: Trainee) -> bool:
-        """Returns, on every rank alike, whether the optimizer has moments already."""
+        """Returns, the same on every rank, whether the optimizer has moments yet."""
         if not self._has_stepped:
             missing = torch.tensor(float(not has_stepped(trainee.optimizer)))
             missing = missing.to(self.passes.shape.device)
@@ -335,12 +335,12 @@ class InfluencePasses:
     def _scaled(
         self, local: torch.Tensor, num_tokens: list[torch.Tensor | None], scale: float
     ) -> torch.Tensor | None:
-        """From the schedule's loss to the trainer's; None on ranks that see no losses.
+        """Scales from the schedule's loss to the trainer's; None on ranks that see no losses.
 
         Args:
             local: `[n]` inner products with gradients of the schedule's loss.
-            num_tokens: of each micro-batch.
-            scale: `--loss-scale`, which those gradients hold.
+            num_tokens: token count of each micro-batch.
+            scale: `--loss-scale`, which those gradients include.
         """
         if not self.passes.sees_losses:
             return None
@@ -372,7 +372,7 @@ def _clip_grad(optimizer: Any) -> float:
 
 @torch.no_grad()
 def _swap(parameters: list[torch.nn.Parameter], values: list[torch.Tensor]) -> None:
-    """Exchanges the parameters with a copy in place, with one parameter's room to spare."""
+    """Swaps the parameters with a copy in place, using extra memory for one parameter only."""
     for parameter, value in zip(parameters, values, strict=True):
         kept = parameter.detach().clone()
         parameter.data.copy_(value)

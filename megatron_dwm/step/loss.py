@@ -1,12 +1,12 @@
-"""Per-sample weights enter through the loss: a wrapper around the trainer's forward step.
+"""Applies per-sample weights to the loss, with a wrapper around the trainer's forward step.
 
 Megatron's `forward_step(data_iterator, model)` returns the per-token losses `[b, s]` and a
-`loss_func`. The wrapped step hands `loss_func` the losses times the samples' weights, and takes
+`loss_func`. The wrapped step passes to `loss_func` the losses times the samples' weights, and takes
 the report from a second call on the unweighted, detached losses. `loss_mask` is not touched, so
-every token count stays as it is, and with w = 1 the training is bit-identical to stock. Any
-`loss_func` that is linear in the per-token losses works. The losses of multi-token prediction pass
-through no loss function; they are weighted in the backward pass (`core.further_losses`), or left
-alone (`--dwm-mtp plain`).
+every token count stays as it is, and with w = 1 training is bit-identical to stock. Any `loss_func`
+that is linear in the per-token losses works. The losses of multi-token prediction do not pass
+through a loss function; they are weighted in the backward pass (`core.further_losses`), or left
+unweighted (`--dwm-mtp plain`).
 
 Shapes: b samples in a micro-batch, m micro-batches in a step, s tokens in a sample.
 """
@@ -26,7 +26,7 @@ from megatron_dwm.core.state_tap import StateTap
 from megatron_dwm.errors import DWMError
 from megatron_dwm.policies.base import SampleView, WeightPolicy
 
-# Of `loss_func(2 x)` against `2 loss_func(x)`: far above rounding, in bf16 too.
+# Tolerance of `loss_func(2 x)` against `2 loss_func(x)`: far above rounding, even in bf16.
 _LINEAR = 1e-2
 
 
@@ -38,7 +38,7 @@ class SampleLosses:
         num_tokens: for each micro-batch the token count, or None when `loss_func` averages
             by itself (the two-value form).
         further: for each micro-batch `[b]` float64, the sum of the losses of multi-token
-            prediction, which Megatron has divided by tokens itself; None where there are none.
+            prediction, which Megatron itself has divided by tokens; None if there are none.
     """
 
     def __init__(self) -> None:
@@ -54,8 +54,8 @@ class SampleLosses:
         The trainer's chain: micro-batch sum / its tokens (`loss_func` with three values) /
         micro-batches / data-parallel size (averaged by DDP); with `--calculate-per-token-loss`
         the sums are divided once by the tokens of the global batch, which the caller does. The
-        losses of multi-token prediction are divided by tokens already, and with that flag
-        multiplied by the micro-batch's again.
+        losses of multi-token prediction are already divided by tokens; with that flag they are
+        multiplied by the micro-batch's token count again.
 
         Args:
             per_token: `--calculate-per-token-loss`.
@@ -87,7 +87,7 @@ def token_counts(num_tokens: list[torch.Tensor | None]) -> list[torch.Tensor]:
     """Returns the token count of each micro-batch.
 
     Raises:
-        DWMError: the loss function gives none.
+        DWMError: the loss function returns none.
     """
     counts = [t for t in num_tokens if t is not None]
     if len(counts) < len(num_tokens):
@@ -105,13 +105,13 @@ def _no_token_count() -> DWMError:
 
 @dataclass
 class PolicyWeights:
-    """Weights that are made inside the forward step, in the place of given ones.
+    """Weights that are computed inside the forward step, instead of given ones.
 
     Attributes:
-        policy: what makes them.
-        tap: reads the hidden states, where the policy needs them.
-        domains: `[n]` data set of each local sample, where the policy needs it.
-        documents: by setting `[n]` numbers of the local samples' documents.
+        policy: computes them.
+        tap: reads the hidden states, if the policy needs them.
+        domains: `[n]` data set of each local sample, if the policy needs it.
+        documents: by setting, the `[n]` numbers of the local samples' documents.
     """
 
     policy: WeightPolicy
@@ -122,12 +122,12 @@ class PolicyWeights:
 
 @dataclass
 class Applied:
-    """What came of a weighted pass over the step's micro-batches, on ranks that see losses.
+    """The results of a weighted pass over the step's micro-batches, on ranks that see losses.
 
     Attributes:
-        num_tokens: token count of each micro-batch (None where `loss_func` averages by itself).
+        num_tokens: token count of each micro-batch (None if `loss_func` averages by itself).
         by_micro_batch: `[b]` weights of each micro-batch.
-        losses: `[b]` mean token loss of each micro-batch's samples, where they are kept.
+        losses: `[b]` mean token loss of each micro-batch's samples, if they are kept.
     """
 
     num_tokens: list[torch.Tensor | None] = field(default_factory=list)
@@ -136,12 +136,12 @@ class Applied:
 
     @property
     def weights(self) -> torch.Tensor | None:
-        """`[n]` weights of the local samples; None where none were used."""
+        """`[n]` weights of the local samples; None if none were used."""
         return torch.cat(self.by_micro_batch) if self.by_micro_batch else None
 
 
 class WeightedForwardStep:
-    """Wraps the `forward_step` that is handed to `pretrain`; inert unless a mode is entered."""
+    """Wraps the `forward_step` that is passed to `pretrain`; inert unless a mode is entered."""
 
     def __init__(self, forward_step: Callable[..., Any]) -> None:
         functools.update_wrapper(self, forward_step)
@@ -153,27 +153,27 @@ class WeightedForwardStep:
         self._num_microbatches = 1
         self._calls = 0
         self._known_linear = False
-        # Whether the samples' losses are kept, where a policy asks for losses at all.
+        # Whether the samples' losses are kept, if a policy asks for losses at all.
         self.keeps_losses = False
-        # Whether a sample's weight is also that of its losses of multi-token prediction.
+        # Whether a sample's weight also applies to its losses of multi-token prediction.
         self.weighs_further = True
-        # What weighting adds to a micro-batch's forward step is done within it.
+        # A context for the work that weighting adds to a micro-batch's forward step.
         self.stopwatch: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     @contextlib.contextmanager
     def weighted(
         self, weights: torch.Tensor | PolicyWeights | None, num_microbatches: int | None = None
     ) -> Iterator[Applied]:
-        """Within it, the k-th loss of the step is weighted by `weights[k % m]`, or by a policy.
+        """A context in which the k-th loss of the step is weighted by `weights[k % m]` or a policy.
 
-        Modulo, because Megatron's rerun state machine may run a step's passes again.
+        The modulo is there because Megatron's rerun state machine may repeat a step's passes.
 
         Args:
-            weights: `[m, b]`, or what makes them, on ranks that see losses; None elsewhere.
+            weights: `[m, b]`, or what computes them, on ranks that see losses; None elsewhere.
             num_microbatches: m; needed for a policy.
 
         Yields:
-            What fills with the token count and the weights of each micro-batch.
+            The `Applied` to which each micro-batch adds its token count and weights.
         """
         self._weights, self._calls, self._applied = weights, 0, Applied()
         if isinstance(weights, torch.Tensor):
@@ -189,7 +189,7 @@ class WeightedForwardStep:
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[list[torch.Tensor | None]]:
-        """Within it, losses are the script's own, and token counts are collected as above."""
+        """A context in which losses are the script's own, and token counts are collected."""
         self._num_tokens = []
         try:
             yield self._num_tokens
@@ -198,7 +198,7 @@ class WeightedForwardStep:
 
     @contextlib.contextmanager
     def measured(self) -> Iterator[SampleLosses]:
-        """Within it, per-sample losses are collected and nothing is weighted."""
+        """A context in which per-sample losses are collected and nothing is weighted."""
         self._losses = SampleLosses()
         try:
             yield self._losses
@@ -206,7 +206,7 @@ class WeightedForwardStep:
             self._losses = None
 
     def __call__(self, data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """Runs the trainer's forward step; the loss function is wrapped within a mode."""
+        """Runs the trainer's forward step; inside a mode the loss function is wrapped."""
         step = functools.partial(self.forward_step, data_iterator, model, *args, **kwargs)
         if self._losses is not None:
             summed = SumLater()
@@ -256,7 +256,7 @@ class WeightedForwardStep:
         output: torch.Tensor,
         kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, Any]:
-        """Returns a micro-batch's weights by a policy, and the loss function's report."""
+        """Returns a micro-batch's weights, given by a policy, and the loss function's report."""
         needs, losses = source.policy.needs, output.detach()
         _check_shape(output, output.size(0))
         view = SampleView(k, losses)
@@ -266,7 +266,8 @@ class WeightedForwardStep:
         view.documents = {name: numbers[mine] for name, numbers in source.documents.items()}
         if not (needs.losses or needs.states):
             return source.policy.weights(view), loss_func(losses, **kwargs)
-        # The loss is linear in the losses: its derivative says how much each position counts.
+        # The loss is linear in the per-token losses: its derivative is how much each position
+        # counts.
         with torch.enable_grad():
             leaf = losses.clone().requires_grad_()
             reported = loss_func(leaf, **kwargs)
@@ -302,10 +303,10 @@ class WeightedForwardStep:
         output: torch.Tensor,
         **kwargs: Any,
     ) -> Any:
-        # loss_func is linear in the losses, so its derivative by a factor per sample, taken at
-        # 1, is that sample's share; it needs no knowledge of the mask inside loss_func. The
-        # derivative is summed in float64: a finite difference is of sums that are nearly alike,
-        # and a sum of hundreds in float32 has steps as large as what it looks for.
+        # loss_func is linear in the losses, so its derivative with respect to a factor per sample,
+        # taken at 1, is that sample's share; this needs no knowledge of the mask inside loss_func.
+        # The derivative is summed in float64: a finite difference subtracts sums that are nearly
+        # equal, and the float32 spacing of a sum in the hundreds is as large as the difference.
         with torch.enable_grad():
             factors = torch.ones(
                 output.size(0), dtype=torch.float64, device=output.device, requires_grad=True
@@ -335,7 +336,7 @@ def _check_shape(output: torch.Tensor, samples: int) -> None:
 
 
 def _detached(report: Any) -> Any:
-    """Returns the loss function's report without the graph that found the mask."""
+    """Returns the loss function's report without the autograd graph."""
     if not isinstance(report, dict):
         return report
     return {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in report.items()}
@@ -344,22 +345,22 @@ def _detached(report: Any) -> Any:
 def _check_linear(
     loss_func: Callable[..., Any], losses: torch.Tensor, once: torch.Tensor, kwargs: dict[str, Any]
 ) -> None:
-    """Refuses a loss function through which weights would mean something else.
+    """Refuses a loss function under which a weight would not scale its sample's loss.
 
     Args:
-        loss_func: the script's.
+        loss_func: the script's loss function.
         losses: `[b, s]` per-token losses.
-        once: what it made of them.
-        kwargs: of its call.
+        once: what it returned for them.
+        kwargs: keyword arguments of its call.
     """
     with torch.no_grad():
         twice = loss_func(2 * losses, **kwargs)[0]
     a, b = twice.float().sum().item(), 2 * once.float().sum().item()
-    # With losses that are not finite nothing can be told, and the trainer's checks will speak.
+    # Losses that are not finite cannot be judged here; the trainer's own checks report them.
     if abs(a - b) > _LINEAR * abs(b):
         raise DWMError(
-            "this script's loss_func is not linear in the per-token losses: of losses twice as "
-            f"large it makes {a:.6g}, not {b:.6g}, so that a sample's weight would not be one; "
-            "move clipping and the like before the losses, or use --dwm-policy uniform",
+            "this script's loss_func is not linear in the per-token losses: for losses twice as "
+            f"large it returns {a:.6g}, not {b:.6g}, so a weight would not scale its sample's "
+            "loss; move clipping and the like before the losses, or use --dwm-policy uniform",
             this_rank_only=True,
         )

@@ -1,4 +1,4 @@
-"""The LLM's extra passes: over the meta batch and over the step's own micro-batches."""
+"""Runs the LLM's extra passes: over the meta batch and over the step's own micro-batches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Passes:
     Args:
         forward_step: the wrapped forward step that `pretrain` was given.
         groups: the LLM's process groups.
-        shape: facts of the run.
+        shape: sizes of a step.
         meta_data: the meta set; None without meta steps.
     """
 
@@ -38,7 +38,7 @@ class Passes:
     def run(
         self, trainee: Trainee, batches: StepBatches, num_microbatches: int, forward_only: bool
     ) -> None:
-        """Runs the LLM's schedule over micro-batches; whoever calls says how losses count."""
+        """Runs the LLM's schedule over micro-batches; the caller chooses how losses count."""
         trainee.forward_backward(
             forward_step_func=self.forward_step,
             data_iterator=batches.replay(),
@@ -72,10 +72,10 @@ class Passes:
 
     @torch.no_grad()
     def meta_loss(self, trainee: Trainee, position: int) -> float:
-        """Returns the loss of the meta batch at `position`, as `meta_loss_gradient` takes it.
+        """Returns the loss of the meta batch at `position`, normalised as in `meta_loss_gradient`.
 
-        With the trainer's own normalisation: the mean over micro-batches of the loss per token, or
-        the loss per token of the whole batch (`--calculate-per-token-loss`).
+        This is the trainer's own normalisation: the mean over micro-batches of the loss per token,
+        or the loss per token of the whole batch (`--calculate-per-token-loss`).
 
         Returns:
             The loss on last-stage ranks (0 elsewhere).
@@ -99,13 +99,13 @@ class Passes:
         return parts / self.tokens(losses.num_tokens).clamp(min=1)
 
     def gradient_scale(self, num_tokens: list[torch.Tensor | None]) -> torch.Tensor | float:
-        """Returns what scales the gradient of the schedule's loss to the trainer's gradient.
+        """Returns the factor from the gradient of the schedule's loss to the trainer's gradient.
 
         1 / data-parallel size (DDP averages), or with `--calculate-per-token-loss` 1 / tokens of
         the global batch (DDP sums, and `finalize_model_grads` divides once).
 
         Args:
-            num_tokens: of each micro-batch, as the loss function returned them.
+            num_tokens: token count of each micro-batch, as the loss function returned it.
         """
         if not self.shape.per_token:
             return 1.0 / self.groups.dp_cp.size()
@@ -121,7 +121,7 @@ class Passes:
         return values.chunk(self.groups.dp.size())[self.groups.dp.rank()]
 
     def _mean_loss(self, losses: SampleLosses) -> float:
-        """Returns the loss per token over all data-parallel ranks; 0 where none are seen."""
+        """Returns the loss per token over all data-parallel ranks; 0 on ranks without losses."""
         if not self.sees_losses:
             return 0.0
         count = len(losses.sums)

@@ -1,4 +1,4 @@
-"""When the LLM's samples are weighted, and when the DWM takes a meta step."""
+"""The schedule: when samples are weighted, and when a meta step is taken."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from megatron_dwm.config import DWMConfig
 
-DENSER = 4  # times as often as usual are meta steps taken at the start
-# Of the training, in which losses do not yet tell samples apart: the burn-in of the policies that
-# weigh by a shape of the loss, as in their paper (1,000 of 20,000 steps).
+DENSER = 4  # factor by which meta steps are more frequent at the start
+# Share of the training in which losses do not yet tell samples apart: the burn-in of the policies
+# that weigh by a function of the loss, as in their paper (1,000 of 20,000 steps).
 BURN_IN = 0.05
 
 
@@ -19,8 +19,8 @@ class StepPlan:
 
     Attributes:
         stage: 0-based stage.
-        window: `warmup`, `meta` or `frozen`; where nothing is learned, so that there are no such
-            windows, `uniform` (every weight is 1) or `weighted`.
+        window: `warmup`, `meta` or `frozen`; if nothing is learned and there are no such windows,
+            `uniform` (every weight is 1) or `weighted`.
         weighted: whether the DWM's weights apply (else w = 1).
         meta_step: whether the DWM is updated in this step.
         ends_stage: whether this is the stage's last step (a snapshot is taken after it).
@@ -34,16 +34,16 @@ class StepPlan:
 
     @property
     def staged(self) -> bool:
-        """Whether the step's stage means something for the weights."""
+        """Whether the weights depend on the step's stage."""
         return self.window not in ("uniform", "weighted")
 
 
 class Schedule:
     """Maps an iteration to a `StepPlan`; a pure function of the config, so resume needs no state.
 
-    The training's `train_iters` steps are cut into `stages` equal parts. A stage is a meta
-    window of `stage_meta_steps` and a frozen window. The first `warmup_steps` are uniform and
-    do not count towards the first stage's meta window.
+    The training's `train_iters` steps are divided into `stages` equal parts. A stage is a meta
+    window of `stage_meta_steps` and a frozen window. The first `warmup_steps` are uniform and do
+    not count towards the first stage's meta window.
     """
 
     def __init__(self, config: DWMConfig, train_iters: int) -> None:
@@ -70,7 +70,7 @@ class Schedule:
         return StepPlan(stage, window, True, config.trains and window == "meta" and due, ends_stage)
 
     def description(self) -> dict[str, object]:
-        """Returns what the plans follow from, to notice that a resumed run changed it."""
+        """Returns everything that determines the plans, to notice if a resumed run changes it."""
         config = self.config
         return {
             "schedule": config.schedule,
@@ -107,7 +107,7 @@ class Schedule:
         return sum(self._due_before(end) - self._due_before(begin) for begin, end in windows)
 
     def _due_before(self, iteration: int) -> int:
-        """Returns how many meta steps are due before a step, windows left aside.
+        """Returns the number of meta steps due before a step, ignoring windows.
 
         Every `meta_interval` steps from the end of the warm-up on, and four times as often in the
         first `meta_dense_steps` of them.

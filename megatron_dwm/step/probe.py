@@ -1,10 +1,10 @@
-"""Ground truth for the meta-gradient, by really re-running the trainer's own step.
+"""Ground truth for the meta-gradient, by actually re-running the trainer's own step.
 
 `brute_force`: change one sample's weight, run the trainer's step from the saved state, measure the
-meta loss. `reference`: the loop of per-sample backward passes, with the v of the product's own
-passes B and C. Both are far too slow for training; they prove the estimators on real runs.
+meta loss. `reference`: a loop of per-sample backward passes, with the v of the package's own passes
+B and C. Both are far too slow for training; they verify the estimators on real runs.
 
-The command `probe` takes a saved run one step on and compares there.
+The command `probe` advances a saved run by one step and compares there.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ from megatron_dwm.step.train_step import DWMTrainStep
 
 @dataclass
 class ProbedStep:
-    """One training step that can be taken again and again.
+    """One training step that can be repeated.
 
     Attributes:
         step: the modified step; its meta data's next batch measures the meta loss.
-        trainee: the LLM, at the state before the step; every function here leaves it there.
+        trainee: the LLM, in the state before the step; every function here restores that state.
         scheduler: Megatron's learning-rate scheduler.
         stock_step: the trainer's own step on a data iterator.
         batches: the step's micro-batches.
-        weights: `[N]` of the global batch, on every rank (only last-stage ranks use the values).
+        weights: `[N]` weights of the global batch, on every rank (only last-stage ranks use them).
     """
 
     step: DWMTrainStep
@@ -65,17 +65,17 @@ class ProbedStep:
     weights: torch.Tensor
 
     def state(self) -> TrainerState:
-        """Returns a copy of all that the step changes."""
+        """Returns a copy of everything that the step changes."""
         with gathered_parameters(self.trainee):
             return TrainerState(self.trainee, self.scheduler)
 
     def quiet_step(self, iterator: Any) -> StepOutcome:
-        """Takes the trainer's step, whose checks of results could otherwise end the run."""
+        """Takes the trainer's step without its result checks, which could end the run."""
         with quiet(self.trainee):
             return self.stock_step(iterator)
 
     def ready(self) -> bool:
-        """Returns, on every rank alike, whether there is anything to compare.
+        """Returns, the same on every rank, whether there is anything to compare.
 
         Adam's first step is the gradient's sign, which no weight changes; and at a learning rate
         of 0, as at the start of a warm-up, no step changes anything.
@@ -91,11 +91,11 @@ class ProbedStep:
 
 
 def influence(probed: ProbedStep, estimator: str | None = None) -> Influence | None:
-    """Returns what the product's own passes B to D find, without taking the step.
+    """Returns the result of the package's own passes B to D, without taking the step.
 
     Args:
         probed: the step.
-        estimator: instead of the configured one.
+        estimator: estimator to use instead of the configured one.
     """
     step = probed.step
     assert step.meta_data is not None
@@ -118,8 +118,8 @@ def brute_force(probed: ProbedStep, samples: list[int], delta: float) -> torch.T
         delta: change of the weight.
 
     Returns:
-        `[len(samples)]` float64 on last-stage ranks, zeros elsewhere; NaN where the trainer
-        skipped the step.
+        `[len(samples)]` float64 on last-stage ranks, zeros elsewhere; NaN if the trainer skipped
+        the step.
     """
     state = probed.state()
     up, down = (_changed(probed, samples, sign * delta, state) for sign in (1.0, -1.0))
@@ -153,7 +153,7 @@ def _meta_loss_after(probed: ProbedStep, weights: torch.Tensor, state: TrainerSt
 def reference(probed: ProbedStep) -> torch.Tensor:
     """Returns `c_i = <v, g_i>` `[N]` by per-sample backward passes, float64, on every rank.
 
-    v is that of the configured lookahead and Jacobian. The meta data's position is put back.
+    v is that of the configured lookahead and Jacobian. The position in the meta data is restored.
     """
     step, trainee = probed.step, probed.trainee
     assert step.meta_data is not None
@@ -201,7 +201,7 @@ def _backward_of_sample(probed: ProbedStep, sample: int, state: TrainerState) ->
     local = None
     if step.sees_losses:
         local = step.passes.local_part(one_hot).view(get_num_microbatches(), -1)
-    # What no weight scales is no sample's.
+    # A loss that no weight scales belongs to no sample.
     plain = not step.forward_step.weighs_further
     configs = configs_of(trainee.model)
     alone = without_further_losses(*configs) if plain else contextlib.nullcontext()
@@ -209,26 +209,26 @@ def _backward_of_sample(probed: ProbedStep, sample: int, state: TrainerState) ->
         step.passes.run(trainee, probed.batches, get_num_microbatches(), forward_only=False)
 
 
-# How much brute force changes a weight. Small where Adam's first steps are curved, large where the
-# parameters round away what a weight changes.
+# How much brute force changes a weight: little where Adam's first steps are curved, much where the
+# parameters' rounding would hide the effect of a weight.
 DELTA, DELTA_BF16 = 0.1, 1.0
-FINER = 4.0  # times less, where a magnitude seems wrong
+FINER = 4.0  # factor by which the change is reduced if a magnitude seems wrong
 
 
 def verify(probed: ProbedStep, count: int, delta: float | None = None) -> Verification | None:
-    """Compares the product's meta-gradient with brute force on a few samples.
+    """Compares the package's meta-gradient with brute force on a few samples.
 
-    The samples are those with the largest and the smallest estimate, half of each, as the
-    others drown first in the rounding of the meta loss.
+    The samples are those with the largest and the smallest estimate, half of each, because for the
+    others the effect is lost first in the rounding of the meta loss.
 
     Args:
         probed: the step.
         count: number of samples, at most the batch.
-        delta: change of a weight; None: what suits the parameters' precision.
+        delta: change of a weight; None: chosen by the parameters' precision.
 
     Returns:
-        The comparison, equal on every rank; None when there is nothing to look ahead from yet,
-        or the trainer skipped the step.
+        The comparison, equal on every rank; None if the optimizer has no state to look ahead from
+        yet, or the trainer skipped the step.
     """
     found = influence(probed)
     if found is None:
@@ -265,7 +265,7 @@ def verify(probed: ProbedStep, count: int, delta: float | None = None) -> Verifi
 
     result = compared(delta)
     refused = torch.tensor(float(result.wrong_magnitude), device=device)
-    # What follows is collective, and ranks may differ in the last bits.
+    # Repeating is collective, so ranks must agree on it, though they may differ in the last bits.
     if collectives.largest(refused, torch.distributed.group.WORLD).item():
         result = result.repeated(compared(delta / FINER))
     return result

@@ -1,4 +1,4 @@
-"""What a step leaves for the log."""
+"""The values that a step passes to the log."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from megatron_dwm.step.plan import StepPlan
 
 @dataclass
 class MetaResult:
-    """What a meta step found.
+    """The results of a meta step.
 
     Attributes:
         loss: the meta loss per token.
         influence: `[N]`, in units of the LLM's learning rate.
-        grad_norm: of a weighting model that learns by gradient, before clipping; else NaN.
-        updated: whether the policy has learned from it.
-        seconds: what the step took beyond scoring: passes B to E.
+        grad_norm: gradient norm of a weighting model that learns by gradient, before clipping; else
+            NaN.
+        updated: whether the policy learned from it.
+        seconds: time of the step beyond scoring: passes B to E.
         seconds_by_pass: the same by pass, see `InfluencePasses.step`; `learn` is E.
-        quality: what the estimator said of itself.
+        quality: the estimator's own quality measures.
     """
 
     loss: float
@@ -37,23 +38,23 @@ class MetaResult:
 
 @dataclass
 class StepRecord:
-    """What a step leaves for the log. Tensors are read when the log is written, not before.
+    """The values that a step passes to the log. Tensors are read only when the log is written.
 
     Attributes:
         iteration: 1-based, as the trainer prints it.
         plan: what the step did.
-        weights: `[N]` on last-stage ranks, None where no losses are seen.
+        weights: `[N]` on last-stage ranks, None on ranks that see no losses.
         domains: `[N]` data set of the blend of each sample, on last-stage ranks; -1 unknown.
         meta: the meta step's results, if one was taken.
         lm_loss: what the trainer reports.
-        overhead: the DWM's share of the time, where it has a budget.
-        batch: what the guards of the weights did, on last-stage ranks, where samples were scored.
+        overhead: the DWM's share of the time, if it has a budget.
+        batch: what the guards of the weights did, on last-stage ranks, if samples were scored.
         causes: what was NaN or infinite, see `bad_steps`; the same on every rank.
-        bad_steps: the run's bad steps by cause, this one among them.
-        figures: what the policy says of the step.
+        bad_steps: the run's bad steps by cause, including this one.
+        figures: the policy's own values for the step.
         notices: lines for the user.
-        scores: `[N]` that the weights were made of, where samples are logged and there are any.
-        losses: `[N]` mean token losses, where samples are logged and the policy asks for losses.
+        scores: `[N]` scores behind the weights, if samples are logged and there are any.
+        losses: `[N]` mean token losses, if samples are logged and the policy asks for losses.
         expert_load: `[L, K, E]` tokens by MoE layer, domain and expert, see `ExpertLoad`.
         time_share: estimate of the weighting's share of the time, at meta steps, see `TimeShare`.
     """

@@ -1,4 +1,4 @@
-"""How much of the training's time weighting takes, without waiting for the device to find out."""
+"""Estimates weighting's share of the training time without waiting for the device."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-_RECENT = 16  # meta steps that a typical time is taken from
-_ENOUGH = 3  # meta steps that a share may rest on
+_RECENT = 16  # meta steps from which a typical time is taken
+_ENOUGH = 3  # meta steps needed for a share
 
 
 class TimeShare:
-    """What meta steps take beyond plain ones: `(t_meta - t_plain) / (t_meta + n t_plain)`.
+    """The extra time of meta steps over plain ones: `(t_meta - t_plain) / (t_meta + n t_plain)`.
 
     A meta step waits for the device when the influence is read, so the clock at its end and at the
     beginning of the next one bounds the n plain steps in between, and t_plain is that time over n.
-    All three are medians over the last meta steps, which keeps out what happens between steps now
-    and then: evaluation, saving, a stage without meta steps. Without plain steps in between there
-    is nothing to compare with. What weighting adds to a plain step is not seen: t_plain has it.
+    All three are medians over the last meta steps, which excludes occasional work between steps:
+    evaluation, saving, a stage without meta steps. Without plain steps in between there is nothing
+    to compare with. What weighting adds to a plain step is not measured: it is part of t_plain.
 
     Args:
         clock: returns seconds.
@@ -30,27 +30,27 @@ class TimeShare:
         self._plain: deque[float] = deque(maxlen=_RECENT)
         self._counts: deque[int] = deque(maxlen=_RECENT)
         self._begin = 0.0
-        self._last_end: float | None = None  # of a meta step
-        self._since = 0  # plain steps after it
+        self._last_end: float | None = None  # end of the last meta step
+        self._since = 0  # plain steps since then
 
     def begin(self) -> None:
-        """To be called where a step begins."""
+        """To be called at the beginning of a step."""
         self._begin = self.clock()
 
     def end(self, meta_step: bool) -> float | None:
-        """To be called where a step has ended.
+        """To be called at the end of a step.
 
         Args:
-            meta_step: whether a meta step was really taken.
+            meta_step: whether a meta step was actually taken.
 
         Returns:
-            The share, at meta steps from the first on for which it can be said.
+            The share, at meta steps, as soon as it can be estimated.
         """
         if not meta_step:
             self._since += 1
             return None
         now = self.clock()
-        # The first meta step does what happens once, so it only marks a beginning.
+        # The first meta step includes one-time work, so it only marks a beginning.
         if self._last_end is not None and self._since > 0:
             self._meta.append(now - self._begin)
             self._plain.append((self._begin - self._last_end) / self._since)

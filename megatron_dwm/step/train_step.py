@@ -1,13 +1,13 @@
 """The modified training step, passes A to E of the design, readable top to bottom.
 
-    A  score      a policy that wants the whole batch first weighs it        (every step)
+    A  score      a policy that needs the whole batch first weighs it        (every step)
     B  inner      the trainer's own step on sum_i w_i l_i; other policies
                   weigh each micro-batch here, in its own forward step       (every step)
     C  meta       LLM forward/backward on a meta batch -> h -> v             (meta steps)
     D  influence  c_i = <v, g_i>, for every sample                           (meta steps)
     E  update     the policy learns from c                                   (meta steps)
 
-Passes B to D on a meta step are in `influence.py`, in the order that `--dwm-lookahead` asks for.
+Passes B to D of a meta step are in `influence_passes.py`, in the order that `--dwm-lookahead` sets.
 
 Shapes: m micro-batches of b samples on this rank (n = m b), N samples in the global batch.
 """
@@ -42,23 +42,23 @@ from megatron_dwm.step.plan import Schedule, StepPlan
 from megatron_dwm.step.record import MetaResult, StepRecord
 from megatron_dwm.step.time_share import TimeShare
 
-# Steps between two looks at the scores of a policy that takes no meta steps.
+# Steps between two checks of the scores of a policy that takes no meta steps.
 _LOOK_INTERVAL = 50
-# From which opening of the gate on weights count as what the policy makes of the documents.
+# Opening of the gate from which on weights are recorded as the policy's view of the documents.
 _OPEN = 0.5
 
 
 class DWMTrainStep:
-    """Runs training steps; holds everything of the weighting that lasts from step to step.
+    """Runs training steps; holds all state of the weighting that lasts from step to step.
 
     Args:
         config: settings.
         schedule: which step does what.
         passes: the LLM's extra passes; holds the wrapped forward step and the meta set.
-        policy: weighs the samples.
-        tap: reads the LLM's final hidden states, where the policy needs them.
+        policy: weights the samples.
+        tap: reads the LLM's final hidden states, if the policy needs them.
         warm_start: copies the LLM's layers into the weighting model (`--dwm-init llm:K`), or None.
-        expert_load: counts which experts domains use, on ranks that see losses, or None.
+        expert_load: counts which experts the domains use, on ranks that see losses, or None.
     """
 
     def __init__(
@@ -82,14 +82,14 @@ class DWMTrainStep:
         self.budget = OverheadBudget.from_config(config)
         self.bad_steps = BadSteps(config.max_bad_steps)
         self.time_share = TimeShare()
-        # Set where the weights of documents are kept, on ranks that see losses and read data.
+        # Set if document weights are recorded, on ranks that see losses and read data.
         self.collector: Collector | None = None
         self.meta_steps_taken = 0
         self.warm_started = warm_start is None
 
     @property
     def scorer(self) -> Any:
-        """The separate weighting model, where the policy has one."""
+        """The separate weighting model, if the policy has one."""
         return self.policy.scorer
 
     def __call__(
@@ -106,7 +106,7 @@ class DWMTrainStep:
             What the trainer's own step returned, and the record for the log.
         """
         self.time_share.begin()
-        # Spaces and times meta steps under --dwm-overhead-budget; else it does nothing.
+        # Spaces and times meta steps under --dwm-overhead-budget; otherwise it does nothing.
         meter = NoMeter() if self.budget is None else StepMeter(self.budget, self.shape.device)
         self.forward_step.stopwatch = meter.stopwatch
         plan = meter.admitted(self.schedule.plan(iteration))
@@ -116,7 +116,7 @@ class DWMTrainStep:
         step = self._view(iteration, batches)
         step.learns = plan.window == "meta"
 
-        # A: policies that want the whole batch first; of the others, what they weigh by
+        # A: weights of policies that need the whole batch first; for the others, what they weigh by
         causes: list[str] = []
         if plan.weighted and self.policy.needs.influence_ahead:
             causes = self._foresee(step, trainee)
@@ -165,7 +165,7 @@ class DWMTrainStep:
     # ------------------------------------------------------------------ A
 
     def _begin(self, step: StepView, plan: StepPlan) -> Weighing:
-        """Returns what the step's samples are weighed by; ones in warm-up steps."""
+        """Returns the step's weights, or what computes them; ones in warm-up steps."""
         if plan.weighted:
             self.policy.begin(step)
         if not self.sees_losses:
@@ -179,7 +179,7 @@ class DWMTrainStep:
         """Gives the policy the influence of the coming step's samples, if all of it is finite.
 
         Returns:
-            What was not.
+            What was not finite.
         """
         causes: list[str] = []
         found = self.influence.ahead(trainee, step.batches)
@@ -204,13 +204,13 @@ class DWMTrainStep:
     def weights_of(
         self, trainee: Trainee, batches: StepBatches, iteration: int
     ) -> torch.Tensor | None:
-        """Returns the weights `[N]` that the step at `iteration` gives, without taking it.
+        """Returns the weights `[N]` of the step at `iteration`, without taking it.
 
-        By a forward pass of its own, as a policy may weigh by what that finds. Random states stay
-        as they were.
+        This takes a separate forward pass, because a policy may weigh by its results. Random states
+        stay as they were.
 
         Returns:
-            The weights, None on ranks that see no losses.
+            The weights; None on ranks that see no losses.
         """
         count = get_num_microbatches()
         step = self._view(iteration, batches)
@@ -239,12 +239,12 @@ class DWMTrainStep:
     def _learn(
         self, step: StepView, influence: Influence, loss: torch.Tensor | float | None
     ) -> tuple[MetaResult, list[str]]:
-        """Has the policy learn; returns what was NaN or infinite and kept it from that."""
+        """Lets the policy learn; returns what was NaN or infinite and prevented it."""
         self.meta_steps_taken += 1
         lr = torch.tensor(influence.lr, dtype=torch.float64, device=self.shape.device)
         # A rank may hold none of the optimizer's groups.
         lr = collectives.largest(lr, torch.distributed.group.WORLD).item()
-        # In units of the learning rate, so that what is learned does not follow its decay.
+        # In units of the learning rate, so that targets do not depend on its decay.
         values = influence.values / max(lr, 1e-30)
         result = MetaResult(influence.meta_loss, values, math.nan, False, 0.0, influence.quality)
         finite = torch.isfinite(influence.values).all()
@@ -266,18 +266,18 @@ class DWMTrainStep:
         return result, lesson.causes
 
     def _broken(self) -> list[str]:
-        """Returns whether the policy itself holds something that is not finite."""
+        """Returns causes for values in the policy itself that are not finite."""
         return agreed({"parameters": self.policy.broken()}, self.shape.device)
 
     def _look_is_due(self, iteration: int) -> bool:
-        """Whether a policy without meta steps is looked at; elsewhere, meta steps do it."""
+        """Whether a policy without meta steps is checked now; otherwise meta steps do the check."""
         return not self.config.trains and (iteration + 1) % _LOOK_INTERVAL == 0
 
     # ------------------------------------------------------------------ the log
 
     @staticmethod
     def _watched(stock_step: StockStep, load: ExpertLoad, step: StepView) -> StockStep:
-        """Returns the trainer's own step, at which the load of experts is counted."""
+        """Returns the trainer's own step with the load of the experts counted."""
 
         def watched(data: Any) -> Any:
             assert step.domains is not None
@@ -287,7 +287,7 @@ class DWMTrainStep:
         return watched
 
     def _collect(self, batches: StepBatches, plan: StepPlan) -> None:
-        """Keeps the step's weights by document, once the policy has something to say."""
+        """Records the step's weights by document, once the gate is open far enough."""
         weights, chunk = self.influence.applied.weights, batches.last()
         if self.collector is None or weights is None or chunk is None or not plan.weighted:
             return
@@ -317,7 +317,7 @@ class DWMTrainStep:
         return record
 
     def _gathered(self, local: torch.Tensor | None) -> torch.Tensor | None:
-        """Returns the global batch's `[N]` of `[n]`, None on ranks that see no losses."""
+        """Returns the global batch's `[N]` from local `[n]`; None on ranks that see no losses."""
         if local is None or not self.sees_losses:
             return None
         return collectives.gather_samples(local, self.groups.dp)
@@ -333,14 +333,14 @@ class DWMTrainStep:
         return self.policy.needs.documents
 
     def _numbers(self, batches: StepBatches, name: str) -> torch.Tensor:
-        """Returns a number of each local sample's documents, `[n]` float64.
+        """Returns one number of each local sample's documents, `[n]` float64.
 
         Args:
-            batches: the step's; `document_field(name)` holds them.
-            name: of the setting.
+            batches: the step's batches; `document_field(name)` holds the numbers.
+            name: name of the setting.
 
         Raises:
-            DWMError: the loader gives none.
+            DWMError: the loader provides none.
         """
         local = torch.zeros(get_num_microbatches() * self.shape.micro_batch_size).double()
         chunk = batches.last()
@@ -353,11 +353,11 @@ class DWMTrainStep:
                     this_rank_only=True,
                 )
             local = torch.cat([batch[key].view(-1).double().cpu() for batch in chunk])
-        # Their bits, as integers are what is sent.
+        # Reinterpreted as integers, because integers are sent.
         return self._on_peers(local.view(torch.int64)).view(torch.float64)
 
     def _on_peers(self, local: torch.Tensor) -> torch.Tensor:
-        """Returns what the first tensor-parallel rank has read of the local samples."""
+        """Returns the local samples' values as read by the first tensor-parallel rank."""
         local = local.to(self.shape.device, non_blocking=True)
         if self.groups.tp.size() > 1:
             local = collectives.broadcast_from_first_tensor_rank(
@@ -366,9 +366,9 @@ class DWMTrainStep:
         return local
 
     def _domains(self, batches: StepBatches) -> torch.Tensor | None:
-        """Returns the domain of each local sample, `[n]`; -1 where the loader names none.
+        """Returns the domain of each local sample, `[n]`; -1 if the loader names none.
 
-        The one that its documents are of (`WeightedGPTDataset`), else the blend's data set.
+        This is the domain of its documents (`WeightedGPTDataset`), else the blend's data set.
 
         Returns:
             None on ranks that see no losses.
@@ -381,12 +381,12 @@ class DWMTrainStep:
             name = "domain_id" if "domain_id" in chunk[0] else "dataset_id"
             if name in chunk[0]:
                 local = torch.cat([batch[name].view(-1).long().cpu() for batch in chunk])
-        # Only the log needs them at once, and it waits for nothing.
+        # Only the log needs them, and it does not wait for the device.
         return self._on_peers(local)
 
 
 def _first_loss(losses: dict[str, torch.Tensor]) -> torch.Tensor | float | None:
-    """Returns the first loss that the trainer reports, None where it reports none."""
+    """Returns the first loss that the trainer reports; None if it reports none."""
     for value in losses.values():
         return value
     return None

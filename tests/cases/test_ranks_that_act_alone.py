@@ -25,8 +25,8 @@ TP2, STEPS = "--tensor-model-parallel-size 2", 8
 STAGES = f"--dwm-stages 2 --train-iters {STEPS} --distributed-timeout-minutes 3"
 # Name of the run -> what its one line says.
 ALONE = {
-    "history": ["cannot be kept there", "give another --save"],
-    "current": ["cannot be kept there", "give another --save"],
+    "history": ["cannot be copied there", "give another --save"],
+    "current": ["cannot be copied there", "give another --save"],
     "unshared": ["rank 1: ", "is not what rank 0 has read", "does not see the same files"],
     "foreign": ["needs Megatron's GPTDataset", "training data is Subset"],
     "snapshot": ["dwm_stage_001 cannot be written", "another --save"],

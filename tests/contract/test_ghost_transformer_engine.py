@@ -80,7 +80,7 @@ def test_cases_hold_what_their_names_say(results: dict[str, Any], name: str) -> 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("offset-dropout", "core_attention.softmax_offset (of a TEDotProductAttention: its passes"),
+        ("offset-dropout", "core_attention.softmax_offset (of a TEDotProductAttention: it uses"),
         ("grouped-jitter", "--moe-input-jitter-eps"),
     ],
 )

@@ -496,7 +496,7 @@ def test_verify_sees_a_wrong_export(single: dict[str, Any]) -> None:
 def test_verify_names_bad_input(single: dict[str, Any]) -> None:
     for name, said in (
         ("nothing", "has no config.json"),
-        ("classifier", "is no complete language model"),
+        ("classifier", "is not a complete language model"),
         ("data", "gone"),
         ("tokens", "--tokens is 1"),
     ):
@@ -571,7 +571,7 @@ def test_a_damaged_checkpoint_ends_the_run_with_one_line(
     assert [rank["code"] for rank in ranks] == [2, 2], ranks[0]["stderr"][-2000:]
     lines = [line for line in ranks[0]["stderr"].splitlines() if "error:" in line]
     assert len(lines) == 1 and DAMAGES[name][1] in lines[0]
-    assert "go on from there with --ckpt-step 2" in lines[0]
+    assert "with --ckpt-step 2" in lines[0]
     assert "Traceback" not in ranks[0]["stderr"] + ranks[1]["stderr"]
     assert "error:" not in ranks[1]["stderr"]
     assert not ranks[0]["steps"]

@@ -1,4 +1,4 @@
-"""A training loop of one's own over Megatron-Core, `examples/own_loop.py`, weighted by `OwnLoop`.
+"""Your own training loop over Megatron-Core, `examples/own_loop.py`, weighted by `OwnLoop`.
 
 Two ranks, made-up text with half of the samples shuffled. Not exercised: GPUs, and layouts other
 than data parallelism (the step is the one of Megatron-LM's trainer, see tests/distributed).
@@ -123,4 +123,4 @@ def test_what_a_loop_cannot_follow_is_refused_with_a_way_out(
     config = DWMConfig(**{"enabled": True, **setting})
     with pytest.raises(DWMError, match=named) as error:
         OwnLoop.check(None, config)  # type: ignore[arg-type]
-    assert "training loop of one's own: " in str(error.value)
+    assert "your own training loop: " in str(error.value)

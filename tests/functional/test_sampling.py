@@ -364,7 +364,7 @@ def test_run_that_began_in_megatrons_order(results, data) -> None:
     assert sorted(found) == [3, 4, 5, 6]
     for step, samples in found.items():
         assert samples == expected.step(step), step
-    assert "what it has read counts as not seen" in results["first"]["stock-on"][0]["stdout"]
+    assert "count as unseen" in results["first"]["stock-on"][0]["stdout"]
 
 
 def test_another_seed_on_resume_is_refused(results) -> None:

@@ -23,7 +23,7 @@ SUBCOMMANDS = {
     "export": (export, "Megatron -> Hugging Face"),
     "export-dwm": (export_dwm, "weighting model -> Hugging Face sequence classifier"),
     "verify": (verify, "same logits and loss on both sides?"),
-    "inspect": (inspect, "which checkpoints of a run are whole"),
+    "inspect": (inspect, "which checkpoints of a run are intact"),
 }
 
 

@@ -1,3 +1,3 @@
-"""Names of the dtypes that `--dtype` takes, known without torch."""
+"""Names of the dtypes that `--dtype` takes, available without torch."""
 
 DTYPES = ("bf16", "fp16", "fp32")

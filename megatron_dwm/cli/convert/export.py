@@ -2,8 +2,8 @@
 
     megatron-dwm convert export --megatron-path runs/dwm --hf-path model_hf
 
-takes the torch_dist format of any parallel layout, and dense mp_rank_* folders
-(--ckpt-format torch). The tokenizer comes along, and OUT appears only when it is complete.
+reads the torch_dist format of any parallel layout, and dense mp_rank_* folders (--ckpt-format
+torch). The tokenizer is exported too, and OUT appears only when it is complete.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--megatron-path",
         required=True,
         metavar="RUN",
-        help="run folder (its latest checkpoint is taken) or one iter_ folder",
+        help="run folder (its latest checkpoint is used) or one iter_ folder",
     )
     add("--hf-path", required=True, metavar="OUT", help="folder to write")
-    add("--iteration", type=int, metavar="N", help="iteration to take from a run folder")
+    add("--iteration", type=int, metavar="N", help="iteration to use from a run folder")
     add("--dtype", choices=DTYPES, help="dtype to write (default: the checkpoint's)")
     add(
         "--vocab-size",
         type=int,
         metavar="N",
-        help="true vocabulary size; padded rows behind it are cut (default: the tokenizer's)",
+        help="true vocabulary size; padded rows beyond it are dropped (default: the tokenizer's)",
     )
     add(
         "--max-shard-size",
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="factor that a model with --use-rope-scaling was built with (default: the "
         "checkpoint's, which must be 8, as Megatron's own builders ignore the flag)",
     )
-    add("--force", action="store_true", help="replace a model that OUT holds already")
+    add("--force", action="store_true", help="replace a model that OUT already holds")
 
 
 def run(**options: Any) -> None:

@@ -1,4 +1,4 @@
-"""Writes the data weighting model (DWM) of a run as a sequence classifier of Hugging Face.
+"""Writes the data weighting model (DWM) of a run as a Hugging Face sequence classifier.
 
     megatron-dwm convert export-dwm --megatron-path runs/dwm --hf-path dwm_hf
 
@@ -6,10 +6,10 @@ OUT is a folder for AutoModelForSequenceClassification, so that
 
     pipeline("text-classification", model=OUT, function_to_apply="none")
 
-gives the score that training used for the same tokens. Training saw windows that a corpus was cut
-into, with the end-of-document tokens between documents; the pipeline sees the text's own tokens.
-With mean pooling (the default in training) transformers has no class of its own: a module lies
-beside the weights, and the pipeline needs trust_remote_code=True.
+returns the score that training used for the same tokens. Training saw windows of a packed corpus,
+with end-of-document tokens between documents; the pipeline sees only the text's own tokens. For
+mean pooling (the default in training) transformers has no class: a module is written beside the
+weights, and the pipeline needs trust_remote_code=True.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--megatron-path",
         required=True,
         metavar="RUN",
-        help="run folder (its latest checkpoint is taken), one iter_ folder or one dwm_stage_ "
+        help="run folder (its latest checkpoint is used), one iter_ folder or one dwm_stage_ "
         "snapshot",
     )
     add("--hf-path", required=True, metavar="OUT", help="folder to write")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
-        "--iteration", type=int, metavar="N", help="iteration to take from a run folder"
+        "--iteration", type=int, metavar="N", help="iteration to use from a run folder"
     )
     which.add_argument(
         "--all-stages",
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="SentencePiece model or Hugging Face tokenizer folder (default: the one that the "
         "checkpoint names); 'none' exports without a tokenizer",
     )
-    add("--force", action="store_true", help="replace a model that OUT holds already")
+    add("--force", action="store_true", help="replace a model that OUT already holds")
 
 
 def run(**options: Any) -> None:

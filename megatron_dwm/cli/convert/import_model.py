@@ -3,7 +3,8 @@
     megatron-dwm convert import --hf-path smollm2 --megatron-path start
 
 The checkpoint is torch_dist without an optimizer, for any tensor-, pipeline- and expert-parallel
-size; printed are the trainer's flags that build the model (kept in OUT/trainer_flags.txt).
+size. The command prints the trainer's flags that build the model (also kept in
+OUT/trainer_flags.txt).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from megatron_dwm.cli.convert.dtypes import DTYPES
 
-# That of Megatron's own builders, whatever the flag says.
+# The factor that Megatron's own builders use, whatever the flag says.
 BUILT_IN_ROPE_FACTOR = 8.0
 
 
@@ -28,23 +29,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=128,
         metavar="N",
-        help="as in the run that will load it (default: 128, as Megatron's)",
+        help="as in the run that will load it (default: 128, like Megatron's)",
     )
     add(
         "--tensor-model-parallel-size",
         type=int,
         default=1,
         metavar="N",
-        help="size whose vocabulary padding is written; every other size loads it too (default: 1)",
+        help="size for which the vocabulary is padded; other sizes can load it too (default: 1)",
     )
     add(
         "--rope-scaling-factor",
         type=float,
         metavar="F",
         help="allow a model with Llama 3's RoPE scaling of this factor, which your own model "
-        f"builder must set: the stock one takes {BUILT_IN_ROPE_FACTOR:g} whatever its flag says",
+        f"builder must set: the stock one uses {BUILT_IN_ROPE_FACTOR:g} whatever its flag says",
     )
-    add("--force", action="store_true", help="replace an import that OUT holds already")
+    add("--force", action="store_true", help="replace an import that OUT already holds")
 
 
 def run(**options: Any) -> None:

@@ -1,12 +1,12 @@
-"""Lists the checkpoints and stage snapshots of a run: whole or damaged, and how.
+"""Lists the checkpoints and stage snapshots of a run, and whether each is whole or damaged.
 
     megatron-dwm convert inspect runs/dwm --deep
 
-also names the model, the parallel layout that it was written with, and what there is of the
-weighting model (DWM). Without --deep no tensor is read: indexes, sizes and the small files are
-compared. With it every record's CRC-32 is, and with Megatron's --verify-integrity every file's
-SHA-256.
-Exit code 0: all are whole, 1: some are damaged, 2: bad input.
+also names the model, the parallel layout that it was written with, and what the checkpoints hold of
+the weighting model (DWM). Without --deep no tensor is read: only indexes, sizes and small files are
+checked. With --deep every record's CRC-32 is checked too, and every file's SHA-256 if the run used
+Megatron's --verify-integrity.
+Exit code 0: all are whole; 1: some are damaged; 2: bad input.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _about_dwm(entry: dict[str, Any]) -> str:
 
 
 def _about_run(entry: dict[str, Any]) -> list[str]:
-    """Describes model, layout and weighting model of the last checkpoint that can be read."""
+    """Describes the model, layout and weighting model of the last readable checkpoint."""
     model, parallel, dwm = entry["model"], entry["parallel"], entry["dwm"]
     if model["family"] is None:
         lines = [f"model    {model['reason']}"]

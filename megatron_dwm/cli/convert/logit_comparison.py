@@ -1,4 +1,4 @@
-"""The same tokens through a Megatron checkpoint and through a Hugging Face folder."""
+"""Compares logits and losses of a Megatron checkpoint and a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Comparison:
     Attributes:
         absolute: `[s]` largest absolute difference of a logit at each position.
         relative: `[s]` the same over the position's largest logit, or 1 if that is larger.
-        losses: Loss of Megatron and of transformers over the vocabulary that both have, and
+        losses: Loss of Megatron and of transformers over the vocabulary that both share, and
             Megatron's with its padded rows, as in training; None without data.
     """
 
@@ -34,7 +34,7 @@ class Comparison:
     losses: tuple[float, float, float] | None
 
     def worst(self) -> float:
-        """Returns what is compared with the tolerance; NaN if anything is NaN."""
+        """Returns the value that is compared with the tolerance; NaN if anything is NaN."""
         values = [float(self.relative.max())]
         if self.losses is not None:
             ours, theirs, _ = self.losses
@@ -49,7 +49,7 @@ def compare(folder: Path, hf_path: Path, data: str | None, tokens: int) -> Compa
         folder: Checkpoint folder.
         hf_path: Hugging Face folder.
         data: Prefix of an indexed data set, or None for random tokens.
-        tokens: How many; cut into sequences of the run's length.
+        tokens: How many tokens to run, in sequences of the run's length.
 
     Raises:
         DWMError: One of the sides cannot be loaded, or the data does not fit.
@@ -62,7 +62,7 @@ def compare(folder: Path, hf_path: Path, data: str | None, tokens: int) -> Compa
 
     ours, args = load_language_model(folder, _printed_flags(folder))
     size = int(theirs.config.vocab_size)
-    # An imported model was trained with no sequence length of its own.
+    # An imported model has no sequence length that it was trained with.
     limits = [
         getattr(args, "seq_length", None),
         args.max_position_embeddings,
@@ -79,12 +79,12 @@ def compare(folder: Path, hf_path: Path, data: str | None, tokens: int) -> Compa
         if padded.size(1) < size:
             raise ConversionError(
                 f"--hf-path {hf_path} has a vocabulary of {size}, and {folder} one of "
-                f"{padded.size(1)} with padding: it is no export of this model."
+                f"{padded.size(1)} with padding: it is not an export of this model."
             )
         with torch.no_grad():
             found = theirs(input_ids=inputs.to(theirs.device)).logits[0].float().cpu()
         both = padded[:, :size], found
-        # A NaN stays: it is larger than everything to `maximum`.
+        # A NaN is kept: `maximum` treats it as larger than everything.
         difference = (both[0] - both[1]).abs().amax(dim=1)
         absolute = torch.maximum(absolute, difference)
         relative = torch.maximum(relative, difference / both[0].abs().amax(dim=1).clamp(min=1))
@@ -120,13 +120,13 @@ def _hugging_face(folder: Path) -> Any:
             local_files_only=True,
             trust_remote_code=False,
         )
-    except Exception as error:  # whatever a damaged folder makes of transformers
+    except Exception as error:  # transformers may raise anything for a damaged folder
         raise ConversionError(f"--hf-path {folder} cannot be loaded ({in_short(error)})") from error
     wrong = sorted([*report["missing_keys"], *report["unexpected_keys"]])
     if wrong:
         raise ConversionError(
-            f"--hf-path {folder} is no complete language model: {', '.join(wrong[:4])} missing or "
-            "unknown."
+            f"--hf-path {folder} is not a complete language model: {', '.join(wrong[:4])} missing "
+            "or unknown."
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval()
@@ -154,7 +154,7 @@ def _samples(data: str | None, size: int, length: int, count: int) -> torch.Tens
     if not rows:
         raise ConversionError(
             f"--data {data} has {len(stream)} tokens; {length + 1} are needed for one sequence "
-            "(--tokens N takes shorter ones)."
+            "(use --tokens N for shorter ones)."
         )
     rows = min(rows, count)
     return stream[: rows * (length + 1)].reshape(rows, length + 1)

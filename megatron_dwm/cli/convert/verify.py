@@ -1,14 +1,14 @@
-r"""Compares a Megatron checkpoint with a Hugging Face folder: the same tokens through both.
+r"""Compares a Megatron checkpoint with a Hugging Face folder by running the same tokens.
 
     megatron-dwm convert verify --megatron-path runs/dwm --hf-path model_hf \
         --data data/web_text_document
 
 Both run in float32, and the logits are compared position by position. Megatron's model is built in
-this process from the checkpoint's own arguments; that of an import, from the flags that the import
-printed. The relative difference of a position is its largest absolute one over the largest logit
-there, or over 1 where all are smaller. With --data the language-model loss is compared as well.
-Both models are in memory at the same time.
-Exit code 0: the largest relative difference is within --tolerance, 1: it is not, 2: bad input.
+this process from the checkpoint's own arguments (for an import, from the flags that the import
+printed). The relative difference at a position is the largest absolute difference divided by the
+largest logit there, or by 1 if all are smaller. With --data the language-model loss is compared as
+well. Both models are in memory at the same time.
+Exit code 0: the largest relative difference is within --tolerance; 1: it is not; 2: bad input.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--megatron-path",
         required=True,
         metavar="RUN",
-        help="run folder (its latest checkpoint is taken) or one iter_ folder",
+        help="run folder (its latest checkpoint is used) or one iter_ folder",
     )
     add("--hf-path", required=True, metavar="DIR", help="Hugging Face folder")
-    add("--iteration", type=int, metavar="N", help="iteration to take from a run folder")
+    add("--iteration", type=int, metavar="N", help="iteration to use from a run folder")
     add(
         "--data",
         metavar="PREFIX",
-        help="indexed data set whose first tokens are taken (default: random tokens, and no loss)",
+        help="indexed data set whose first tokens are used (default: random tokens, and no loss)",
     )
     add("--tolerance", type=float, default=1e-4, metavar="T", help="largest difference (1e-4)")
     add("--tokens", type=int, default=512, metavar="N", help="tokens to run (512)")
@@ -75,7 +75,7 @@ def run(
     from megatron_dwm.cli.convert.logit_comparison import compare
     from megatron_dwm.conversion.dist_checkpoint import find_checkpoint
 
-    # What Megatron prints is not the result.
+    # Megatron's own output is not part of the result.
     quiet = output_to_stderr() if as_json else contextlib.nullcontext()
     with quiet, working("comparing"):
         found = compare(find_checkpoint(megatron_path, iteration), Path(hf_path), data, tokens)

@@ -1,4 +1,4 @@
-"""The trainer on a machine without a GPU: a stand-in for CUDA, for laptops, tests and CI."""
+"""Runs the trainer on a machine without a GPU: a stand-in for CUDA, for laptops, tests and CI."""
 
 from megatron_dwm.hosts.cpu.stand_in import (
     CPU_FLAGS,

@@ -10,7 +10,7 @@ import torch
 
 
 class _Stream:
-    """A stream or event that is always finished."""
+    """A stream or event that has always finished."""
 
     cuda_stream = 0
     stream_id = 0
@@ -56,13 +56,13 @@ class _Properties:
 def _returning(value: Any) -> Any:
     """Returns a new function of any arguments that returns `value`.
 
-    A new one for each name: torch.compile's rule table refuses one function under two names.
+    Each name gets a new one: torch.compile's rule table refuses one function under two names.
     """
     return lambda *args, **kwargs: value
 
 
 def replace_cuda_module() -> None:
-    """Replaces them by harmless ones."""
+    """Replaces them with harmless ones."""
     cuda = torch.cuda
     stream = _Stream()
 

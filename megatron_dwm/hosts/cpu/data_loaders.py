@@ -1,4 +1,4 @@
-"""Part of the CPU stand-in: data loaders leave the generator of the device alone."""
+"""Part of the CPU stand-in: data loaders do not draw from the device's generator."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch.utils.data import dataloader
 
 
 def keep_generator_from_data_loaders() -> None:
-    """Keeps an iterator over a data loader from drawing of the generator that dropout draws of.
+    """Keeps data-loader iterators from drawing from the generator that dropout uses.
 
-    It draws a seed for its workers from the CPU's generator, which on a GPU has nothing to do with
-    dropout. Here both are one, and a run that is resumed, with new iterators after its random
-    state is loaded, would go on with other dropout masks than the run that was not stopped.
+    An iterator draws a seed for its workers from the CPU's generator, which on a GPU has nothing to
+    do with dropout. Here both are the same generator, and a resumed run, which creates new
+    iterators after loading its random state, would get other dropout masks than the run that was
+    not stopped.
     """
     cls = dataloader._BaseDataLoaderIter
     init = cls.__init__

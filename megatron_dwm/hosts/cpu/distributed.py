@@ -9,7 +9,7 @@ import torch
 
 
 def replace_distributed() -> None:
-    """Replaces what names NCCL or a device."""
+    """Replaces functions that name NCCL or a device."""
     dist = torch.distributed
     init_process_group, barrier, new_group = (dist.init_process_group, dist.barrier, dist.new_group)
     all_to_all_single = dist.all_to_all_single
@@ -35,7 +35,7 @@ def replace_distributed() -> None:
 
     @functools.wraps(all_to_all_single)
     def list_all_to_all(output: torch.Tensor, input: torch.Tensor, *args: Any, **kwargs: Any):
-        # gloo's binding takes split sizes as lists of int; the token dispatcher hands arrays.
+        # gloo's binding takes split sizes as lists of int; the token dispatcher passes arrays.
         args = tuple(_as_int_list(a) for a in args)
         for key in ("output_split_sizes", "input_split_sizes"):
             if key in kwargs:
@@ -48,7 +48,7 @@ def replace_distributed() -> None:
     def uneven_all_gather(
         tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, **kwargs: Any
     ) -> Any:
-        # NCCL gathers parts of different sizes, as Megatron's layer-wise optimizer has; gloo not.
+        # NCCL gathers parts of different sizes, as in Megatron's layer-wise optimizer; gloo cannot.
         if len({part.numel() for part in tensor_list}) <= 1 or kwargs.get("async_op"):
             return all_gather(tensor_list, tensor, group=group, **kwargs)
         group = dist.group.WORLD if group is None else group

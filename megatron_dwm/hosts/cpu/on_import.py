@@ -15,7 +15,7 @@ class PatchOnImport:
         self._pending: dict[str, Any] = {}
 
     def patch_on_import(self, name: str, patch: Any) -> None:
-        """Runs `patch` on the module `name`: now if it is imported, else when it is."""
+        """Runs `patch` on the module `name`: now if it is imported already, else on import."""
         if name in sys.modules:
             patch(sys.modules[name])
             return
@@ -24,7 +24,7 @@ class PatchOnImport:
         self._pending[name] = patch
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """As of a finder on `sys.meta_path`."""
+        """Implements a finder on `sys.meta_path`."""
         patch = self._pending.pop(name, None)
         if patch is None:
             return None

@@ -13,13 +13,13 @@ def mend_distributed_optimizer(module: types.ModuleType) -> None:
     """Lets the distributed optimizer load its checkpoints with torch's AdamW.
 
     Without Apex and Transformer Engine, Megatron 0.19 keeps the step in each parameter's state.
-    Its template for loading finds no step in a new optimizer and stops at an assertion; the
-    parameters' states are then written with the step among them, in place into views of
-    parameters; and after loading all parameters share one step tensor, which every step
-    increments once a parameter. The step itself is saved with the parameter groups.
+    Three things then fail. Its template for loading finds no step in a new optimizer and stops at
+    an assertion. The parameters' states are written, including the step, in place into views of
+    parameters. After loading, all parameters share one step tensor, which every step increments
+    once per parameter. The step itself is saved with the parameter groups.
 
-    A rank whose share is padding only (few weights, many ranks) has no state to find a step in, and
-    stops there, too; the step of the others is what is saved.
+    A rank whose shard is only padding (few weights, many ranks) has no state with a step, and stops
+    there too; the step of the other ranks is saved.
     """
     cls = module.DistributedOptimizer  # type: ignore[attr-defined]
     sharded_state_dict, load_state_dict = cls.sharded_state_dict, cls.load_state_dict

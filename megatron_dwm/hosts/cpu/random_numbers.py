@@ -16,8 +16,8 @@ _RNG_WARNING = "CPU RNG state changed within GPU RNG context"
 def replace_rng() -> None:
     """Maps the CUDA generators to the CPU's.
 
-    `megatron.core.tensor_parallel.random` keeps its own accessors, which reach for the CUDA
-    default generators, so those two are replaced when that module is imported.
+    `megatron.core.tensor_parallel.random` has its own accessors, which use the default CUDA
+    generators, so those two are replaced when that module is imported.
     """
 
     def get_state(*args: Any, **kwargs: Any) -> torch.Tensor:

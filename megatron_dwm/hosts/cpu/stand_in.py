@@ -1,12 +1,12 @@
-"""CPU stand-in for the CUDA calls of Megatron's trainer: nobody else asks "is this CPU?".
+"""CPU stand-in for the CUDA calls of Megatron's trainer; the only place that asks "is this CPU?".
 
 Megatron's trainer assumes a CUDA device. On a machine without one (laptop, CI) `install()`
 replaces, before Megatron is imported, the few `torch` entry points that the trainer uses, so
-that the stock trainer runs unchanged on the CPU with gloo. Where a GPU is found, `install()`
-does nothing but guard the data set helper compilation that the wheel of megatron-core needs.
+that the stock trainer runs unchanged on the CPU with gloo. If there is a GPU, `install()` only
+skips the compilation of the data set helper, which the wheel of megatron-core ships built.
 
-Set `MEGATRON_DWM_HOST=cpu` to ask for the stand-in, `cuda` to forbid it, `auto` (default) to
-decide by whether a CUDA device is visible.
+Set `MEGATRON_DWM_HOST` to `cpu` to force the stand-in, to `cuda` to forbid it, or to `auto`
+(default) to use it if no CUDA device is visible.
 """
 
 from __future__ import annotations
@@ -66,17 +66,17 @@ def device() -> torch.device:
 
 
 def is_idle() -> bool:
-    """Returns whether the device has done all that it was given, without waiting for it."""
+    """Returns whether the device has finished all queued work, without waiting for it."""
     if _State.installed:
         return True
     try:
         return torch.cuda.current_stream().query()
-    except RuntimeError:  # what it was given has failed
+    except RuntimeError:  # queued work has failed
         return False
 
 
 def default_flags() -> list[str]:
-    """Returns the trainer flags that the current host needs: none where there is a GPU."""
+    """Returns the trainer flags that the current host needs: none if there is a GPU."""
     return list(CPU_FLAGS) if wanted() else []
 
 
@@ -101,13 +101,13 @@ def wanted() -> bool:
         raise RuntimeError(
             "the driver of this machine lists NVIDIA GPUs, but torch finds none "
             f"(torch {torch.__version__}, CUDA {torch.version.cuda}): compare nvidia-smi's CUDA "
-            "version with torch's, or set MEGATRON_DWM_HOST=cpu to train on the CPU all the same"
+            "version with torch's, or set MEGATRON_DWM_HOST=cpu to train on the CPU anyway"
         )
     return True
 
 
 def _driver_lists_gpus() -> bool:
-    """Returns whether the kernel's driver knows GPUs, whatever torch makes of them."""
+    """Returns whether the kernel driver lists GPUs, whether or not torch can use them."""
     try:
         return bool(os.listdir(_DRIVER_GPUS))
     except OSError:
@@ -115,18 +115,18 @@ def _driver_lists_gpus() -> bool:
 
 
 def _gpus_hidden() -> bool:
-    """Returns whether the user has asked for none of them."""
+    """Returns whether the user has hidden all GPUs."""
     return os.environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1")
 
 
 def install() -> bool:
-    """Installs the CPU stand-in when it is wanted. Call it before Megatron is imported.
+    """Installs the CPU stand-in if it is wanted. Call it before Megatron is imported.
 
     Returns:
         True when the stand-in is active after the call.
 
     Raises:
-        RuntimeError: Megatron was imported before the stand-in that it needs.
+        RuntimeError: Megatron was imported before the stand-in.
     """
     _skip_helper_compilation()
     if _State.installed or not wanted():
@@ -160,9 +160,8 @@ def install() -> bool:
 def _skip_helper_compilation() -> None:
     """Makes Megatron's run-time compilation of its data set helper a no-op.
 
-    The wheel ships the built helper and no Makefile, so the trainer's `make` call fails and
-    ends the run with exit code 1, on GPUs as well. In a source checkout (with a Makefile)
-    nothing is changed.
+    The wheel ships the built helper but no Makefile, so the trainer's `make` call fails and ends
+    the run with exit code 1, on GPUs too. In a source checkout (with a Makefile) nothing changes.
     """
     spec = importlib.util.find_spec("megatron")
     if spec is None or not spec.submodule_search_locations:

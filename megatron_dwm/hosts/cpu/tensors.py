@@ -29,10 +29,10 @@ class CudaToCpu(TorchFunctionMode):
 
 
 def keep_in_backward(mode: TorchFunctionMode) -> None:
-    """Keeps the mode in backward passes that are called within another one, as recomputing does.
+    """Keeps the mode active in nested backward passes, as in activation recomputation.
 
-    torch calls a mode with the mode itself switched off. So it is for all that a call like
-    `torch.autograd.backward` goes on to do, the backward functions of Megatron among it.
+    torch calls a mode with the mode itself switched off. It then stays off for everything that a
+    call such as `torch.autograd.backward` does, including Megatron's backward functions.
     """
     run = torch.autograd._engine_run_backward
 

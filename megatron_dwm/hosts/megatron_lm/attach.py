@@ -1,10 +1,10 @@
-"""`attach()`: within it, Megatron's trainer trains with the data weighting model.
+"""`attach()`: a context in which Megatron's trainer trains with the data weighting model.
 
 Four functions are rebound: `train_step` (passes A to E), `setup_model_and_optimizer` (the DWM is
 built, and loaded, right after the LLM), `generate_state_dict` (the DWM's state joins the
 checkpoint) and `build_train_valid_test_data_iterators` (documents drawn by weight). Without `--dwm`
-all four are the stock functions. A fifth, by which losses of multi-token prediction are attached,
-hands them on as they are, and to whoever weighs or measures them.
+all four are the stock functions. A fifth function, which attaches the losses of multi-token
+prediction, passes them on unchanged, and also to the code that weighs or measures them.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from megatron_dwm.hosts.megatron_lm.rebind import check_version, rebound
 
 
 class _Runs:
-    attached = 0  # times that this process has attached, the same on every rank
+    attached = 0  # times that this process has attached; the same on every rank
     active = False
 
 
-_PATIENCE = 3.0  # seconds that other ranks give rank 0 to say what is wrong
+_PATIENCE = 3.0  # seconds that other ranks give rank 0 to report an error
 
 
 def attach(add_arguments: bool = False) -> contextlib.AbstractContextManager[None]:
-    """Attaches the data weighting model to Megatron's trainer; within another one, does nothing.
+    """Attaches the data weighting model to Megatron's trainer; does nothing if nested.
 
     Args:
         add_arguments: also add the `--dwm-*` flags to Megatron's parser; for scripts that do
             not call `add_dwm_args` themselves.
 
     Raises:
-        SystemExit: with code 2 after one line on standard error, for anything a user can mend.
+        SystemExit: with code 2 after one line on standard error, for anything a user can fix.
     """
     return _attached(add_arguments, launched=False)
 
 
 def attach_to_script() -> contextlib.AbstractContextManager[None]:
-    """As `attach(add_arguments=True)`, around a script that knows nothing of it.
+    """Like `attach(add_arguments=True)`, for a script that does not attach by itself.
 
-    Checkpoints say so, for whoever starts the run again.
+    Checkpoints record this, for restarting the run.
     """
     return _attached(add_arguments=True, launched=True)
 
@@ -55,7 +55,7 @@ def attach_to_script() -> contextlib.AbstractContextManager[None]:
 @contextlib.contextmanager
 def _attached(add_arguments: bool, launched: bool) -> Iterator[None]:
     if _Runs.active:
-        # A script that attaches by itself may be started by the launcher all the same.
+        # The launcher may also start a script that attaches by itself.
         yield
         return
     _Runs.attached += 1
@@ -75,8 +75,8 @@ def _attached(add_arguments: bool, launched: bool) -> Iterator[None]:
 def _mine_to_say(message: str) -> bool:
     """Returns whether this rank is the one to print a message.
 
-    Most errors are seen by all ranks alike, and one line is enough: rank 0's. One that rank 0 does
-    not see is printed by the first rank that does. They agree by the store through which they met.
+    Most errors occur on all ranks, and one line is enough: rank 0's. An error that rank 0 does not
+    see is printed by the first rank that does. The ranks agree through their rendezvous store.
     """
     rank = int(os.environ.get("RANK", "0"))
     distributed = torch.distributed
@@ -84,7 +84,7 @@ def _mine_to_say(message: str) -> bool:
         return rank == 0 or os.environ.get("LOCAL_RANK") == "0"
     try:
         store = distributed.distributed_c10d._get_default_store()
-        # Of this start: a process may see several runs, and an elastic one several starts.
+        # Unique to this start: a process may run several times, and an elastic job restarts.
         start = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_Runs.attached}"
         key = f"megatron_dwm/error/{start}/{hashlib.sha256(message.encode()).hexdigest()}"
         if rank > 0:
@@ -92,7 +92,7 @@ def _mine_to_say(message: str) -> bool:
             while time.monotonic() < end and not store.check([key]):
                 time.sleep(0.05)
         return store.add(key, 1) == 1
-    except RuntimeError:  # whoever keeps the store has ended
+    except RuntimeError:  # the process that hosts the store has ended
         return True
 
 

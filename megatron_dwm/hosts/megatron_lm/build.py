@@ -1,4 +1,4 @@
-"""Megatron-LM's trainer as a host: the weighting model and the meta data by its arguments."""
+"""Megatron-LM's trainer as a host: builds the weighting model and meta data from its arguments."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ _MOCK_META_SAMPLES = 4096
 
 
 def outcome(result: tuple) -> StepOutcome:
-    """Returns what came of a step, of what Megatron-LM's `train_step` returns."""
+    """Returns a step's outcome from what Megatron-LM's `train_step` returns."""
     losses, skipped, _, _, _, grad_norm, *_ = result
     return StepOutcome(losses, bool(skipped), grad_norm, result)
 
 
 def resolve_shapes(config: DWMConfig, args: Any) -> DWMConfig:
-    """Returns the settings with the DWM's sizes taken over from where it starts, and defaults set.
+    """Returns the settings with defaults set and the DWM's sizes taken from what it starts from.
 
     Args:
         config: settings as given.
         args: Megatron's arguments.
 
     Raises:
-        DWMError: a shape that does not divide, or a folder that does not fit.
+        DWMError: a size is not divisible as needed, or a folder does not fit.
     """
     changes: dict[str, Any] = {}
     if not config.has_model:
@@ -77,7 +77,7 @@ def resolve_shapes(config: DWMConfig, args: Any) -> DWMConfig:
         }
         source = read_classifier(config.init[3:])
         if source.labels == 1:
-            # Its score head is taken, which belongs to its pooling.
+            # Its score head is used, which belongs to its pooling.
             changes["pooling"] = source.pooling
     if config.meta_batch_size is None:
         changes["meta_batch_size"] = default_meta_batch(args)
@@ -88,7 +88,7 @@ def resolve_shapes(config: DWMConfig, args: Any) -> DWMConfig:
 
 
 class MegatronLM:
-    """Megatron-LM's trainer as a `TrainerHost`: its arguments and globals, read here.
+    """Megatron-LM's trainer as a `TrainerHost`; its arguments and globals are read here.
 
     Args:
         args: Megatron's arguments.
@@ -110,7 +110,7 @@ class MegatronLM:
         )
 
     def check(self, config: DWMConfig) -> None:
-        """As `TrainerHost.check`; the flags have been looked at before."""
+        """See `TrainerHost.check`; the flags have been checked before."""
         if config.uses_meta_set and config.verify_meta_gradient:
             undoable = step_refusal(self.optimizer)
             if undoable is not None:
@@ -119,11 +119,11 @@ class MegatronLM:
                 )
 
     def meta_data(self, config: DWMConfig) -> MetaData:
-        """As `TrainerHost.meta_data`: indexed data sets, read as the trainer reads its own."""
+        """See `TrainerHost.meta_data`: indexed data sets, read as the trainer reads its own."""
         return _build_meta_data(config, self.args)
 
     def scorer(self, config: DWMConfig) -> tuple[Scorer, dict[str, Any]]:
-        """As `TrainerHost.scorer`."""
+        """See `TrainerHost.scorer`."""
         scorer = _build_scorer(
             config, self.args, self.transformer_config, self.groups, self.shape.device
         )
@@ -133,7 +133,7 @@ class MegatronLM:
         return scorer, _description(config, scorer)
 
     def warm_start(self, scorer: Scorer, config: DWMConfig) -> Callable[[], None] | None:
-        """As `TrainerHost.warm_start`; the positions are taken over at once."""
+        """See `TrainerHost.warm_start`; the rotary frequencies are copied at once."""
         if not config.init.startswith("llm:"):
             return None
         chunks = [unwrap_model(chunk) for chunk in self.model]
@@ -146,12 +146,12 @@ class MegatronLM:
         return copy
 
     def say(self, text: str) -> None:
-        """As `TrainerHost.say`."""
+        """See `TrainerHost.say`."""
         print_rank_0(text)
 
 
 def _take_over_positions(dwm: DataWeightingModel, llm: Any) -> None:
-    """Uses the LLM's own rotary frequencies, with whatever scaling they were made."""
+    """Uses the LLM's own rotary frequencies, whatever their scaling."""
     if dwm.rotary_pos_emb is not None:
         dwm.rotary_pos_emb.inv_freq = llm.rotary_pos_emb.inv_freq
         factor = llm.rotary_pos_emb.seq_len_interpolation_factor
@@ -159,7 +159,7 @@ def _take_over_positions(dwm: DataWeightingModel, llm: Any) -> None:
 
 
 def _description(config: DWMConfig, scorer: Scorer) -> dict[str, Any]:
-    """Returns all that must agree between this DWM and one in a checkpoint, as plain values."""
+    """Returns what must agree between this DWM and one in a checkpoint, as plain values."""
     transformer, embedding = scorer.transformer_config, scorer.module.embedding_shape
     tokenizer = get_tokenizer()
     fingerprint = tokenizer_fingerprint(tokenizer)

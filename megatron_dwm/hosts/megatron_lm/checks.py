@@ -1,4 +1,4 @@
-"""What a run's arguments must satisfy before the weighting model is attached."""
+"""Checks a run's arguments and data before the weighting model is attached."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ __all__ = [
 
 
 def check_arguments(config: DWMConfig, args: Any) -> None:
-    """Refuses what cannot work, all problems in one line.
+    """Refuses settings that cannot work, listing all problems in one line.
 
     Args:
-        config: the settings, shapes not yet taken over from the LLM.
+        config: the settings, before the DWM's sizes are taken from the LLM.
         args: Megatron's parsed and validated arguments.
 
     Raises:
@@ -50,7 +50,7 @@ def argument_problems(config: DWMConfig, args: Any) -> list[str]:
     """Returns one line for each problem of the arguments, with its flag.
 
     Args:
-        config: the settings, shapes not yet taken over from the LLM.
+        config: the settings, before the DWM's sizes are taken from the LLM.
         args: Megatron's parsed and validated arguments.
     """
     problems = [*config.problems(), *_share_problems(args)]
@@ -88,7 +88,7 @@ def _sampling_problems(args: Any) -> list[str]:
         "mock_data": "mock data has no documents",
         "dataloader_fast_cache_load": "it expects Megatron's own index cache",
         "dataloader_defer_npy_index_mmap": "it expects Megatron's own index cache",
-        "phase_transition_iterations": "it starts the data anew in mid-run",
+        "phase_transition_iterations": "it restarts the data in the middle of the run",
     }
     found = [
         f"--{name.replace('_', '-')} is not supported with --dwm-sampling weights: {why}"
@@ -105,8 +105,8 @@ def _sampling_problems(args: Any) -> list[str]:
     if training is not None and training[1] is None and len(training[0]) > 1:
         found.append(
             "--dwm-sampling weights needs a share before each of several training data sets (as in "
-            "--data-path 0.7 A 0.3 B): without, Megatron blends them by how many samples the "
-            "weights make of each"
+            "--data-path 0.7 A 0.3 B): without shares, Megatron blends them by their numbers of "
+            "samples, which depend on the weights"
         )
     if args.save and args.ckpt_format != "torch_dist":
         found.append(
@@ -117,7 +117,7 @@ def _sampling_problems(args: Any) -> list[str]:
 
 
 def _share_problems(args: Any) -> list[str]:
-    """Returns one line for each share that no blend can have, and for a split without a part."""
+    """Returns one line for each invalid share of a blend, and for an empty part of a split."""
     found = []
     for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
         words = getattr(args, name, None)
@@ -205,7 +205,7 @@ def _meta_problems(config: DWMConfig, args: Any) -> list[str]:
 
 
 def _meta_batch_unit(args: Any) -> int:
-    """Returns what the meta batch must be a multiple of, for the trainer's schedule."""
+    """Returns the number that the meta batch must be a multiple of, for the trainer's schedule."""
     sizes = args.micro_batch_size, args.data_parallel_size
     if args.virtual_pipeline_model_parallel_size is None:
         return meta_batch_unit(*sizes)
@@ -214,16 +214,16 @@ def _meta_batch_unit(args: Any) -> int:
 
 
 def default_meta_batch(args: Any) -> int:
-    """Returns the size of the meta batch where no flag gives it."""
+    """Returns the default size of the meta batch."""
     return default_meta_batch_size(final_batch(args), _meta_batch_unit(args))
 
 
 def final_batch(args: Any) -> int:
-    """Returns the samples of a step, with `--step-batch-size-schedule` those of its last steps."""
+    """Returns the samples per step (with `--step-batch-size-schedule`, at the end of the run)."""
     schedule = getattr(args, "step_batch_size_schedule", None)
     if not schedule:
         return int(args.global_batch_size)
-    # The trainer's own size is then that of one micro-batch; "0:768 250B:1536" ends with 1536.
+    # The trainer's own size is then that of one micro-batch; "0:768 250B:1536" ends at 1536.
     sizes = args.micro_batch_size, args.data_parallel_size
     return StepBatchsizeNumMicroBatchesCalculator(*sizes, False, 1, schedule).global_batch_size
 
@@ -232,7 +232,7 @@ def blend_of(paths: list[str] | None, flag: str) -> tuple[list[str], list[float]
     """Parses `PREFIX ...` or `WEIGHT PREFIX ...` as `--data-path` does.
 
     Raises:
-        DWMError: an even number of words that are not weights and prefixes in turn.
+        DWMError: an even number of words that are not weights and prefixes in alternation.
     """
     try:
         blend = get_blend_from_list(paths)
@@ -294,8 +294,8 @@ def check_data(config: DWMConfig, args: Any) -> None:
             if _same_data(prefix, other):
                 raise DWMError(
                     f"--dwm-meta-data-path {prefix} is also the reported validation data "
-                    f"({other}); what the weights are tuned on cannot measure them. Split the "
-                    "held-out documents into two data sets",
+                    f"({other}); data that the weights are tuned on cannot evaluate them. Split "
+                    "the held-out documents into two data sets",
                 )
 
 
@@ -303,11 +303,11 @@ def check_weights(prefixes: list[str], indices: dict[str, Any]) -> None:
     """Opens the weight file of every training data set.
 
     Args:
-        prefixes: of the training data.
+        prefixes: prefixes of the training data sets.
         indices: what `read_index` returned for each.
 
     Raises:
-        DWMError: a data set has none, or it is damaged or of another data set.
+        DWMError: a data set has no weight file, or it is damaged or belongs to another data set.
     """
     for prefix in prefixes:
         if prefixes.count(prefix) > 1:
@@ -327,7 +327,7 @@ def check_weights(prefixes: list[str], indices: dict[str, Any]) -> None:
 
 
 def _same_data(a: str, b: str) -> bool:
-    """Returns whether two prefixes name the same tokens, copies and links included."""
+    """Returns whether two prefixes name the same tokens, including copies and links."""
     files = [f"{prefix}.bin" for prefix in (a, b)]
     if os.path.samefile(*files):
         return True

@@ -1,11 +1,10 @@
-"""What a run that was killed while saving leaves in its folder, and how the next run takes it.
+"""Repairs what a run that was killed while saving leaves in its folder.
 
 The trainer writes an iteration's shards, then the files that describe them, and then the tracker,
-`latest_checkpointed_iteration.txt`, which names the newest whole iteration. Two moments in between
-need a hand. The tracker is emptied before its number is written, so that a kill, or a full disk,
-can leave it empty, with which the trainer would not start again. And a folder that was whole but
-for the tracker still has its description while it is saved once more, and would look whole when
-that is cut short.
+`latest_checkpointed_iteration.txt`, which names the newest whole iteration. Two cases need repair.
+The tracker is emptied before its number is written, so that a kill, or a full disk, can leave it
+empty, and the trainer would not start again. And a folder that the tracker does not name still has
+its description while it is saved again, and would look whole if that save is cut short.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from megatron_dwm.checkpoint.health import INDEX, MARKER, iterations_of, problem
 
 
 def mend_tracker(run: Any, printer: Callable[[str], None]) -> None:
-    """Makes an empty tracker in `--load` or `--save` name the checkpoint that was finished last.
+    """Makes an empty tracker in `--load` or `--save` name the checkpoint that was completed last.
 
-    To be called on one rank, before the trainer loads. Where none is whole, nothing is done.
+    To be called on one rank, before the trainer loads. If no checkpoint is whole, nothing is done.
 
     Args:
         run: Megatron's arguments.
@@ -36,24 +35,24 @@ def mend_tracker(run: Any, printer: Callable[[str], None]) -> None:
 
 def _mend_tracker_of(folder: str, printer: Callable[[str], None]) -> None:
     tracker = checkpointing.get_checkpoint_tracker_filename(folder)
-    # A file system that has lost what was not on the disk yet leaves zeros.
+    # A file system that lost data before it reached the disk leaves zeros.
     if not os.path.isfile(tracker) or _text(tracker):
         return
     whole = _finished_last(folder)
     if whole is None:
         return
-    # Beside, then in its place: a kill in between loses nothing.
+    # Written beside it, then moved into its place: a kill in between loses nothing.
     with open(f"{tracker}.tmp", "w") as file:
         file.write(str(whole))
     os.replace(f"{tracker}.tmp", tracker)
     printer(
-        f"DWM: NOTE: {tracker} was empty, as after a kill or on a full disk; it names iteration "
-        f"{whole} now, the whole checkpoint that was finished last"
+        f"DWM: NOTE: {tracker} was empty, as after a kill or on a full disk; it now names "
+        f"iteration {whole}, the whole checkpoint that was completed last"
     )
 
 
 def forget_unfinished(run: Any, iteration: int | None) -> None:
-    """Before an iteration is saved, removes the description of an unfinished save of it.
+    """Removes the description of an unfinished save of an iteration, before it is saved again.
 
     To be called on one rank. A folder that the tracker names is left alone.
 
@@ -67,7 +66,7 @@ def forget_unfinished(run: Any, iteration: int | None) -> None:
     if os.path.isfile(tracker) and _text(tracker) == str(iteration):
         return
     folder = checkpointing.get_checkpoint_name(run.save, iteration, return_base_dir=True)
-    # The other way round than they are written.
+    # In the reverse order of writing.
     for name in (MARKER, INDEX):
         path = os.path.join(folder, name)
         if os.path.exists(path):
@@ -75,7 +74,7 @@ def forget_unfinished(run: Any, iteration: int | None) -> None:
 
 
 def _finished_last(run: str) -> int | None:
-    """Returns the whole iteration with the newest marker: not the highest, as a run may go back."""
+    """Returns the whole iteration with the newest marker: a run may go back, so not the highest."""
 
     def folder(iteration: int) -> str:
         return os.path.join(run, f"iter_{iteration:07d}")

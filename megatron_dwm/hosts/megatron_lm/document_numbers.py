@@ -1,9 +1,9 @@
-"""Numbers of the training data's documents that policies weigh by, in the batches.
+"""Adds to the batches the numbers of documents that policies weigh by.
 
 A setting such as `--dwm-static-weights NAME` names a weight file beside each training data set, or
-the documents' length. Each training sample then has the mean over its tokens, see
-`core.provenance.Provenance`; samples and their order stay as they are. Files are mapped and numbers
-looked up by sample: only rank 0 goes through all documents, and only where their places count.
+the documents' length. Each training sample then carries the mean over its tokens, see
+`core.provenance.Provenance`; samples and their order stay as they are. Files are memory-mapped and
+numbers looked up per sample: only rank 0 reads all documents, and only if their ranks are used.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megatron_dwm.hosts.megatron_lm.rebind import rebound
 LENGTH = "length"
 # From documents `[k]` int64 to their numbers `[k]`.
 Numbers = Callable[[numpy.ndarray], numpy.ndarray]
-_ROWS = 65_536  # of the table by which documents have their places
+_ROWS = 65_536  # rows of the table from which documents' ranks are computed
 
 
 def file_of(prefix: str, name: str) -> str:
@@ -44,11 +44,11 @@ def check_documents(config: DWMConfig, prefixes: list[str], indices: dict[str, A
 
     Args:
         config: settings.
-        prefixes: of the training data.
+        prefixes: prefixes of the training data sets.
         indices: what `read_index` returned for each.
 
     Raises:
-        DWMError: a data set has none, or it is damaged or of another data set.
+        DWMError: a data set has no such file, or it is damaged or belongs to another data set.
     """
     for setting in config.needs.documents:
         name = getattr(config, setting)
@@ -66,11 +66,11 @@ def check_documents(config: DWMConfig, prefixes: list[str], indices: dict[str, A
 
 
 class DocumentNumbers:
-    """What the batches of one run are told of their documents; made on all ranks at once.
+    """The document numbers that one run's batches carry; constructed on all ranks together.
 
     Args:
         config: settings.
-        prefixes: of the training data.
+        prefixes: prefixes of the training data sets.
     """
 
     def __init__(self, config: DWMConfig, prefixes: list[str]) -> None:
@@ -89,7 +89,7 @@ class DocumentNumbers:
 
     @contextlib.contextmanager
     def in_batches(self) -> Iterator[None]:
-        """Within it, the trainer's data sets are built so that they add the numbers."""
+        """A context in which the trainer's data sets are built so that they add the numbers."""
         with rebound(
             BlendedMegatronDatasetBuilder,
             "__init__",
@@ -109,7 +109,7 @@ class DocumentNumbers:
 
 
 def _ranks(numbers: dict[str, Numbers]) -> Ranks:
-    """Returns the places of the documents' numbers among those of all data sets, by prefix."""
+    """Returns the ranks of the documents' numbers among those of all data sets, by prefix."""
     values, tokens = [], []
     for prefix, of_prefix in numbers.items():
         index = read_index(prefix, verify=False)
@@ -124,7 +124,7 @@ def _ranked(ranks: Ranks, numbers: Numbers, documents: numpy.ndarray) -> numpy.n
 
 
 def _digests(settings: dict[str, str], prefix: str) -> dict[str, bytes]:
-    """Returns the header of each file, by which another rank knows that it has the same."""
+    """Returns the header of each file, by which another rank knows that it has the same file."""
     index = read_index(prefix, verify=False)
     names = {name: value for name, value in settings.items() if value != LENGTH}
     return {
@@ -134,7 +134,7 @@ def _digests(settings: dict[str, str], prefix: str) -> dict[str, bytes]:
 
 
 def _opened(settings: dict[str, str], prefix: str, headers: dict[str, bytes]) -> dict[str, Numbers]:
-    """Returns what gives documents their numbers, by setting."""
+    """Returns the functions that give documents their numbers, by setting."""
     found: dict[str, Numbers] = {}
     for setting, name in settings.items():
         if name == LENGTH:
@@ -151,7 +151,7 @@ def _opened(settings: dict[str, str], prefix: str, headers: dict[str, bytes]) ->
 
 
 def _lengths(index: IndexSummary, documents: numpy.ndarray) -> numpy.ndarray:
-    """Returns `[k]` int64 lengths of documents `[k]`, of all their sequences."""
+    """Returns `[k]` int64 lengths of documents `[k]`, over all their sequences."""
     bounds, lengths = index.document_indices, index.sequence_lengths
     first, last = bounds[documents], bounds[documents + 1]
     if (last == first + 1).all():
@@ -160,16 +160,16 @@ def _lengths(index: IndexSummary, documents: numpy.ndarray) -> numpy.ndarray:
 
 
 def _check_class(cls: type, asking: str) -> None:
-    """Refuses a data set class that finds its samples in a way of its own.
+    """Refuses a data set class that finds its samples in its own way.
 
     Args:
         cls: the class.
-        asking: flag of the setting that wants to know of its documents.
+        asking: flag of the setting that needs the documents.
     """
     name = "_query_document_sample_shuffle_indices"
     known = [GPTDataset, Provenance, *Provenance.__subclasses__()]
     if getattr(cls, name) not in [getattr(one, name) for one in known]:
         raise DWMError(
-            f"{asking} asks which documents a sample is of, but {cls.__name__}.{name} "
-            "finds samples in a way of its own (as --fim-data does); leave one of them out"
+            f"{asking} needs the documents of a sample, but {cls.__name__}.{name} finds samples in "
+            "its own way (as --fim-data does); leave one of them out"
         )

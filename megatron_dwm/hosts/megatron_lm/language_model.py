@@ -1,4 +1,4 @@
-"""Builds the language model of a checkpoint in this one process, from its flags or arguments."""
+"""Builds a checkpoint's language model in a single process, from its flags or arguments."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatron_dwm.core.stored_state import load_sharded, load_weights
 from megatron_dwm.errors import ConversionError, in_short
 from megatron_dwm.hosts import cpu
 
-# One process, and the arithmetic of float32 whatever the run had.
+# One process, and float32 arithmetic whatever the run used.
 _HERE: dict[str, Any] = {
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
@@ -61,8 +61,8 @@ _HERE: dict[str, Any] = {
     "perform_initialization": False,
     "spec": None,
 }
-# How this machine computes: its own defaults, not the run's. (`bias_gelu_fusion` is not among them:
-# the fused function is another one, the approximation by tanh.)
+# How to compute: this machine's defaults, not the run's. (`bias_gelu_fusion` is not among them: the
+# fused function is a different one, the tanh approximation.)
 _MACHINE = (
     "transformer_impl",
     "attention_backend",
@@ -93,8 +93,8 @@ def load_language_model(
 
     Args:
         folder: The checkpoint, `.../iter_0000100` or `release`.
-        flags: The trainer's flags by which the model is built; None takes the arguments that the
-            checkpoint carries.
+        flags: The trainer's flags to build the model from; None uses the arguments stored in the
+            checkpoint.
 
     Returns:
         The `GPTModel` in evaluation mode, and the checkpoint's arguments.
@@ -117,10 +117,10 @@ def load_language_model(
         config = gpt_config_from_args(args)
         model = GPTModelBuilder(config).build_model(groups, pre_process=True, post_process=True)
         model = model.to(device=cpu.device(), dtype=torch.float32).eval()
-    except Exception as error:  # whatever Megatron makes of arguments that it cannot build
+    except Exception as error:  # Megatron may raise anything for arguments that it cannot build
         raise ConversionError(
-            f"{folder}: Megatron cannot build the model that its arguments describe in one process "
-            f"({in_short(error)})"
+            f"{folder}: Megatron cannot build, in one process, the model that its arguments "
+            f"describe ({in_short(error)})"
         ) from error
     _check_rows(folder, model, checkpoint)
     try:
@@ -128,7 +128,7 @@ def load_language_model(
         wanted = model.sharded_state_dict(metadata={**metadata, "dp_cp_group": groups.dp_cp})
         loaded = load_sharded({"model": wanted}, str(folder))["model"]
         load_weights(model, loaded, str(folder))
-    except Exception as error:  # whatever a damaged or foreign checkpoint makes of it
+    except Exception as error:  # a damaged or foreign checkpoint may raise anything
         raise ConversionError(
             f"{folder}: its language model cannot be loaded ({in_short(error)}); "
             "`megatron-dwm convert inspect --deep` says whether the checkpoint is whole"
@@ -158,14 +158,14 @@ def _here(saved: argparse.Namespace) -> argparse.Namespace:
 
 
 def _from_flags(folder: str | os.PathLike, flags: list[str]) -> argparse.Namespace:
-    """Returns the arguments that the trainer makes of its flags, for one process on this machine.
+    """Returns the arguments that the trainer derives from its flags, for one process here.
 
-    Megatron's own functions parse, derive and pad; only what a run adds to a model is made up.
+    Megatron's own functions parse, derive and pad; only values that a run adds are made up.
     """
     values = dict(itertools.pairwise(flags))
     words = [*flags, "--micro-batch-size", "1", "--seq-length"]
     words.append(values.get("--max-position-embeddings", "1"))
-    # The fused GELU is another function, the approximation by tanh: the model's flags say which.
+    # The fused GELU is a different function, the tanh approximation: the model's flags say which.
     words += [flag for flag in cpu.default_flags() if flag != "--no-bias-gelu-fusion"]
     if not transformer_engine.HAVE_TE:
         words += ["--transformer-impl", "local", "--no-persist-layer-norm"]
@@ -176,10 +176,13 @@ def _from_flags(folder: str | os.PathLike, flags: list[str]) -> argparse.Namespa
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             args = parse_args()
             validate_args(args)
-            # As the trainer does, where the tokenizer has not been moved away since.
+            # As the trainer does, if the tokenizer has not been moved since.
             if args.tokenizer_model is None or os.path.exists(args.tokenizer_model):
                 build_tokenizer(args)
-    except (Exception, SystemExit) as error:  # whatever Megatron makes of flags it does not know
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # Megatron may raise anything for unknown flags
         said = printed.getvalue().strip().splitlines()
         reason = said[-1] if isinstance(error, SystemExit) and said else in_short(error)
         raise ConversionError(
@@ -194,7 +197,7 @@ def _from_flags(folder: str | os.PathLike, flags: list[str]) -> argparse.Namespa
 
 
 def _check_rows(folder: str | os.PathLike, model: Any, checkpoint: TorchDistCheckpoint) -> None:
-    """Refuses a model with other rows than the checkpoint: loading would drop or make up some."""
+    """Refuses a model whose number of rows differs from the checkpoint's."""
     name = "embedding.word_embeddings.weight"
     built, stored = model.embedding.word_embeddings.weight.size(0), checkpoint.tensors.get(name)
     if stored is not None and stored.shape[0] != built:

@@ -1,4 +1,4 @@
-"""Before the trainer loads a checkpoint: is it whole?"""
+"""Checks, before the trainer loads a checkpoint, that it is whole and fits the run."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from megatron_dwm.checkpoint.state import optimizer_is_sharded
 from megatron_dwm.errors import ConversionError, DWMError
 
 _SHOWN = 3
-# With these, Megatron refuses a checkpoint that lacks something it asks for.
+# With these values, Megatron refuses a checkpoint that lacks something it asks for.
 _STRICT = ("assume_ok_unexpected", "raise_unexpected", "raise_all")
 
 
 def check_checkpoint(run: Any) -> None:
     """Checks, on one rank, the checkpoint that the trainer is about to load.
 
-    No tensor is read; see `problems_of` for what is noticed.
+    No tensor is read; see `problems_of` for what is checked.
 
     Args:
         run: Megatron's arguments.
@@ -38,7 +38,7 @@ def check_checkpoint(run: Any) -> None:
         DWMError: It is damaged; names the files and the latest earlier iteration that is whole.
     """
     if not run.load or run.ckpt_format != "torch_dist":
-        return  # Other formats are the trainer's own affair.
+        return  # Other formats are left to the trainer.
     if not os.path.isdir(run.load):
         return
     try:
@@ -47,7 +47,7 @@ def check_checkpoint(run: Any) -> None:
         raise DWMError(f"--load {run.load}: {error} {_way_out(run, None)}") from error
     if name is None:
         return  # Nothing was saved there: the trainer starts at iteration 0.
-    # A start with --finetune does not look at the iteration that is written inside.
+    # A start with --finetune ignores the iteration stored inside.
     problems = problems_of(os.path.join(run.load, name), any_iteration=run.finetune)
     if not problems:
         folder = os.path.join(run.load, name)
@@ -68,15 +68,15 @@ def check_checkpoint(run: Any) -> None:
 
 
 def check_vocabulary(run: Any, folder: str, tokenizer_size: int | None) -> None:
-    """Refuses to load a vocabulary of which the trainer would silently drop rows.
+    """Refuses to load a vocabulary if the trainer would silently drop some of its rows.
 
-    The trainer loads an embedding into one of other rows, as the padding depends on the
-    tensor-parallel size. Rows that are no padding must not get lost that way.
+    The trainer loads an embedding into one with another number of rows, because the padding depends
+    on the tensor-parallel size. Rows that are not padding must not get lost that way.
 
     Args:
         run: Megatron's arguments.
         folder: A whole checkpoint.
-        tokenizer_size: Size of the run's tokenizer; None where it is not known.
+        tokenizer_size: Size of the run's tokenizer; None if unknown.
 
     Raises:
         DWMError: The run's model has fewer rows than the checkpoint's has without padding.
@@ -85,7 +85,7 @@ def check_vocabulary(run: Any, folder: str, tokenizer_size: int | None) -> None:
     stored, built = (getattr(a, "padded_vocab_size", None) for a in (saved, run))
     if not stored or not built or built >= stored:
         return
-    # An import says how many there are; elsewhere they are what the padding rule does not explain.
+    # An import states the number of real rows; otherwise it is what the padding rule leaves.
     needed = getattr(saved, "hf_vocab_size", None)
     if needed is None:
         padded = stored
@@ -103,7 +103,7 @@ def check_vocabulary(run: Any, folder: str, tokenizer_size: int | None) -> None:
 
 
 def check_conversion(run: Any, folder: str) -> None:
-    """Refuses a conversion that leaves out the weighting model: the trainer does it before.
+    """Refuses a conversion that would leave out the weighting model, before the trainer does it.
 
     Args:
         run: Megatron's arguments.
@@ -121,11 +121,11 @@ def check_conversion(run: Any, folder: str) -> None:
 
 
 def check_extra_states(run: Any, folder: str) -> None:
-    """Refuses what Megatron cannot load: a model saved without Transformer Engine, with it.
+    """Refuses to load with Transformer Engine a model saved without it, as Megatron cannot.
 
-    Its layers ask for states beside their weights, of which the local ones have fewer, and Megatron
-    loads all or nothing unless it is told to leave out what is not there. (The other way round it
-    loads: what is stored and not asked for is left alone.)
+    Its layers ask for extra states beside their weights, of which the local layers have fewer, and
+    Megatron loads all or nothing unless it is told to skip what is missing. (The other way round
+    works: stored states that are not asked for are ignored.)
 
     Args:
         run: Megatron's arguments.
@@ -136,12 +136,13 @@ def check_extra_states(run: Any, folder: str) -> None:
     """
     if run.transformer_impl != "transformer_engine" or run.dist_ckpt_strictness not in _STRICT:
         return
-    # Linear layers keep a state whoever implements them, norms only where Transformer Engine does.
+    # Linear layers have an extra state in either implementation, norms only in Transformer
+    # Engine's.
     names = [re.sub(r"layers\.\d+\.", "layers.", n) for n in load_sharded_metadata(folder)]
     names = [n for n in names if n.startswith("decoder.")]
     stateful = {n.split("._extra_state")[0] for n in names if "._extra_state" in n}
     norms = {n.removesuffix(".weight") for n in names if n.endswith("norm.weight")}
-    # Mamba's own norm has no state, whoever implements the rest.
+    # Mamba's own norm has no extra state, whoever implements the rest.
     norms = {n for n in norms if ".mixer." not in n}
     if norms - stateful:
         raise DWMError(
@@ -152,40 +153,41 @@ def check_extra_states(run: Any, folder: str) -> None:
 
 
 def check_optimizer(run: Any, folder: str) -> None:
-    """Refuses the shares of distributed optimizers where this run's are whole.
+    """Refuses sharded optimizer state if this run's optimizers are not sharded.
 
-    Megatron cannot load them either, and ends at a name that is missing.
+    Megatron cannot load it either, and fails on a missing name.
 
     Args:
         run: Megatron's arguments.
         folder: A whole checkpoint.
 
     Raises:
-        DWMError: The weighting model's optimizer is stored in shares.
+        DWMError: The weighting model's optimizer is stored sharded.
     """
     if run.use_distributed_optimizer or run.no_load_optim or run.finetune:
         return
     if optimizer_is_sharded(common_state(folder).get("dwm") or {}):
         raise DWMError(
             f"--load {run.load}: the optimizers were sharded over data parallelism when {folder} "
-            "was saved; give --use-distributed-optimizer, or --no-load-optim to start them anew"
+            "was saved; give --use-distributed-optimizer, or --no-load-optim to start with fresh "
+            "ones"
         )
 
 
 def check_order(run: Any, folder: str) -> None:
-    """Refuses an optimizer's shares that lie in the order of another implementation's layers.
+    """Refuses sharded optimizer state in the parameter order of another layer implementation.
 
-    Unless it was told to make them reshardable, Megatron stores a distributed optimizer's buffers
-    as they are, the weights among them, and loads them as they are. Transformer Engine's fused
-    layers, and grouped experts, hold their parameters in another order than the local ones, so
-    that weights would silently become those of other parameters.
+    Unless told to make them reshardable, Megatron stores and loads a distributed optimizer's
+    buffers as they are, including the weights. Transformer Engine's fused layers, and grouped
+    experts, hold their parameters in another order than the local ones, so weights would silently
+    be loaded into other parameters.
 
     Args:
         run: Megatron's arguments.
         folder: A whole checkpoint.
 
     Raises:
-        DWMError: The run's layers are implemented otherwise than the checkpoint's.
+        DWMError: The run's layers are implemented differently from the checkpoint's.
     """
     saved = common_state(folder).get("args")
     sharded = [getattr(a, "use_distributed_optimizer", False) for a in (saved, run)]
@@ -199,8 +201,8 @@ def check_order(run: Any, folder: str) -> None:
                 f"--load {run.load}: the optimizer's state is stored in the order of the layers' "
                 f"parameters, which depends on --{name.replace('_', '-')} ({stored} in the "
                 f"checkpoint, {built} in this run), and weights would be mixed up; give "
-                "--no-load-optim to start the optimizer anew, or load a checkpoint that was saved "
-                "with --dist-ckpt-optim-fully-reshardable"
+                "--no-load-optim to start with a fresh optimizer, or load a checkpoint that was "
+                "saved with --dist-ckpt-optim-fully-reshardable"
             )
 
 
@@ -208,14 +210,14 @@ def _tokenizer_size() -> int | None:
     try:
         return get_tokenizer().vocab_size
     except (AssertionError, AttributeError, NotImplementedError):
-        return None  # There is none, or one that does not say (Megatron raises these three).
+        return None  # There is no tokenizer, or its size is unknown (Megatron raises these three).
 
 
 def _way_out(run: Any, before: int | None) -> str:
     whole = last_whole(run.load, before)
     if whole is None:
         return (
-            "No earlier iteration is whole: restore the files from a copy, or start anew with "
+            "No earlier iteration is whole: restore the files from a copy, or start over with "
             "another --save and --load"
         )
-    return f"Iteration {whole} is whole: go on from there with --ckpt-step {whole}"
+    return f"Iteration {whole} is whole: resume from it with --ckpt-step {whole}"

@@ -1,4 +1,4 @@
-"""Has whoever listens see the losses of multi-token prediction before Megatron attaches them."""
+"""Passes the losses of multi-token prediction to listeners before Megatron attaches them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 from megatron_dwm.core import further_losses
 from megatron_dwm.errors import DWMError
 
-# Of `MTPLossAutoScaler.forward`, after the context.
+# Parameters of `MTPLossAutoScaler.forward`, after the context.
 _PARAMETERS = ("output", "mtp_loss")
 
 
 @contextlib.contextmanager
 def interposed() -> Iterator[None]:
-    """Within it, every such loss is handed to `further_losses.hand_on` first.
+    """A context in which every such loss is passed to `further_losses.hand_on` first.
 
-    Not by `rebind.rebound`: `apply` is inherited from torch and takes anything, so that the
-    signature to be checked is that of `forward`, and nothing is to be put back but to delete it.
+    `rebind.rebound` does not fit: `apply` is inherited from torch and takes anything, so the
+    signature to check is that of `forward`, and restoring only means deleting the attribute.
 
     Raises:
-        DWMError: Megatron's function takes other arguments than those that are relied on.
+        DWMError: Megatron's function does not take the arguments that are relied on.
     """
     found = tuple(inspect.signature(MTPLossAutoScaler.forward).parameters)[1:]
     if found != _PARAMETERS:

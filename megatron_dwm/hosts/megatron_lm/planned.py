@@ -1,4 +1,4 @@
-"""A run of Megatron-LM's trainer, planned from its flags: nothing is built, and no rank started."""
+"""Plans a run of Megatron-LM's trainer from its flags, without building it or starting ranks."""
 
 from __future__ import annotations
 
@@ -52,20 +52,20 @@ from megatron_dwm.planning.plan import plan_of
 from megatron_dwm.policies.head import LIMIT
 from megatron_dwm.step.plan import Schedule
 
-# Where some flags are allowed only on recent GPUs, the run is taken to have them.
+# Some flags are allowed only on recent GPUs; the run is assumed to have them.
 _HOPPER = (9, 0)
 
 
 @dataclass
 class Planned:
-    """What the flags come to.
+    """What the flags amount to.
 
     Attributes:
-        run: as the formulas take it.
-        methods: by which influence may be found, the run's own first; empty: no meta steps.
-        reason: why the first one.
-        refused: the lines with which the run would end; empty: it would start.
-        left: flags that neither Megatron nor the weighting knows.
+        run: the run, as the formulas take it.
+        methods: possible ways to compute influence, the run's own first; empty: no meta steps.
+        reason: why the run uses the first one.
+        refused: the error lines with which the run would end; empty: it would start.
+        left: flags that are known neither to Megatron nor to the weighting.
     """
 
     run: Run
@@ -151,10 +151,10 @@ def _started_as(words: list[str], world_size: int) -> Iterator[None]:
 
 
 def _arguments(words: list[str]) -> tuple[Any, list[str]]:
-    """Returns Megatron's parsed and validated arguments, and the flags that are not known.
+    """Returns Megatron's parsed and validated arguments, and the unknown flags.
 
     Raises:
-        DWMError: in the words of Megatron.
+        DWMError: with Megatron's own message.
     """
     parsers: list[Any] = []
 
@@ -198,7 +198,7 @@ def _vocabulary(args: Any) -> int:
     """Returns the rows of the word embedding, as the trainer pads them.
 
     Raises:
-        DWMError: nothing says how many.
+        DWMError: the number of rows cannot be determined.
     """
     if args.padded_vocab_size:
         return int(args.padded_vocab_size)
@@ -286,9 +286,9 @@ def _steps(args: Any) -> int | None:
 
 
 def _methods(config: DWMConfig, args: Any, model: Model) -> tuple[list[Method], str, list[str]]:
-    """Returns how influence may be found, why so, and what the run would be refused for.
+    """Returns the ways to compute influence, why the first is used, and the run's refusals.
 
-    The method that the run takes comes first; where `auto` chooses, the other estimator follows.
+    The run's own method comes first; with `auto`, the other estimator follows.
     """
     if not config.uses_meta_set:
         return [], "no meta steps", []
@@ -313,7 +313,7 @@ def _methods(config: DWMConfig, args: Any, model: Model) -> tuple[list[Method], 
 
 
 def uncovered_parameters(args: Any, model: Model) -> list[str]:
-    """Returns what `ghost.recording.uncovered_parameters` would find, rank after rank.
+    """Returns what `ghost.recording.uncovered_parameters` would find, over all ranks.
 
     Args:
         args: Megatron's.
@@ -341,7 +341,7 @@ def uncovered_parameters(args: Any, model: Model) -> list[str]:
 
 
 def _against_experts(args: Any) -> str | None:
-    """Returns why the rows of an MoE layer's experts are not known, as `experts` finds it."""
+    """Returns why an MoE layer's expert rows cannot be mapped to samples, as in `ghost.experts`."""
     grouped = args.moe_grouped_gemm and args.transformer_impl != "local"
     if grouped and args.use_transformer_engine_op_fuser:
         return "--use-transformer-engine-op-fuser"
@@ -351,14 +351,14 @@ def _against_experts(args: Any) -> str | None:
 
 
 def _notes(config: DWMConfig, args: Any) -> Iterator[str]:
-    """Yields what the figures leave out."""
+    """Yields notes on what the figures leave out."""
     if config.overhead_budget is not None:
         yield (
             f"--dwm-overhead-budget {config.overhead_budget} spaces meta steps by measured time; "
-            "the plan takes them as often as --dwm-meta-interval asks for"
+            "the plan takes them at the interval of --dwm-meta-interval"
         )
     if config.verify_meta_gradient:
-        yield "--dwm-verify-meta-gradient runs steps again now and then; they are left out"
+        yield "--dwm-verify-meta-gradient repeats some steps; they are left out"
     if args.recompute_granularity == "selective":
         others = set(args.recompute_modules or []) - {"core_attn", "layernorm", "moe_act"}
         if others:
@@ -366,21 +366,21 @@ def _notes(config: DWMConfig, args: Any) -> Iterator[str]:
     if args.step_batch_size_schedule:
         yield f"--step-batch-size-schedule: steps are those of its end, {final_batch(args)} samples"
     if args.window_size:
-        yield f"--window-size {args.window_size}: attention is counted over the whole square"
+        yield f"--window-size {args.window_size}: attention is counted over the full square"
     if args.softmax_type == "learnable":
         yield (
             "--softmax-type learnable: the offsets are left out, and so is the attention that "
-            "ghost runs once more for them"
+            "ghost runs again for them"
         )
     if args.optimizer != "adam" or args.use_precision_aware_optimizer:
         which = f"--optimizer {args.optimizer}"
         if args.use_precision_aware_optimizer:
             which = "--use-precision-aware-optimizer"
         yield (
-            f"{which}: the trainer's memory counts Adam's state in float32, 12 bytes a parameter "
+            f"{which}: the trainer's memory counts Adam's state in float32, 12 bytes per parameter "
             "in 16 bits, else 8"
         )
     if args.num_experts:
-        yield "tokens are taken to be spread evenly over experts"
+        yield "tokens are assumed to be spread evenly over experts"
     if args.fp8 or args.fp4:
-        yield "products in fp8 or fp4 count as those of the parameters' precision"
+        yield "matrix products in fp8 or fp4 are counted at the parameters' precision"

@@ -20,7 +20,7 @@ from megatron_dwm.errors import DWMError
 from megatron_dwm.planning.model import Layer, Layout, Matrix, Model, Norm, Stage
 from megatron_dwm.weighting_model.transformer import pipeline_layout
 
-# Models whose layers the plan does not know.
+# Flags of models whose layers the plan does not know.
 _UNKNOWN = (
     "hybrid_layer_pattern",
     "spec",
@@ -84,7 +84,7 @@ def language_model(args: Any, vocabulary: int) -> Model:
         )
     output = Matrix("output_layer", "ColumnParallelLinear", vocabulary, args.hidden_size, "column")
     last = len(held) - 1
-    # A copy of the embedding on the last of several stages is a parameter of its own there.
+    # With several stages, the copy of the embedding on the last stage is a separate parameter.
     stages = tuple(
         Stage(
             layers=tuple(of_stage),
@@ -111,7 +111,7 @@ def weighting_model(config: DWMConfig, args: Any, llm: Model, vocabulary: int) -
     """Returns the separate weighting model, as `weighting_model.transformer` builds it.
 
     Args:
-        config: settings with the shapes taken over (`build.resolve_shapes`).
+        config: settings with resolved shapes (`build.resolve_shapes`).
         args: Megatron's.
         llm: what `language_model` returned.
         vocabulary: rows of the word embedding.
@@ -166,7 +166,7 @@ def _moe_layers(args: Any) -> list[bool]:
 
 
 def _layers_by_stage(args: Any) -> list[list[int]]:
-    """Returns how many layers each chunk of each stage has, by Megatron's own division."""
+    """Returns the number of layers of each chunk of each stage, by Megatron's own division."""
     stages, chunks = args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size
     if args.pipeline_model_parallel_layout is not None:
         layout = args.pipeline_model_parallel_layout
@@ -270,13 +270,13 @@ def _attention(args: Any, local: bool) -> tuple[list[Matrix], list[Norm], int]:
 
 
 def _latent_attention(args: Any, local: bool) -> tuple[list[Matrix], list[Norm], int]:
-    """Multi-head latent attention: projections down to a small rank and up to the heads."""
+    """Multi-latent attention: projections down to a low rank and up to the heads."""
     heads, hidden, normed = args.num_attention_heads, args.hidden_size, args.qk_layernorm
     query = args.qk_head_dim + args.qk_pos_emb_head_dim
     up = _column(local)
     if not local and normed:
         up = "TELayerNormColumnParallelLinear"
-    # Transformer Engine's are the same on all tensor-parallel ranks, Megatron's own are split.
+    # Transformer Engine's are replicated on all tensor-parallel ranks, Megatron's own are split.
     down: dict[str, Any] = {"layer": "TELinear", "split": "none"}
     if local:
         down = {"layer": "ColumnParallelLinear", "split": "column", "gathered": True}

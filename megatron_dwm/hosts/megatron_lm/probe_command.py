@@ -1,11 +1,11 @@
 """The command `probe`: checks the meta-gradient of a saved run at its next step.
 
-The run is started again as it was, its own script and flags, and loads its checkpoint through the
-stock trainer. At the first training step the meta-gradient is compared with brute force, and the
-process ends. Nothing is written into the run: what would be is switched off before Megatron
+The run is started again with its own script and flags, and loads its checkpoint through the stock
+trainer. At the first training step the meta-gradient is compared with brute force, and the process
+ends. Nothing is written into the run's folder: all writing is switched off before Megatron
 validates the arguments.
 
-torchrun ends with 1 whenever a rank does not end with 0. One process needs no torchrun, and its
+torchrun exits with 1 whenever a rank does not exit with 0. One process needs no torchrun, and its
 exit code is the command's own.
 """
 
@@ -28,8 +28,8 @@ from megatron_dwm.hosts.megatron_lm.probe_session import ProbeDone
 
 STDOUT = "-"
 
-# What a run writes, and the value that stops it. The probe takes no step that would reach the
-# rest of the trainer's intervals.
+# Arguments that make a run write, and the value that stops it. The probe takes no step that would
+# reach the other intervals of the trainer.
 _SILENT: dict[str, Any] = {
     "save": None,
     "save_interval": None,
@@ -57,7 +57,7 @@ _SILENT: dict[str, Any] = {
     "record_memory_history": False,
     "result_rejected_tracker_filename": None,
 }
-# How a run that goes on from its own checkpoint loads it.
+# How a run that resumes from its own checkpoint loads it.
 _RESUME: dict[str, Any] = {
     "finetune": False,
     "pretrained_checkpoint": None,
@@ -77,10 +77,10 @@ class Request:
 
     Attributes:
         run: the folder that `--save` named.
-        iteration: of the checkpoint.
-        samples: how many are compared.
-        json: file for the figures, `-` for standard output instead of the text, or None.
-        script: instead of the saved one, or None.
+        iteration: iteration of the checkpoint.
+        samples: number of samples to compare.
+        json: file for the results, `-` for standard output instead of the text, or None.
+        script: path to use instead of the saved one, or None.
         flags: more flags, after the saved ones.
     """
 
@@ -106,7 +106,7 @@ class Request:
 
 
 def probe(request: Request) -> int:
-    """Compares, and prints what was found.
+    """Compares, and prints the result.
 
     Returns:
         0: the correlation reaches `--dwm-verify-correlation` and the magnitude is not wrong; 1: one
@@ -149,7 +149,7 @@ def command_of(request: Request) -> dict[str, Any]:
 
     try:
         run = checkpoint.saved_run(request.folder)
-    except Exception as error:  # whatever a damaged or foreign checkpoint makes of it
+    except Exception as error:  # a damaged or foreign checkpoint may raise anything
         raise DWMError(
             f"{request.folder} cannot be read as a torch_dist checkpoint: "
             f"{' '.join(str(error).split())[:200]}"
@@ -203,7 +203,7 @@ def _run(request: Request, command: dict[str, Any]) -> ProbeDone:
         )
         if command["launched"]:
             stack.enter_context(attach(add_arguments=True))
-        # What the trainer prints is not the result.
+        # The trainer's own output is not part of the result.
         stack.enter_context(output_to_stderr())
         try:
             runpy.run_path(script, run_name="__main__")
@@ -266,7 +266,7 @@ def _table(request: Request, done: ProbeDone) -> Iterator[str]:
     yield f"meta-gradient after iteration {request.iteration} of {request.run}"
     yield f"estimator {done.config.estimator}, lookahead {done.config.lookahead}"
     if done.rewound:
-        yield "the run is complete: its last batch is taken once more"
+        yield "the run is complete: its last batch is used again"
     yield f"{'sample':>8} {'weight':>10} {'estimated':>14} {'measured':>14}"
     rows = zip(found.samples, found.weights, found.estimated, found.measured, strict=True)
     for sample, weight, estimated, measured in rows:

@@ -1,4 +1,4 @@
-"""A session that compares at the first training step, and ends the script there."""
+"""A session that compares at the first training step and ends the script there."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ProbeSession(Session):
     """Takes the place of `Session` in the probe command.
 
     Args:
-        samples: how many are compared.
+        samples: number of samples to compare.
     """
 
     def __init__(self, samples: int) -> None:
@@ -40,9 +40,9 @@ class ProbeSession(Session):
         self.samples, self.rewound = samples, False
 
     def setup_model_and_optimizer(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
-        """Loads as a resumed run does; a complete run is set back by one batch of data.
+        """Loads like a resumed run; a complete run is set back by one batch of data.
 
-        Not by more `--train-iters`, which would change the data set's order, the learning rate
+        A larger `--train-iters` is not an option: it would change the data order, the learning rate
         and the stages.
         """
         found = super().setup_model_and_optimizer(stock, *args, **kwargs)
@@ -79,7 +79,7 @@ class ProbeSession(Session):
         iteration: int | None = None,
         **kwargs: Any,
     ) -> tuple:
-        """Compares at the first step, and ends the script there."""
+        """Compares at the first step and ends the script there."""
         assert self.step is not None
         rest = (model, optimizer, opt_param_scheduler, config, forward_backward_func)
         wrapped = self.step.forward_step

@@ -37,7 +37,7 @@ def rebound(
     parameters: tuple[str, ...],
     wrapper: Callable[..., Any],
 ) -> Iterator[None]:
-    """Within it, `module.name(...)` is `wrapper(original, ...)`.
+    """A context in which `module.name(...)` is `wrapper(original, ...)`.
 
     Args:
         module: a module of Megatron.

@@ -43,7 +43,7 @@ class Session:
     """State of one `attach()`; inert until a run with `--dwm` sets up its model."""
 
     def __init__(self) -> None:
-        # Now, as a script may go on to take words away.
+        # Recorded now, because a script may consume arguments later.
         self.command = started_as()
         self.step: DWMTrainStep | None = None
         self.log: WeightLog | None = None
@@ -67,7 +67,7 @@ class Session:
             _check_no_flags(config)
             return stock(*args, **kwargs)
         config = config.with_defaults()
-        # Each rank looks for the folders and modules that the flags name.
+        # Every rank looks for the folders and modules that the flags name.
         on_each_rank(partial(check_arguments, config, run))
         if not run.mock_data:
             on_first_rank(partial(check_data, config, run))
@@ -146,7 +146,7 @@ class Session:
         return result
 
     def build_data_iterators(self, stock: Any, provider: Any) -> Any:
-        """Builds the data iterators: documents drawn by weight, and what is known of them."""
+        """Builds the data iterators: documents drawn by weight, and numbers of documents."""
         with contextlib.ExitStack() as stack:
             if self.documents is not None:
                 stack.enter_context(self.documents.in_batches())
@@ -177,13 +177,13 @@ class Session:
         return state
 
     def end_log(self, failure: type[BaseException] | None = None, *_: Any) -> None:
-        """Writes what waits for the log, and closes it.
+        """Writes pending log lines and closes the log.
 
-        After a failure only where nothing has to be waited for: a device whose collectives the
-        other ranks have left may never be done, and the error would not be seen.
+        After a failure it writes only what needs no waiting: a device in a collective that the
+        other ranks have left may never finish, and the error would not be seen.
 
         Args:
-            failure: what has ended the run early, if something has.
+            failure: what ended the run early, if anything.
         """
         log, self.log = self.log, None
         if log is not None:
@@ -217,7 +217,7 @@ class Session:
             if state is not None:
                 raise DWMError(
                     f"the run in {run.load} draws documents by weight; resume it with "
-                    "--dwm-sampling weights, or start anew with --finetune"
+                    "--dwm-sampling weights, or start over with --finetune"
                 )
             return None
         sampling = on_each_rank(_sampling_class)(config, run, print_rank_0)
@@ -225,15 +225,15 @@ class Session:
             sampling.load_state_dict(state)
         elif run.iteration > 0:
             print_rank_0(
-                f"DWM: NOTE: the run in {run.load} did not draw documents by weight; what it has "
-                "read counts as not seen"
+                f"DWM: NOTE: the run in {run.load} did not draw documents by weight; documents "
+                "that it has read count as unseen"
             )
         return sampling
 
     def _document_weights(self, run: Any, groups: Any) -> Collector | None:
-        """Returns what keeps the weights of documents, with those of the checkpoint; or None.
+        """Returns the collector of document weights, with those of the checkpoint; or None.
 
-        Ranks that see losses and read data have one; the first of them goes on with the past.
+        Ranks that see losses and read data have one; the first of them continues the saved sums.
         """
         assert self.step is not None
         reads = groups.tp.rank() == 0 and groups.cp.rank() == 0
@@ -252,7 +252,7 @@ class Session:
         return kept
 
     def _keep_document_weights(self, run: Any, iteration: int | None) -> None:
-        """Writes them, before the checkpoint that they belong to is whole."""
+        """Writes the document weights, before the checkpoint that they belong to is complete."""
         if self.step is None or not self.step.config.document_weights or not run.save:
             return
         kept, done = self.kept, iteration if iteration is not None else run.curr_iteration
@@ -266,13 +266,13 @@ class Session:
         on_each_rank(write)
 
     def _look_for_weights(self, iteration: int, data_iterator: Any) -> None:
-        """Where a stage begins, takes over weight files that have changed."""
+        """Takes over changed weight files when a stage begins."""
         assert self.step is not None
         if self.sampling is None:
             return
         stage, known = self.step.schedule.plan(iteration).stage, self.stage_sampled
         self.stage_sampled = stage
-        # What this process began with, it has read when it built the data.
+        # This process read the files of its first stage when it built the data.
         if known is not None and stage != known:
             self.sampling.at_stage(data_iterator)
 
@@ -300,7 +300,7 @@ class Session:
 
 
 def _may_be_last(iteration: int) -> bool:
-    """Whether the trainer may end, or be continued from, here: nothing must wait for later.
+    """Whether the trainer may end here, or be resumed from here: then no line may stay pending.
 
     Weights & Biases is closed by the trainer before it returns, and the older checkpoint formats
     do not ask every rank for its state.
@@ -312,11 +312,11 @@ def _may_be_last(iteration: int) -> bool:
 
 
 def started_as() -> dict[str, Any]:
-    """Returns how this process was started: what it takes to start the same run again.
+    """Returns how this process was started: what is needed to start the same run again.
 
     Returns:
         `script` (absolute path), `args`, `folder` (the working directory), and `launched`: whether
-        the launcher attached the DWM, as the script does not do it itself (`attach` knows).
+        the launcher attached the DWM because the script does not do so itself (set by `attach`).
     """
     return {
         "script": os.path.abspath(sys.argv[0]),
@@ -338,7 +338,7 @@ def _check_no_flags(config: DWMConfig) -> None:
 
 
 def _sampling_class() -> type[Sampling]:
-    """Imports it only now: drawing by weight needs the C++ engine, and weighting does not."""
+    """Imports it only when needed: drawing by weight needs the C++ engine, weighting does not."""
     from megatron_dwm.hosts.megatron_lm.weighted_sampling import Sampling
 
     return Sampling

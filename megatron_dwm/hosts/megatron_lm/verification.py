@@ -1,7 +1,8 @@
-"""The self-check of a running training: the meta-gradient against brute force, on this very step.
+"""Self-check during training: compares the meta-gradient with brute force on the current step.
 
 `--dwm-verify-meta-gradient K` compares both every K meta steps, before the step is taken, and
-leaves the trainer exactly as it was. Order and magnitude are compared, see `meta/comparison.py`.
+leaves the trainer exactly as it was. Order and magnitude are compared, see
+`meta_gradient/comparison.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from megatron_dwm.step.influence_passes import StockStep
 from megatron_dwm.step.probe import ProbedStep
 from megatron_dwm.step.train_step import DWMTrainStep
 
-# Every run of the trainer's step would write these anew.
+# Every run of the trainer's step would write these again.
 _WRITES = (
     "save_params_interval",
     "save_activations_interval",
@@ -37,13 +38,13 @@ _WRITES = (
 
 
 class Verifier:
-    """Decides when a step is verified, does it, and says what came out.
+    """Decides when a step is verified, verifies it, and reports the result.
 
     Args:
         step: the modified step.
         run: Megatron's arguments.
         printer: prints a line, on one rank.
-        pending: whether a verification was due and not possible, in the run that is resumed.
+        pending: whether, in the run that is resumed, a verification was due but not possible.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Verifier:
         return trainee, found
 
     def _due(self, iteration: int) -> bool:
-        """Returns, on every rank alike, whether this step is a meta step that is to be verified."""
+        """Returns, the same on every rank, whether this step is a meta step to be verified."""
         every, budget = self.step.config.verify_meta_gradient, self.step.budget
         if every is None or not self.step.schedule.plan(iteration).meta_step:
             return False
@@ -106,7 +107,7 @@ class Verifier:
             self.printer(words)
 
     def _charge(self, seconds: float) -> None:
-        """Books the time as the DWM's, under `--dwm-overhead-budget`."""
+        """Counts the time as the DWM's, for `--dwm-overhead-budget`."""
         budget = self.step.budget
         if budget is None:
             return
@@ -117,15 +118,15 @@ class Verifier:
 def probed_step(
     step: DWMTrainStep, stock_step: StockStep, trainee: Trainee, scheduler: Any, iteration: int
 ) -> tuple[Trainee, ProbedStep]:
-    """Returns the step at `iteration` in a form that can be taken again and again.
+    """Returns the step at `iteration` in a form that can be repeated.
 
     The step's micro-batches are read from the trainer's iterator. Random states stay as they were.
 
     Returns:
-        The trainee with the micro-batches put back, for the step itself; the step to be probed.
+        The trainee with the micro-batches put back, for the step itself; and the step to probe.
     """
     plan, num_microbatches = step.schedule.plan(iteration), get_num_microbatches()
-    step.start_warm(plan, trainee)  # what the step would do first
+    step.start_warm(plan, trainee)  # as the step itself would do first
     batches = StepBatches(trainee.data_iterator, num_microbatches)
     weights = step.weights_of(trainee, batches, iteration) if plan.weighted else None
     if weights is None:
@@ -137,7 +138,7 @@ def probed_step(
 
 @contextlib.contextmanager
 def _writing_nothing(run: Any) -> Iterator[None]:
-    """Keeps steps that are only tried from writing what the trainer's step can write."""
+    """Keeps trial steps from writing anything that the trainer's step can write."""
     kept = {name: getattr(run, name, None) for name in _WRITES}
     for name in kept:
         setattr(run, name, None)
@@ -149,7 +150,7 @@ def _writing_nothing(run: Any) -> Iterator[None]:
 
 
 def log_fields(found: Verification | None) -> dict[str, float | None]:
-    """Returns the figures for the step log."""
+    """Returns the values for the step log."""
     if found is None:
         return {}
     figures = {
@@ -176,7 +177,7 @@ def drowned(found: Verification, threshold: float) -> bool:
 
 
 def console_line(found: Verification, iteration: int) -> str:
-    """Returns one line in the manner of the step log's."""
+    """Returns one line in the style of the step log."""
     return (
         f" dwm iteration {iteration:8d} | meta-gradient verified on {len(found.samples)} samples | "
         f"correlation: {found.correlation:.4f} | magnitude: {found.magnitude:.4G} | "
@@ -185,7 +186,7 @@ def console_line(found: Verification, iteration: int) -> str:
 
 
 def warnings(found: Verification, threshold: float, estimator: str) -> Iterator[str]:
-    """Yields what there is to say of a comparison beside its figures: nothing if all is well.
+    """Yields warnings about a comparison: none if all is well.
 
     Args:
         found: the comparison.
@@ -233,12 +234,12 @@ def _loud(found: Verification, threshold: float, estimator: str) -> str:
     )
     what = [
         "The meta-gradient does not describe what sample weights do to the meta loss; the",
-        "weighting model may be learning noise. The language model's training is not hurt",
+        "weighting model may be learning noise. The language model's training is not affected",
     ]
     if found.correlation >= threshold:
         what = [
-            "The order of the samples is right, the size of the meta-gradient is not, as where a",
-            "loss scale counts twice. The language model's training is not hurt",
+            "The order of the samples is right, but the size of the meta-gradient is not, as if a",
+            "loss scale counted twice. The language model's training is not affected",
         ]
     bar = "!" * 100
     return "\n".join(
@@ -250,7 +251,8 @@ def _loud(found: Verification, threshold: float, estimator: str) -> str:
             f"{found.noise:.3f} (a perfect meta-gradient would reach {found.ceiling:.3f})",
             *(f"!!! {line}" for line in what),
             f"!!! by this check. Try {other};",
-            "!!! if it stays, train with --dwm-policy uniform and report it with this message.",
+            "!!! if this persists, train with --dwm-policy uniform and report it with this "
+            "message.",
             bar,
         ]
     )

@@ -1,6 +1,6 @@
-"""Weight files of a run that draws documents by weight: found, checked, kept, opened on all ranks.
+"""Finds, checks, keeps and opens the weight files of a run that draws documents by weight.
 
-Rank 0 alone reads files in full; the others hear from it what it found, and open the same.
+Only rank 0 reads files in full; it tells the other ranks what it found, and they open the same.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ FOLDER = "dwm_weights"
 
 @dataclass(frozen=True)
 class _Described:
-    """What rank 0 says of a weight file that it has read and checked.
+    """What rank 0 tells the others about a weight file that it has read and checked.
 
     Attributes:
-        path: of the file.
-        header: of the file; with it another rank knows the file without reading all of it.
+        path: path of the file.
+        header: header of the file, by which another rank recognises it without reading all of it.
         distinct: see `DocumentWeights`.
     """
 
@@ -38,16 +38,17 @@ class _Described:
 
 
 class WeightFiles:
-    """The weight files of the training data and of the run's past; made on all ranks at once.
+    """The weight files of the training data and of the run's past; made on all ranks together.
 
     Args:
-        prefixes: of the training data sets.
+        prefixes: prefixes of the training data sets.
         save: folder that the run saves to, or None.
         load: folder that it was loaded from, or None.
 
     Attributes:
         lengths: digest of each data set's document lengths, by its prefix.
-        domain_names: of the numbers in `DocumentWeights`; grows when a new file names new domains.
+        domain_names: names of the domain numbers in `DocumentWeights`; grows when a new file names
+            new domains.
     """
 
     def __init__(self, prefixes: list[str], save: str | None, load: str | None) -> None:
@@ -61,7 +62,7 @@ class WeightFiles:
         self._open_indices()
 
     def _open_indices(self) -> None:
-        """Opens the indices on every rank; rank 0, which has checked them, hashes the lengths."""
+        """Opens the indexes on every rank; rank 0, which has checked them, hashes the lengths."""
 
         def describe(prefix: str) -> tuple[str, tuple]:
             index = read_index(prefix, verify=False)
@@ -86,8 +87,8 @@ class WeightFiles:
     def current(self) -> dict[str, str]:
         """Returns the digest of each data set's weight file; to be called on rank 0.
 
-        Rank 0 reads them, and keeps a copy in the run's folder, which the others then open: a
-        file that is replaced meanwhile cannot make ranks differ.
+        Rank 0 reads them and keeps a copy in the run's folder, which the others then open, so that
+        a file that is replaced in the meantime cannot make ranks differ.
         """
         files = [read_weights(weights_path(p), self._indices[p]) for p in self.prefixes]
         for prefix, file in zip(self.prefixes, files, strict=True):
@@ -95,13 +96,13 @@ class WeightFiles:
         return {p: file.digest for p, file in zip(self.prefixes, files, strict=True)}
 
     def open(self, files: Iterable[tuple[str, str]]) -> None:
-        """Opens weight files on every rank, and numbers their domains, the same on each.
+        """Opens weight files on every rank, and numbers their domains, identically on each.
 
         Args:
             files: path of the data set and digest of the weight file of each.
 
         Raises:
-            DWMError: on every rank, when one does not find a file.
+            DWMError: on every rank, if one does not find a file.
         """
         new = [key for key in dict.fromkeys(files) if key not in self._opened]
         found = on_first_rank(lambda: [self._describe(*key) for key in new])
@@ -119,7 +120,7 @@ class WeightFiles:
             )
 
     def _describe(self, prefix: str, digest: str) -> _Described:
-        """Finds a weight file, on rank 0, and keeps a copy of it."""
+        """Finds a weight file on rank 0 and keeps a copy of it."""
         file = self._verified.get((prefix, digest))
         if file is None:
             file = self._verified[prefix, digest] = self._keep(self._find(prefix, digest))
@@ -137,19 +138,19 @@ class WeightFiles:
                     return file
         raise DWMError(
             f"{prefix} was drawn by a weight file {digest[:12]}... that is none of "
-            f"{', '.join(places)}; put it back, or start anew with --finetune"
+            f"{', '.join(places)}; put it back, or start over with --finetune"
         )
 
     def _reopen(self, prefix: str, digest: str, described: _Described) -> WeightFile:
-        """Opens the file that rank 0 has found, or the same in another place."""
+        """Opens the file that rank 0 found, or the same file in another place."""
         places = dict.fromkeys([described.path, *self._places(prefix, digest)])
         for path in filter(os.path.exists, places):
             file = read_weights(path, verify=False)
             if file.header == described.header:
                 return file
         raise DWMError(
-            f"{described.path} is not what rank 0 has read: it was changed meanwhile, or this "
-            "rank does not see the same files; try again"
+            f"{described.path} is not what rank 0 has read: it was changed in the meantime, or "
+            "this rank does not see the same files; try again"
         )
 
     def _places(self, prefix: str, digest: str) -> list[str]:
@@ -177,8 +178,8 @@ class WeightFiles:
             os.replace(copy.path, path)
         except OSError as error:
             raise DWMError(
-                f"--save {self.save}: {file.path} cannot be kept there, from where a resumed "
-                f"run reads it ({error}); free its place, or give another --save"
+                f"--save {self.save}: {file.path} cannot be copied there, where a resumed run "
+                f"would read it ({error}); make room, or give another --save"
             ) from error
         return read_weights(path, verify=False)
 

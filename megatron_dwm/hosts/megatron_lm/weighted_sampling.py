@@ -1,9 +1,9 @@
-"""Documents drawn by weight (`--dwm-sampling weights`): what the run adds to the data sets.
+"""Draws documents by weight (`--dwm-sampling weights`): what the run adds to the data sets.
 
-Which weights hold from which sample on is the run's history, a list of stages for each training
-data set. It is in the checkpoint, and the weight files that it names are kept in the run's folder
-(`SAVE/dwm_weights`), so that a resumed run plans what this one did whatever became of the files
-beside the data.
+The run's history says which weights apply from which sample on: a list of stages for each training
+data set. It is stored in the checkpoint, and the weight files that it names are kept in the run's
+folder (`SAVE/dwm_weights`), so that a resumed run makes the same plan even if the files beside the
+data have changed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from megatron_dwm.hosts.megatron_lm.weight_files import WeightFiles
 
 
 class Sampling:
-    """Weighted sampling of one run; made on all ranks at once.
+    """Weighted sampling of one run; made on all ranks together.
 
     Args:
         config: settings.
@@ -60,13 +60,13 @@ class Sampling:
 
     @property
     def domain_names(self) -> list[str]:
-        """Of the numbers in the batches' `domain_id`; grows when a new file names new domains."""
+        """Names of the batches' `domain_id` numbers; grows when a new file names new domains."""
         return self.files.domain_names
 
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the history and all else that the plan follows from, as plain values."""
+        """Returns the history and everything else that determines the plan, as plain values."""
         return {
             "stages": {
                 path: [(stage.start, stage.digest) for stage in stages]
@@ -79,8 +79,8 @@ class Sampling:
         """Takes over the history of a checkpoint.
 
         Raises:
-            DWMError: the run has other data or other rules of drawing, under which the samples
-                read so far could not be told from those to come.
+            DWMError: the run has other data or other drawing rules, so that the samples read so far
+                could not be told apart from those to come.
         """
         saved, rules = state["rules"], self._rules
         different = [
@@ -91,7 +91,7 @@ class Sampling:
         if different:
             raise DWMError(
                 f"--dwm-sampling weights: the run in {self.run.load} drew otherwise: "
-                f"{'; '.join(different)}. Give the same, or start anew with --finetune"
+                f"{'; '.join(different)}. Give the same, or start over with --finetune"
             )
         self._resumed = True
         self.settings.stages = {
@@ -101,7 +101,7 @@ class Sampling:
 
     @cached_property
     def _rules(self) -> dict[str, Any]:
-        """What must stay the same for a plan to be followed, named as a user knows it."""
+        """Returns what must stay the same to follow a plan, under names that a user knows."""
         blend, per_split = get_blend_and_blend_per_split(self.run)
         shares = (blend or per_split[0])[1]
         return {
@@ -163,15 +163,15 @@ class Sampling:
         ):
             iterators = stock(with_weights)
         on_each_rank(finish)
-        # Rank 0 reads data, and has begun what all go on from.
+        # Rank 0 reads data, and has begun the history that all ranks continue.
         self.settings.stages = on_first_rank(lambda: self.settings.stages)
         return iterators
 
     def at_stage(self, data_iterator: Any) -> None:
-        """Looks for new weight files; where there are, the rest of the run is planned by them.
+        """Looks for new weight files; if there are any, plans the rest of the run with them.
 
         Args:
-            data_iterator: the trainer's, which goes on with the samples of the new plan.
+            data_iterator: the trainer's, which continues with the samples of the new plan.
         """
         self._resumed = True
         try:
@@ -180,16 +180,16 @@ class Sampling:
                 return
             self.files.open(digests.items())
         except DWMError as error:
-            # The weights in force are safe in the run's folder, and so is the training.
-            self.printer(f"WARNING: DWM: documents are drawn as before, as {error}")
+            # The current weights are safe in the run's folder, so training can continue.
+            self.printer(f"WARNING: DWM: documents are drawn as before, because {error}")
             return
         self._in_force = digests
         iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
-        # A provider without `is_distributed` is called on the ranks that read data only.
+        # A provider without `is_distributed` is called only on the ranks that read data.
         datasets = self._train_sets or [None] * len(iterators)
         changed: dict[str, list[Stage]] = {}
         for dataset, iterator in zip(datasets, iterators, strict=True):
-            # Each chunk of a virtual pipeline has data sets of its own, with the same history.
+            # Each chunk of a virtual pipeline has its own data sets, with the same history.
             changed.update(self._take_over(dataset, digests, everywhere=True))
             if iterator is not None:
                 consumed = self.run.consumed_train_samples
@@ -211,19 +211,19 @@ class Sampling:
     def _take_over(
         self, dataset: Any, digests: dict[str, str], everywhere: bool
     ) -> dict[str, list[Stage]]:
-        """Begins a new stage in every data set whose weight file is not the one in force.
+        """Begins a new stage in every data set whose weight file is not the current one.
 
         Args:
             dataset: the training data: a blend, one data set, or None on ranks without.
-            digests: of the current weight files.
+            digests: digests of the new weight files.
             everywhere: whether all ranks call this; then rank 0 plans, and the others find the
                 plan in the cache.
 
         Returns:
-            The history of the data sets that have begun one.
+            The history of the data sets that have begun a new stage.
 
         Raises:
-            DWMError: a rank cannot plan by the new weights; with `everywhere` on every rank.
+            DWMError: a rank cannot plan with the new weights; with `everywhere`, on every rank.
         """
         begin = partial(self._begin_stages, dataset, digests)
         if not everywhere:
@@ -234,7 +234,7 @@ class Sampling:
         return {**planned, **on_each_rank(lambda: planned if first else begin())}
 
     def _begin_stages(self, dataset: Any, digests: dict[str, str]) -> dict[str, list[Stage]]:
-        """Does so on this rank; samples of a run that did not draw by weight count as not seen."""
+        """Does so on this rank; samples of a run that did not draw by weight count as unseen."""
         changed = {}
         for part, position in parts_of(dataset, self.run.consumed_train_samples):
             if not isinstance(part, WeightedSampling):
@@ -258,14 +258,14 @@ class Sampling:
                 part.use_stages(changed[path])
             except OSError as error:
                 raise DWMError(
-                    f"--dwm-sampling weights: the plan of {path} cannot be kept in the cache of "
-                    f"data sets ({error}); free its place, or give another --data-cache-path"
+                    f"--dwm-sampling weights: the plan of {path} cannot be written to the data set "
+                    f"cache ({error}); make room, or give another --data-cache-path"
                 ) from error
         return changed
 
 
 def _check_class(cls: type) -> None:
-    """Refuses a data set class that finds its samples in a way of its own."""
+    """Refuses a data set class that finds its samples in its own way."""
     for name in (
         "_build_document_sample_shuffle_indices",
         "_query_document_sample_shuffle_indices",
@@ -276,16 +276,16 @@ def _check_class(cls: type) -> None:
         ):
             raise DWMError(
                 f"--dwm-sampling weights would replace {cls.__name__}.{name}, which finds samples "
-                "in a way of its own (as --fim-data does); leave one of them out"
+                "in its own way (as --fim-data does); leave one of them out"
             )
 
 
 def parts_of(dataset: Any, consumed: int) -> list[tuple[Any, int]]:
-    """Returns the data sets of a blend, each with how many of its samples have been read.
+    """Returns the data sets of a blend, each with the number of its samples that have been read.
 
     Args:
         dataset: a `BlendedDataset`, one data set, or None.
-        consumed: samples that have been read of the whole.
+        consumed: number of samples read from the whole.
     """
     if dataset is None:
         return []

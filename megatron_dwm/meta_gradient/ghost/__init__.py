@@ -1,1 +1,1 @@
-"""The ghost estimator: a rule a layer type."""
+"""The ghost estimator: one rule per layer type."""

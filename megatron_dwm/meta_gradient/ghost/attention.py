@@ -1,12 +1,12 @@
-"""Inner products of attention's own parameter: the softmax offset of a learnable sink.
+"""Inner products of attention's own parameter: the softmax offset (a learnable sink).
 
-    p_j = exp(z_j) / (sum_k exp(z_k) + exp(o)),  o one number for each head
+    p_j = exp(z_j) / (sum_k exp(z_k) + exp(o)),  o: one number per head
 
-An output is not linear in o, and what its derivative needs is inside the kernel. So the kernel's
-own backward pass is asked, for one sample at a time: as much arithmetic as one more pass through
-the attention, whatever kernel, mask or window it has.
+The output is not linear in o, and its derivative needs values inside the kernel. So the kernel's
+own backward pass is used, for one sample at a time: as much arithmetic as one more pass through the
+attention, for any kernel, mask or window.
 
-Shapes: s tokens, b samples, h heads of this rank; queries `[s, b, h, d]`, output `[s, b, h d]`.
+Shapes: s tokens, b samples, h heads on this rank; queries `[s, b, h, d]`, output `[s, b, h d]`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 
 from megatron_dwm.meta_gradient.ghost.rule import Call, Direction, Share
 
-DROPS_ATTENTION = "its passes drop attention, --attention-dropout"
+DROPS_ATTENTION = "it uses --attention-dropout"
 
 
 def softmax_offset(call: Call, grad: torch.Tensor, v: Direction, share: Share) -> torch.Tensor:
-    """The offset `[h]`, of which each tensor-parallel rank has its own heads."""
+    """The offset `[h]`; each tensor-parallel rank has that of its own heads."""
     module = call.module
     offset = module.softmax_offset
     direction = v(offset)
@@ -34,7 +34,7 @@ def softmax_offset(call: Call, grad: torch.Tensor, v: Direction, share: Share) -
             leaf = torch.nn.Parameter(offset.detach())
             module.softmax_offset = leaf
             with torch.enable_grad():
-                # Not by calling the module: its hooks are at work here.
+                # Not by calling the module: its hooks are active here.
                 output = module.forward(*inputs, **named)
             (gradient,) = torch.autograd.grad(output, leaf, grad[:, i : i + 1])
             found.append((gradient.float() * direction).sum())
@@ -44,7 +44,7 @@ def softmax_offset(call: Call, grad: torch.Tensor, v: Direction, share: Share) -
 
 
 def _samples(call: Call, b: int) -> Iterator[tuple[list[Any], dict[str, Any]]]:
-    """Yields the inputs of each sample alone."""
+    """Yields the inputs of each sample separately."""
 
     def alone(value: Any, dim: int, i: int) -> Any:
         if isinstance(value, torch.Tensor) and value.dim() > dim and value.size(dim) == b:
@@ -62,7 +62,7 @@ def _samples(call: Call, b: int) -> Iterator[tuple[list[Any], dict[str, Any]]]:
 
 
 def reason_against(module: torch.nn.Module) -> str | None:
-    """Returns why an attention's softmax offset is not covered; None if it is, or has none."""
+    """Returns why an attention's softmax offset is not covered; None if it is, or is absent."""
     if not isinstance(getattr(module, "softmax_offset", None), torch.nn.Parameter):
         return None
     dropout = getattr(module, "attention_dropout", 0.0)

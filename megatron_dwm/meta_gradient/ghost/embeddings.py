@@ -1,4 +1,4 @@
-"""Inner products of embeddings, of words and of positions."""
+"""Inner products of word and position embeddings."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from megatron_dwm.meta_gradient.ghost.rule import (
 
 
 def vocab_embedding(call: Call, grad: torch.Tensor, v: Direction, share: Share) -> torch.Tensor:
-    """Word embeddings, of which each tensor-parallel rank holds a range of ids."""
+    """Word embeddings; each tensor-parallel rank holds a range of ids."""
     module, ids, direction = call.module, call.x, v(call.weight)
     samples = samples_of(module)
     if direction is None:
         return samples.none(grad)
     group = tensor_parallel_group(module)
-    if samples.dim == 1:  # scattered over the tokens, [s / tp, b, h]
+    if samples.dim == 1:  # split over the tokens, [s / tp, b, h]
         if group is not None:
             grad = collectives.gather_sequence(grad, group)
         ids = ids.t()
@@ -34,7 +34,7 @@ def vocab_embedding(call: Call, grad: torch.Tensor, v: Direction, share: Share) 
 
 
 def position_embedding(call: Call, grad: torch.Tensor, v: Direction, share: Share) -> torch.Tensor:
-    """Learned positions, replicated over tensor parallelism."""
+    """Learned positions, replicated over tensor-parallel ranks."""
     direction, part, samples = v(call.weight), share(call.weight), ByDimension(0)
     if direction is None or not part:
         return samples.none(grad)
@@ -42,5 +42,5 @@ def position_embedding(call: Call, grad: torch.Tensor, v: Direction, share: Shar
 
 
 def samples_of(module: torch.nn.Module) -> ByDimension:
-    """Returns which dimension of an embedding's output counts samples."""
+    """Returns which dimension of an embedding's output is that of the samples."""
     return ByDimension(1 if getattr(module, "reduce_scatter_embeddings", False) else 0)

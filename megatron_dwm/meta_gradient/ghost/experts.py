@@ -1,8 +1,8 @@
-"""Mixture-of-experts layers: where tokens leave the order of the samples, and come back.
+"""Mixture-of-experts layers, in which tokens leave the order of the samples and return to it.
 
 A router's rows are the tokens in their order; an expert's rows are the tokens that were routed to
-it, in their order. Which sample a row is of follows from the routing map, which hooks of their own
-read while a pass is recorded; the layers themselves are ordinary linear ones.
+it, in their order. The routing map tells which sample a row belongs to; separate hooks read it
+while a pass is recorded. The layers themselves are ordinary linear ones.
 
 Experts may be spread over ranks. An expert's rows then come from several replicas: every rank is
 told the routing of all ranks that share the experts, knows by it which rows its experts get, and
@@ -11,9 +11,9 @@ the terms of other replicas' samples are handed over when the passes are done.
     router    p = route(x W^T)    <v, g_i> = sum_t <d_t, V x_t>,  d = (dp/dlogits)^T dl/dp
     expert    as any linear layer, row by row; the last bias is added times p
 
-Auxiliary losses are no part of the weighted loss. They are added behind the routing, so that the
-gradient of p has none of them; those below, in which it is mixed up with the loss's through the
-hidden states, are free of them only in passes that switch them off (`core.contexts`).
+Auxiliary losses are not part of the weighted loss. They are added after the routing, so the
+gradient of p does not include them. Gradients further down, where they mix with the loss's through
+the hidden states, are free of them only in passes that switch them off (`core.contexts`).
 
 Shapes: s tokens, b samples, t = s b, E experts, h hidden size.
 """
@@ -37,9 +37,9 @@ from megatron_dwm.meta_gradient.ghost.rule import ByRow, Call, Direction, Share
 
 # Balancing that chooses experts by the logits of each token alone.
 _BALANCING = {"none", "aux_loss", "seq_aux_loss", "global_aux_loss"}
-# Of those that spread tokens over ranks, the ones whose order of an expert's rows is known.
+# Of those that move tokens between ranks, the ones whose order of an expert's rows is known.
 _DISPATCHERS = {"alltoall", "allgather"}
-# Settings under which rows or probabilities are not what is computed again here.
+# Settings under which rows or probabilities differ from what is recomputed here.
 _OFF = (
     "moe_input_jitter_eps",
     "moe_router_force_load_balancing",
@@ -56,13 +56,13 @@ _OFF = (
     "fp4",
 )
 
-SPREAD_TOKENS = "its tokens are spread over tensor-parallel ranks, each of which has all experts"
+SPREAD_TOKENS = "its tokens are split over tensor-parallel ranks, each of which has all experts"
 SPREAD_BIASES = "its experts have biases, and tensor-parallel ranks share an expert"
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Over how many ranks an MoE layer is spread.
+    """How an MoE layer is distributed over ranks.
 
     Attributes:
         tp: tensor parallelism of the layers around it.
@@ -78,7 +78,7 @@ class Spread:
 
 
 def reason_against(layer: torch.nn.Module) -> str | None:
-    """Returns why the rows of a mixture-of-experts layer are not known; None if they are."""
+    """Returns why the samples of a mixture-of-experts layer's rows are unknown; None if known."""
     if type(layer) is not MoELayer:
         return f"a {type(layer).__name__}"
     config = layer.config
@@ -96,11 +96,11 @@ def reason_against(layer: torch.nn.Module) -> str | None:
 
 
 def reason_by_settings(config: Any, spread: Spread) -> str | None:
-    """Returns which setting stands against it; None where none does.
+    """Returns which setting rules it out; None if none does.
 
     Args:
-        config: the LLM's `TransformerConfig`, or what has its fields.
-        spread: over how many ranks it is spread.
+        config: the LLM's `TransformerConfig`, or an object with its fields.
+        spread: how the layer is distributed over ranks.
     """
     if spread.tp > 1 and (not spread.sequence_parallel or spread.etp == spread.ep == 1):
         return SPREAD_TOKENS
@@ -122,7 +122,7 @@ def reason_by_settings(config: Any, spread: Spread) -> str | None:
 def router(call: Call, grad: torch.Tensor, v: Direction, share: Share) -> torch.Tensor:
     """The router's weight and bias `[E, h]`, `[E]`, by the gradient of its probabilities `[t, E]`.
 
-    The routing is computed again, as what it makes of logits has a derivative and no module.
+    The routing is recomputed, because its function of the logits has a derivative but no module.
     """
     module, config = call.module, call.module.config
     x = call.x.reshape(-1, call.x.size(-1))
@@ -154,20 +154,20 @@ def router(call: Call, grad: torch.Tensor, v: Direction, share: Share) -> torch.
 
 
 class Rows:
-    """Which sample each row of the experts' layers is of, as the last forward pass routed it."""
+    """Which sample each row of the experts' layers belongs to, by the last forward's routing."""
 
     def __init__(self) -> None:
         self._of: dict[int, ByRow] = {}
 
     def hooks(self, model: torch.nn.Module) -> Iterator[Any]:
-        """Registers what reads the routing of each layer; yields the handles."""
+        """Registers hooks that read the routing of each layer; yields their handles."""
         for layer in model.modules():
             if isinstance(layer, MoELayer) and reason_against(layer) is None:
                 yield layer.router.register_forward_pre_hook(self._tokens(), with_kwargs=True)
                 yield layer.router.register_forward_hook(self._routed(layer), with_kwargs=True)
 
     def of(self, module: torch.nn.Module) -> ByRow | None:
-        """Returns the rows of a layer, None for one whose samples are in their order."""
+        """Returns the rows of a layer; None for a layer whose samples are in their order."""
         return self._of.get(id(module))
 
     def _tokens(self) -> Callable[..., None]:
@@ -206,7 +206,7 @@ class Rows:
         return note
 
     def _set(self, expert: Any, rows: ByRow, scale: torch.Tensor) -> None:
-        """Notes the rows of the layers of an expert, or of all experts at once."""
+        """Records the rows of the layers of an expert, or of all experts at once."""
         for layer in expert.modules():
             self._of[id(layer)] = rows
         self._of[id(expert.linear_fc2)] = replace(rows, bias_scale=scale)

@@ -1,8 +1,8 @@
-"""Modules that run their layers as one fused operation, in which no hook sees a layer's input.
+"""Modules that run their layers as one fused operation, where no hook sees a layer's input.
 
-They hold the layers all the same, and can run them one by one. So when the gradient of such a
-module's output is known, its layers are run again, forward and backward, where their own hooks are
-at work. That costs the module's arithmetic once more, without the weight gradients.
+They still hold the layers, and can run them one by one. So when the gradient of such a module's
+output is known, its layers are run again, forward and backward, with their own hooks active. This
+repeats the module's arithmetic, without the weight gradients.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from megatron_dwm.core.contexts import without_gradients
 
 
 def reason_against(module: torch.nn.Module) -> str | None:
-    """Returns why a module's layers cannot be run one by one; None if they can, or need not."""
+    """Returns why a module's layers cannot be run one by one; None if they can or need not."""
     if fused_layers.is_quantising_mlp(module):
         return "its layers are one quantised operation"
     return None
 
 
 def hooks(model: torch.nn.Module, later: list[Any]) -> Iterator[Any]:
-    """Registers what runs the layers of fused modules again; yields the handles.
+    """Registers hooks that run the layers of fused modules again; yields their handles.
 
     Args:
-        model: has the modules.
-        later: gets the handles that follow in forward passes.
+        model: contains the modules.
+        later: receives the handles that are added in forward passes.
     """
     for module in model.modules():
         if fused_layers.is_fused_mlp(module):
@@ -37,7 +37,7 @@ def hooks(model: torch.nn.Module, later: list[Any]) -> Iterator[Any]:
 
 
 def _run_again(later: list[Any], module: Any, args: tuple, output: Any) -> None:
-    # The fused operation calls the hooks of its layers as well, without an output.
+    # The fused operation also calls the hooks of its layers, without an output.
     if output is None or not torch.is_grad_enabled() or not output[0].requires_grad:
         return
     x = args[0].detach()

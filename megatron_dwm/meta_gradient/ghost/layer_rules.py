@@ -1,4 +1,4 @@
-"""Which layers have a `GhostRule`; `register` adds one for a layer type of one's own."""
+"""Which layers have a `GhostRule`; `register` adds a rule for your own layer type."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _BY_TYPE: dict[type, GhostRule] = {
     TopKRouter: GhostRule(experts.router),
     DotProductAttention: GhostRule(softmax_offset),
 }
-# Layers of packages that need not be installed, by their class's name.
+# Layers of optional packages, by class name.
 _PACKAGES = ("megatron", "transformer_engine", "apex")
 _BY_NAME: dict[str, GhostRule] = {
     "TEColumnParallelLinear": GhostRule(column_linear),
@@ -59,22 +59,22 @@ _BY_NAME: dict[str, GhostRule] = {
 
 
 def register(kind: type, rule: GhostRule) -> None:
-    """Adds the rule of a layer type, for exactly that type, in the place of one that is there.
+    """Adds the rule of a layer type, for exactly that type; replaces an existing rule.
 
-    To be called before the training starts, such as in the module of one's own policy.
+    To be called before training starts, for example in the module with your own policy.
 
     Args:
         kind: the layer's class.
-        rule: how it takes part.
+        rule: how the layer takes part.
     """
     _BY_TYPE[kind] = rule
 
 
 def rule_of(module: torch.nn.Module) -> GhostRule | None:
-    """Returns the rule of a layer, or None for a type that is not known.
+    """Returns the rule of a layer, or None for an unknown type.
 
-    By exact type: a subclass may compute something else. Layers of Transformer Engine and Apex
-    go by their package and name, as those need not be installed.
+    The exact type counts: a subclass may compute something else. Layers of Transformer Engine and
+    Apex are recognised by package and name, because those packages are optional.
     """
     kind = type(module)
     if kind in _BY_TYPE:
@@ -85,9 +85,9 @@ def rule_of(module: torch.nn.Module) -> GhostRule | None:
 def is_known_by_name(name: str) -> bool:
     """Returns whether a layer class of torch, Megatron, Transformer Engine or Apex has a rule.
 
-    For a model that is not built, so that `rule_of` has no module to look at.
+    For a model that is not built, so that there is no module for `rule_of`.
 
     Args:
-        name: of the class.
+        name: name of the class.
     """
     return name in _BY_NAME or any(kind.__name__ == name for kind in _BY_TYPE)

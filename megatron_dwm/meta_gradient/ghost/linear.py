@@ -1,4 +1,4 @@
-"""Inner products of linear layers, whole, tensor-parallel, and fused with a norm."""
+"""Inner products of linear layers: whole, tensor-parallel, and fused with a norm."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_dwm.meta_gradient.ghost.rule import (
 def linear_dot(
     x: torch.Tensor, grad: torch.Tensor, v: torch.Tensor, samples: SampleMap
 ) -> torch.Tensor:
-    """Returns `sum_t <grad_t, V x_t>` for each sample, by way of the smaller product.
+    """Returns `sum_t <grad_t, V x_t>` for each sample, through the smaller product.
 
     Args:
         x: `[s, b, in]`, or `[rows, in]`.
@@ -55,7 +55,7 @@ def column_linear(call: Call, grad: torch.Tensor, v: Direction, share: Share) ->
 def row_linear(call: Call, grad: torch.Tensor, v: Direction, share: Share) -> torch.Tensor:
     """Row-parallel linear layer (attention's and the MLP's last): `[out, in / tp]`."""
     module, group, x = call.module, tensor_parallel_group(call.module), call.x
-    # The bias is replicated: before the tokens of other ranks are fetched.
+    # The bias is replicated, so its term comes before the tokens of other ranks are gathered.
     bias = bias_dot(call, grad, v, share)
     if not getattr(module, "input_is_parallel", True):
         x = own_part(x, group)
@@ -76,8 +76,8 @@ def _spreads_tokens(module: Any) -> bool:
 def norm_column_linear(call: Call, grad: torch.Tensor, v: Direction, share: Share) -> torch.Tensor:
     """Transformer Engine's norm fused with a column-parallel linear layer.
 
-    The norm's output is not to be had, so it is computed again, and the gradient that reaches it is
-    `W^T grad`. Each tensor-parallel rank sees its own columns of W: every term is a part.
+    The norm's output is not available, so it is recomputed, and the gradient that reaches it is
+    `W^T grad`. Each tensor-parallel rank sees its own columns of W: every term is a partial sum.
     """
     module, group = call.module, tensor_parallel_group(call.module)
     gamma, beta = module.layer_norm_weight, getattr(module, "layer_norm_bias", None)
@@ -106,9 +106,9 @@ def plain_linear(call: Call, grad: torch.Tensor, v: Direction, share: Share) -> 
 
 
 def grouped_linear(call: Call, grad: torch.Tensor, v: Direction, share: Share) -> torch.Tensor:
-    """Transformer Engine's grouped linear layer: experts' weights `[out, in]`, `weight0` and on.
+    """Transformer Engine's grouped linear layer: experts' weights `[out, in]`, `weight0` and so on.
 
-    Its second input is how many of the rows, which are in the experts' order, each expert has.
+    Its second input is the number of rows of each expert; rows are in the experts' order.
     """
     module, rows, total = call.module, call.samples, call.samples.none(grad)
     assert isinstance(rows, ByRow)

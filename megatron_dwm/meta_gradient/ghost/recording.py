@@ -1,8 +1,8 @@
-"""Per-sample influence from hooks on the layers' inputs and output gradients: exact, one pass.
+"""Per-sample influence from hooks on layers' inputs and output gradients: exact, in one pass.
 
 `c_i = <v, g_i>` is summed layer by layer, by the rule of each (`layer_rules`), in one forward and
-backward of the step's micro-batches without weight gradients (3 forwards' worth of arithmetic), or
-during the training pass itself when v is known before it (one more forward's worth).
+backward of the step's micro-batches without weight gradients (the arithmetic of 3 forwards), or
+during the training pass itself if v is known before it (that of one more forward).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron_dwm.meta_gradient.ghost.rule import Call, Direction, GhostRule
 
 
 class Ghost:
-    """The layers of the LLM on this rank, with the formula of each.
+    """The layers of the LLM on this rank, with their rules.
 
     Args:
         model: DDP-wrapped model chunks.
@@ -36,7 +36,7 @@ class Ghost:
         device: where results are summed.
 
     Raises:
-        DWMError: a trained parameter of this rank has no formula; it is named.
+        DWMError: a trained parameter of this rank has no rule; it is named.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Ghost:
         self.chunks: list[torch.nn.Module] = unwrap_model(model)
         # (number of the chunk, name, module, rule)
         self.layers: list[tuple[int, str, torch.nn.Module, GhostRule]] = []
-        self.calls: list[int] = []  # of each layer in a pass
+        self.calls: list[int] = []  # number of calls of each layer in a pass
         self.names: dict[int, str] = {}
         for number, chunk in enumerate(self.chunks):
             self.names.update((id(p), name) for name, p in chunk.named_parameters())
@@ -68,9 +68,9 @@ class Ghost:
     def share(self, parameter: torch.nn.Parameter) -> float:
         """Returns how much a replicated parameter's term counts on this tensor-parallel rank.
 
-        By the rules of Megatron's `finalize_model_grads`: parameters of which each rank sees
-        only a part of the gradient are summed (or averaged) over tensor parallelism; the others
-        have equal gradients on all its ranks and count on the first only.
+        This follows Megatron's `finalize_model_grads`: parameters for which each rank sees only a
+        part of the gradient are summed (or averaged) over tensor-parallel ranks; the others have
+        equal gradients on all of these ranks and count on the first only.
         """
         tp = self.groups.tp
         if not getattr(parameter, "allreduce", True):
@@ -88,7 +88,7 @@ class Ghost:
 
     @contextlib.contextmanager
     def recording(self, v: Direction, num_microbatches: int) -> Iterator[Callable[[], Any]]:
-        """Within it, passes of the LLM are recorded.
+        """A context in which passes of the LLM are recorded.
 
         Args:
             v: the direction of each parameter, None for those that are not trained.
@@ -99,13 +99,14 @@ class Ghost:
             sample, `[m * b]` float32, with `loss` as the schedule differentiates it.
 
         Raises:
-            DWMError: (from the function) a layer took part in the loss in a way that the hooks
-                did not see, so that a sum would miss its terms.
+            DWMError: (from the function) a layer took part in the loss in a way that the hooks did
+                not see, so the sum would lack its terms.
         """
         shape = (sum(self.calls), num_microbatches, self.micro_batch_size)
         handles: list[Any] = []
         if not any(p.requires_grad for chunk in self.chunks for p in chunk.parameters()):
-            # Without weight gradients the backward pass would end before it got there.
+            # Without weight gradients the backward pass would end before it reached the first
+            # layers.
             for module in (m for chunk in self.chunks for m in chunk.modules()):
                 if isinstance(module, VocabParallelEmbedding | torch.nn.Embedding):
                     handles.append(module.register_forward_hook(_begin_graph))
@@ -145,7 +146,7 @@ class Ghost:
                     "the meta-gradient is not known; use --dwm-estimator finite_difference",
                     this_rank_only=True,
                 )
-        # The trainer's rerun machine may take all of the step's passes again.
+        # The trainer's rerun machine may repeat all of the step's passes.
         rerun = get_rerun_state_machine().get_mode() != RerunMode.DISABLED
         for count in passes:
             if count != num_microbatches and (not rerun or count % num_microbatches):
@@ -168,12 +169,12 @@ class Ghost:
         rows: experts.Rows,
         handles: list[Any],
     ) -> Callable[..., None]:
-        """Returns a forward hook that hangs the layer's formula on its output's gradient.
+        """Returns a forward hook that attaches the layer's formula to its output's gradient.
 
-        Micro-batches reach a layer, forward and backward, in their order, so a count tells which
-        one it is; a layer that is called several times in a pass has a row for each of them. The
-        first forward of a recomputed layer runs without gradients and is not one.
-        If the trainer's rerun machine takes the step's passes again, the last ones hold.
+        Micro-batches reach a layer in order, forward and backward, so a counter tells which one it
+        is; a layer that is called several times in a pass has a row for each call. The first
+        forward of a recomputed layer runs without gradients and does not count. If the trainer's
+        rerun machine repeats the step's passes, the last ones count.
         """
         calls, of_pass = 0, self.calls[row]
         first = sum(self.calls[:row])
@@ -210,11 +211,11 @@ class Ghost:
                     foreign[place, k] = terms, group
                 seen[row] += 1
 
-            # To be removed with the others: a graph may outlive the step (that of an MoE layer's
-            # probabilities does, in its dispatcher), and would keep v and the layers' inputs.
+            # Removed with the others: a graph may outlive the step (that of an MoE layer's
+            # probabilities does, in its dispatcher), and would keep v and the layers' inputs alive.
             node, number = output.grad_fn, output.output_nr
             if self.config.recompute_granularity == "selective" and node is not None:
-                # A hook on this tensor may yet be added that makes the layer's input again.
+                # A hook that recomputes the layer's input may still be added to this tensor.
                 handles.append(
                     node.register_prehook(
                         lambda grads: None if grads[number] is None else record(grads[number])
@@ -245,10 +246,10 @@ def _handed_over(
 
 
 def _calls_in_a_pass(config: Any, chunk: torch.nn.Module, name: str) -> int:
-    """Returns how often a layer runs in one forward pass of its chunk.
+    """Returns the number of times that a layer runs in one forward pass of its chunk.
 
-    Once, but for the embeddings of a chunk with layers for multi-token prediction, each of which
-    embeds the tokens anew, shifted, and for the output layer, by which each of them predicts.
+    This is once, except in a chunk with layers for multi-token prediction: each of them embeds the
+    shifted tokens again, and predicts with the output layer.
     """
     if not has_further_losses(config):
         return 1
@@ -260,7 +261,7 @@ def _calls_in_a_pass(config: Any, chunk: torch.nn.Module, name: str) -> int:
 
 
 def _takes_part(module: torch.nn.Module) -> bool:
-    """Returns whether a layer has trained parameters, or is given them (tied embeddings)."""
+    """Returns whether a layer has trained parameters, or is passed some (tied embeddings)."""
     if isinstance(module, ColumnParallelLinear) and getattr(module, "weight", None) is None:
         return True
     return any(p.requires_grad for p in module.parameters(recurse=False))
@@ -271,7 +272,7 @@ def _detached(value: Any) -> Any:
 
 
 def _weight_of(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Returns the weight of a layer's call, which may be given (tied embeddings)."""
+    """Returns the weight of a layer's call, which may be passed in (tied embeddings)."""
     given = args[1] if len(args) > 1 else kwargs.get("weight")
     if isinstance(module, ColumnParallelLinear) and given is not None:
         return given
@@ -292,7 +293,7 @@ def _counter(passes: list[int], number: int) -> Callable[..., None]:
 
 @contextlib.contextmanager
 def frozen_parameters(model: list[Any], config: Any) -> Iterator[None]:
-    """Within it, backward passes make no weight gradients and reduce none."""
+    """A context in which backward passes compute and reduce no weight gradients."""
     parameters = [p for chunk in model for p in chunk.parameters()]
     names = ("finalize_model_grads_func", "grad_sync_func")
     kept = {name: getattr(config, name) for name in names}
@@ -314,13 +315,13 @@ def estimate(
     run: Callable[[], None],
     with_further: bool = True,
 ) -> torch.Tensor:
-    """Returns `<v, d loss / d theta>` of each local sample by a pass of its own.
+    """Returns `<v, d loss / d theta>` of each local sample by a separate pass.
 
     Args:
         ghost: the layers.
         v: the direction of each parameter.
         num_microbatches: m.
-        model: DDP-wrapped chunks, at the parameters where the gradients are wanted.
+        model: DDP-wrapped chunks, with the parameters at which gradients are taken.
         run: runs the trainer's forward and backward over the step's micro-batches.
         with_further: whether the losses of multi-token prediction count.
 
@@ -341,7 +342,7 @@ def estimate(
 
 
 def uncovered_parameters(model: list[Any]) -> list[str]:
-    """Returns trained parameters of this rank that no formula covers, each with the reason."""
+    """Returns the trained parameters of this rank that no rule covers, each with the reason."""
     found = []
     for chunk in unwrap_model(model):
         reasons = {f"{name}.": _reason_against(module) for name, module in chunk.named_modules()}
@@ -359,18 +360,18 @@ def uncovered_parameters(model: list[Any]) -> list[str]:
 
 
 def not_covered(parameter: str, layer: str, why: str | None) -> str:
-    """Returns the words for a parameter that no formula covers.
+    """Returns the text for a parameter that no rule covers.
 
     Args:
         parameter: its name.
-        layer: the class of its layer.
-        why: what is against the module that it is in, see `reason_against`; None: nothing.
+        layer: class of its layer.
+        why: what rules out the module that it is in, see `reason_against`; None: nothing.
     """
     return f"the parameter {parameter} ({f'of a {layer}' if why is None else why})"
 
 
 def in_experts(why: str) -> str:
-    """Returns what is against a mixture-of-experts layer, in full."""
+    """Returns the full text of what rules out a mixture-of-experts layer."""
     return (
         "in a mixture-of-experts layer, where tokens are no longer in the order of the samples: "
         f"{why}"
@@ -378,7 +379,7 @@ def in_experts(why: str) -> str:
 
 
 def _reason_against(module: torch.nn.Module) -> str | None:
-    """Returns why the parameters below a module are not covered whatever their layers are."""
+    """Returns why no parameter inside a module is covered, whatever its layer."""
     kind = type(module).__name__
     if kind.endswith("MoELayer"):
         why = experts.reason_against(module)

@@ -1,10 +1,10 @@
-"""What a layer type says of itself for per-sample inner products `<v, g_i>`: a `GhostRule`.
+"""`GhostRule`: what a layer type provides for per-sample inner products `<v, g_i>`.
 
 Every layer here is linear in its own parameters, so `<v, dl_i/dp>` is the gradient of its output
-times what the layer would give with v in place of p, summed over the sample's tokens: for a linear
-layer `sum_t <grad_out_t, V x_t>`. No per-sample gradient is ever formed. Source: ghost dot
-products (In-Run Data Shapley, arXiv 2406.11011), here with an arbitrary direction v, for every
-layer of GPT and Llama models, and under tensor and sequence parallelism.
+times the layer's output with v in place of p, summed over the sample's tokens: for a linear layer
+`sum_t <grad_out_t, V x_t>`. No per-sample gradient is ever formed. Source: ghost dot products
+(In-Run Data Shapley, arXiv 2406.11011), here with an arbitrary direction v, for every layer of GPT
+and Llama models, and under tensor and sequence parallelism.
 
 Shapes: s tokens, b samples of a micro-batch; inside the transformer `[s, b, ...]`, in the
 embeddings `[b, s, h]`. Under sequence parallelism a norm sees `[s / tp, b, h]`.
@@ -26,34 +26,34 @@ class SampleMap(Protocol):
     """Which sample each entry of a layer's input and output belongs to."""
 
     def dot(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Returns each sample's inner product of two tensors of one shape, `[b]` float32."""
+        """Returns each sample's inner product of two tensors of equal shape, `[b]` float32."""
         ...
 
     def none(self, like: torch.Tensor) -> torch.Tensor:
-        """Returns the zeros `[b]` of a term that is missing, on the device of a tensor."""
+        """Returns zeros `[b]` for a missing term, on the device of a tensor."""
         ...
 
     def problem(self, grad: torch.Tensor, samples: int) -> str | None:
-        """Returns why an output's gradient cannot be that of so many samples; None if it can."""
+        """Returns why an output's gradient cannot have this number of samples; None if it can."""
         ...
 
 
 @dataclass(frozen=True)
 class ByDimension:
-    """One dimension counts the samples: 1 inside the transformer, 0 in the embeddings."""
+    """Samples are along one dimension: 1 inside the transformer, 0 in the embeddings."""
 
     dim: int = 1
 
     def dot(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """As `SampleMap.dot`."""
+        """See `SampleMap.dot`."""
         return (a.float() * b).sum([d for d in range(a.dim()) if d != self.dim])
 
     def none(self, like: torch.Tensor) -> torch.Tensor:
-        """As `SampleMap.none`."""
+        """See `SampleMap.none`."""
         return torch.zeros(like.size(self.dim), dtype=torch.float32, device=like.device)
 
     def problem(self, grad: torch.Tensor, samples: int) -> str | None:
-        """As `SampleMap.problem`."""
+        """See `SampleMap.problem`."""
         if grad.size(self.dim) == samples:
             return None
         return f"shape {list(grad.shape)}, not {samples} samples in dimension {self.dim}"
@@ -61,13 +61,13 @@ class ByDimension:
 
 @dataclass(frozen=True)
 class ByRow:
-    """Each row of the first dimension belongs to a sample of its own, as in an expert's input.
+    """Each row of the first dimension may belong to another sample, as in an expert's input.
 
     Attributes:
         samples: `[rows]` integers, the sample of each row; -1 for rows of padding.
-        count: b; with `replicas` that of all of them, replica by replica.
-        bias_scale: `[rows]`, what multiplies a bias that is added behind the layer; None: nothing.
-        replicas: the group of ranks whose samples have rows here; None: this rank's alone.
+        count: b; with `replicas`, the samples of all of them, replica by replica.
+        bias_scale: `[rows]`, factor on a bias that is added after the layer; None: none.
+        replicas: the group of ranks whose samples have rows here; None: only this rank's do.
     """
 
     samples: torch.Tensor
@@ -81,18 +81,18 @@ class ByRow:
         return replace(self, samples=self.samples[rows], bias_scale=scale)
 
     def dot(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """As `SampleMap.dot`."""
+        """See `SampleMap.dot`."""
         rows = (a.float() * b).flatten(1).sum(1)
         found = torch.zeros(self.count + 1, dtype=torch.float32, device=rows.device)
-        # What is padding lands behind the last sample.
+        # Padding goes into a place after the last sample.
         return found.index_add_(0, self.samples % (self.count + 1), rows)[: self.count]
 
     def none(self, like: torch.Tensor) -> torch.Tensor:
-        """As `SampleMap.none`."""
+        """See `SampleMap.none`."""
         return torch.zeros(self.count, dtype=torch.float32, device=like.device)
 
     def problem(self, grad: torch.Tensor, samples: int) -> str | None:
-        """As `SampleMap.problem`."""
+        """See `SampleMap.problem`."""
         samples *= 1 if self.replicas is None else self.replicas.size()
         if (grad.size(0), self.count) == (self.samples.numel(), samples):
             return None
@@ -106,11 +106,11 @@ class Call:
     Attributes:
         module: the layer.
         x: its first input.
-        weight: the weight that it used; not always its own (tied embeddings), None for a layer
-            that has more than one.
-        samples: which sample each entry of input and output belongs to.
+        weight: the weight that it used; not always its own (tied embeddings); None for a layer with
+            several weights.
+        samples: which sample each entry of the input and output belongs to.
         inputs: all its positional inputs.
-        named_inputs: those by name.
+        named_inputs: its keyword inputs.
     """
 
     module: Any
@@ -136,9 +136,9 @@ class GhostRule:
     Attributes:
         formula: `(call, grad, v, share) -> [b]` float32, this rank's part of `<v, g_i>`: `grad` is
             the gradient of the call's (first) output, `v(parameter)` the direction in the
-            parameter's shape or None where it is not trained, `share(parameter)` how much the term
-            of a parameter that tensor-parallel ranks replicate counts on this rank.
-        samples: the sample map of a layer, asked at each of its forward calls.
+            parameter's shape or None if it is not trained, `share(parameter)` how much the term of
+            a parameter that tensor-parallel ranks replicate counts on this rank.
+        samples: returns a layer's sample map; called at each of its forward calls.
     """
 
     formula: Formula
@@ -149,7 +149,7 @@ class GhostRule:
 
 
 def tensor_parallel_group(module: Any) -> Any:
-    """Returns the group that holds the parts of a layer; None where it is whole."""
+    """Returns the group over which a layer is split; None if it is whole."""
     group = getattr(module, "tp_group", None)
     return None if group is None or group.size() == 1 else group
 
@@ -162,9 +162,9 @@ def own_part(whole: torch.Tensor, group: Any) -> torch.Tensor:
 def bias_dot(
     call: Call, grad: torch.Tensor, v: Direction, share: Share, name: str = "bias"
 ) -> torch.Tensor:
-    """Returns the term of a bias, which has the output's gradient, even if it is added later."""
+    """Returns the term of a bias, whose gradient is the output's, even if it is added later."""
     bias = getattr(call.module, name, None)
-    # Transformer Engine keeps an empty tensor where there is no bias.
+    # Transformer Engine keeps an empty tensor if there is no bias.
     direction = v(bias) if isinstance(bias, torch.nn.Parameter) and bias.numel() else None
     part = 0.0 if direction is None else share(bias)
     if direction is None or not part:

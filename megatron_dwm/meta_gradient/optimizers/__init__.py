@@ -1,1 +1,1 @@
-"""The meta loss's gradient through an optimizer's step: a rule an optimizer."""
+"""The meta loss's gradient through an optimizer's step: one rule per optimizer."""

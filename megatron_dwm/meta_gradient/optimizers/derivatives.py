@@ -1,9 +1,9 @@
-"""Derivatives of an optimizer's update by the gradient it was given: pure functions.
+"""Derivatives of an optimizer's update with respect to its gradient: pure functions.
 
 One step is `theta+ = theta + U(G)`. `U` acts elementwise, so its Jacobian is the diagonal
 returned here; clipping by the global norm comes on top and is not diagonal
-(`clip_projection`). Optimizer states are those *after* the step. All is computed in the dtype
-that is given.
+(`clip_projection`). Optimizer states are those *after* the step. Everything is computed in the
+dtype of the inputs.
 
 Sources: the update rules of `torch.optim.SGD`, `Adam` and `AdamW`, differentiated by hand.
 """
@@ -17,8 +17,8 @@ def sgd(lr: float, momentum: float = 0.0, dampening: float = 0.0, nesterov: bool
     """Returns `dU/dG` of SGD: `-lr`, times `1 - dampening` with momentum, `1 + mu` for Nesterov.
 
     The momentum buffer is `mu * old + (1 - dampening) * G`. (The first step, which torch starts
-    from `G` itself without dampening, is not told apart: Megatron's SGD has no dampening.) Weight
-    decay adds a term that does not depend on G.
+    from `G` itself without dampening, is not treated separately: Megatron's SGD has no dampening.)
+    Weight decay adds a term that does not depend on G.
     """
     if momentum == 0.0:
         return -lr
@@ -41,8 +41,8 @@ def adam(
     `-lr [ (1-b1)/(1-b1^t) / (sqrt(vhat)+eps)
            - mhat (1-b2) G / ((1-b2^t) sqrt(vhat) (sqrt(vhat)+eps)^2) ]`
 
-    Decoupled weight decay does not depend on G. With L2 decay (Adam) pass the gradient
-    including the decay term.
+    Decoupled weight decay does not depend on G. With L2 decay (Adam), pass the gradient including
+    the decay term.
 
     Args:
         grad: the gradient that entered the moments, any shape.
@@ -61,7 +61,7 @@ def adam(
     root = (exp_avg_sq / correction2).sqrt()
     denominator = root + eps
     # Where the second moment is 0, so are G and the first moment: the second term vanishes.
-    # Divided step by step, as the denominator's square can underflow.
+    # Divided step by step, because the denominator's square can underflow.
     ratio = torch.where(root > 0, grad / root, torch.zeros_like(root))
     through_root = exp_avg / correction1 / denominator * ((1.0 - beta2) / correction2) * ratio
     return -lr / denominator * ((1.0 - beta1) / correction1 - through_root)
@@ -70,11 +70,11 @@ def adam(
 def adam_expected(
     exp_avg_sq: torch.Tensor, steps: int, lr: float, beta1: float, beta2: float, eps: float
 ) -> torch.Tensor:
-    """Returns the diagonal of Adam's *next* step, as far as it is known before the gradient.
+    """Returns the diagonal of Adam's *next* step, as far as known before its gradient.
 
-    `-lr (1-b1)/(1-b1^(t+1)) / (sqrt(vhat_t)+eps)`: the second moment is taken as it stands, a
-    frozen preconditioner. 0 where no gradient was ever seen: what a first gradient does there is
-    not of that form at all.
+    `-lr (1-b1)/(1-b1^(t+1)) / (sqrt(vhat_t)+eps)`: it uses the current second moment, a frozen
+    preconditioner. It is 0 where no gradient was ever seen: the effect of a first gradient does not
+    have this form.
 
     Args:
         exp_avg_sq: second moment after `steps` steps, any shape.

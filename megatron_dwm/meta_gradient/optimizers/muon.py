@@ -1,12 +1,12 @@
-"""Muon: the momentum of a weight matrix, orthogonalised by a few steps of Newton-Schulz.
+"""Muon: the momentum of a weight matrix, orthogonalised by a few Newton-Schulz iterations.
 
     M' = m M + (1 - m) G;   u = M', with Nesterov (1 - m) G + m M';   U(G) = -lr O(u)
 
-O is what the optimizer itself calls (`orthogonalize`): the iteration, its coefficients and scale,
-and the split of a fused query-key-value matrix. It is no function of single elements, so its
-Jacobian is applied by differentiating O at u: `v = -lr (du/dG) J_O(u)^T h`, exact for the iteration
-as it is, not for the polar factor that it aims at. What is left out is rounding: the iteration may
-run in bf16 (`--muon-fp32-matmul-prec medium`), its derivative is taken in float32.
+O is the optimizer's own function (`orthogonalize`): the iteration, its coefficients and scale, and
+the split of a fused query-key-value matrix. It does not act element by element, so its Jacobian is
+applied by differentiating O at u: `v = -lr (du/dG) J_O(u)^T h`. This is exact for the iteration as
+implemented, not for the polar factor that it approximates. Rounding is left out: the iteration may
+run in bf16 (`--muon-fp32-matmul-prec medium`), but its derivative is taken in float32.
 
 Source: `OrthogonalizedOptimizer.step` of emerging-optimizers and `TensorParallelMuon` of
 Megatron-Core, differentiated.
@@ -24,12 +24,12 @@ from megatron_dwm.core.optimizers import ParamShard
 
 
 class MuonRule:
-    """An `OptimizerRule` of whole matrices."""
+    """An `OptimizerRule` for whole matrices."""
 
     needs_gradient = True
 
     def refusal(self, leaf: Any) -> str | None:
-        """As `OptimizerRule.refusal`."""
+        """See `OptimizerRule.refusal`."""
         inner = leaf.optimizer
         if not hasattr(inner, "orthogonalize"):
             return f"--optimizer muon: {type(inner).__name__} has no method orthogonalize"
@@ -49,16 +49,17 @@ class MuonRule:
         return None
 
     def has_stepped(self, shard: ParamShard) -> bool:
-        """As `OptimizerRule.has_stepped`: the momentum is there.
+        """See `OptimizerRule.has_stepped`: the momentum exists.
 
-        One that is 0, as of an expert that no token has reached, has no direction, see `_through`.
+        A momentum of 0, as of an expert that no token has reached, has no direction, see
+        `_through`.
         """
         return shard.state.get("momentum_buffer") is not None
 
     def pull_back(
         self, shard: ParamShard, lr: float, grad: torch.Tensor | None, h: torch.Tensor
     ) -> torch.Tensor:
-        """As `OptimizerRule.pull_back`."""
+        """See `OptimizerRule.pull_back`."""
         assert grad is not None
         u, m = shard.state["momentum_buffer"].float(), shard.group["momentum"]
         if _nesterov(shard):
@@ -66,12 +67,12 @@ class MuonRule:
         return self._through(shard, u, h).mul_(-lr * _slope(shard))
 
     def pull_back_ahead(self, shard: ParamShard, lr: float, h: torch.Tensor) -> torch.Tensor:
-        """As `OptimizerRule.pull_back_ahead`, at the momentum as it stands."""
+        """See `OptimizerRule.pull_back_ahead`; uses the current momentum."""
         u = shard.state["momentum_buffer"].float()
         return self._through(shard, u, h).mul_(-lr * _slope(shard))
 
     def _through(self, shard: ParamShard, u: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-        """Returns `J_O(u)^T h`, flat; 0 where u is: no direction is the first one then."""
+        """Returns `J_O(u)^T h`, flat; 0 if u is 0, as there is no direction yet."""
         if not u.any():
             return torch.zeros_like(h, dtype=torch.float32)
         inner = shard.optimizer.optimizer
@@ -96,7 +97,7 @@ def _slope(shard: ParamShard) -> float:
 
 @contextlib.contextmanager
 def _in_float32() -> Iterator[None]:
-    """By this setting the iteration decides whether to run in bf16."""
+    """A context with the setting under which the iteration does not run in bf16."""
     kept = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

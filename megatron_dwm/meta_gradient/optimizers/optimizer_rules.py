@@ -1,8 +1,8 @@
-"""How an optimizer's step is pulled back: `OptimizerRule`, and which optimizers have one.
+"""`OptimizerRule`: how an optimizer's step is pulled back, and which optimizers have a rule.
 
-A rule turns the gradient h of the meta loss by the parameters into `(dU/dG)^T h`, where U is the
-step as a function of the gradient G. It gets whole slices and returns whole slices: nothing says
-that the Jacobian is a diagonal. Clipping by the global norm is not the rule's: see `pull_back`.
+A rule turns the gradient h of the meta loss in the parameters into `(dU/dG)^T h`, where U is the
+step as a function of the gradient G. It takes and returns whole slices: the Jacobian need not be
+diagonal. Clipping by the global norm is not part of a rule: see `pull_back`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_dwm.meta_gradient.optimizers.sgd import SGDRule
 
 
 class OptimizerRule(Protocol):
-    """What the meta-gradient has to know of an optimizer.
+    """What the meta-gradient has to know about an optimizer.
 
     Attributes:
         needs_gradient: whether the Jacobian depends on the gradient of the step.
@@ -34,11 +34,11 @@ class OptimizerRule(Protocol):
     needs_gradient: bool
 
     def refusal(self, leaf: Any) -> str | None:
-        """Returns why a Megatron optimizer of this kind cannot be read; None where it can."""
+        """Returns why a Megatron optimizer of this kind cannot be read; None if it can."""
         ...
 
     def has_stepped(self, shard: ParamShard) -> bool:
-        """Returns whether the state is there that `pull_back_ahead` needs."""
+        """Returns whether the state that `pull_back_ahead` needs exists."""
         ...
 
     def pull_back(
@@ -49,9 +49,9 @@ class OptimizerRule(Protocol):
         Args:
             shard: the slice.
             lr: the learning rate that the step used.
-            grad: `[k]` float32, the (clipped) gradient G' that it was stepped with; None where
-                the rule does not need it.
-            h: `[k]`, left as it is.
+            grad: `[k]` float32, the (clipped) gradient G' of the step; None if the rule does not
+                need it.
+            h: `[k]`, not modified.
         """
         ...
 
@@ -61,7 +61,7 @@ class OptimizerRule(Protocol):
         Args:
             shard: the slice, after at least one step.
             lr: the learning rate of the coming step.
-            h: `[k]`, left as it is.
+            h: `[k]`, not modified.
         """
         ...
 
@@ -70,27 +70,27 @@ _RULES: dict[str, OptimizerRule] = {"adam": AdamRule(), "sgd": SGDRule(), "muon"
 
 
 def register(name: str, rule: OptimizerRule) -> None:
-    """Adds the rule of an optimizer, in the place of one that is there.
+    """Adds the rule of an optimizer; replaces an existing rule.
 
-    To be called before the training starts, such as in the module of one's own policy.
+    To be called before training starts, for example in the module with your own policy.
 
     Args:
-        name: as `--optimizer` has it.
+        name: name of the optimizer in `--optimizer`.
         rule: how its step is pulled back.
     """
     _RULES[name] = rule
 
 
 def rule_of(shard: ParamShard) -> OptimizerRule:
-    """Returns the rule of the optimizer that steps a slice."""
+    """Returns the rule of the optimizer that updates a slice."""
     return _RULES[_name(shard.optimizer, shard.group)]
 
 
 def _name(leaf: Any, group: dict[str, Any]) -> str:
     """Returns the optimizer of a parameter group, by its name in `--optimizer`.
 
-    Beside Muon, what is no matrix has another one: its group says so, and the settings, which are
-    those of the whole, do not.
+    With Muon, parameters that are not matrices have another optimizer: their group says so, while
+    the settings are those of the whole.
     """
     return str(group.get("optimizer", leaf.config.optimizer))
 
@@ -110,16 +110,16 @@ def check_supported(optimizer: Any, kind: str) -> None:
 
     Args:
         optimizer: the Megatron optimizer that the trainer built.
-        kind: `--dwm-jacobian`; `identity` needs nothing of the optimizer.
+        kind: `--dwm-jacobian`; `identity` needs nothing from the optimizer.
 
     Raises:
-        DWMError: names the optimizer or the flag, and the way out.
+        DWMError: names the optimizer or the flag, and what to do.
     """
     for leaf in layer_wise_leaves(optimizer):
         if not hasattr(leaf, "config"):
             raise DWMError(
-                "--optimizer muon with whole parameters spread over ranks is known in bf16 only; "
-                "use --bf16, or leave out --use-distributed-optimizer"
+                "--optimizer muon with whole parameters distributed over ranks is supported in "
+                "bf16 only; use --bf16, or leave out --use-distributed-optimizer"
             )
     for leaf in leaf_optimizers(optimizer):
         if leaf.config.fp16:
@@ -129,14 +129,14 @@ def check_supported(optimizer: Any, kind: str) -> None:
             raise DWMError(f"{problem}; {_WAY_OUT}")
 
 
-_WAY_OUT = "use --dwm-jacobian identity (the optimizer taken for plain SGD) or --dwm-policy uniform"
+_WAY_OUT = "use --dwm-jacobian identity (treats it as plain SGD) or --dwm-policy uniform"
 
 
 def refused_settings(settings: Any, kind: str) -> str | None:
-    """Returns the line of `check_supported` that settings alone call for; None: none.
+    """Returns the error of `check_supported` that depends on settings alone, or None.
 
     Args:
-        settings: what has `optimizer` and `optimizer_cpu_offload`, as Megatron's arguments have.
+        settings: object with `optimizer` and `optimizer_cpu_offload`, like Megatron's arguments.
         kind: `--dwm-jacobian`.
     """
     problem = None if kind == "identity" else _why_settings([settings.optimizer], settings)
@@ -165,7 +165,7 @@ def _why_settings(names: list[str], config: Any) -> str | None:
 
 
 def _why_unknown(leaf: Any) -> str | None:
-    """Returns why the Jacobian of a Megatron optimizer is not known, None where it is."""
+    """Returns why the Jacobian of a Megatron optimizer is not known; None if it is."""
     config = leaf.config
     groups = getattr(leaf.optimizer, "param_groups", ())
     names = sorted({_name(leaf, group) for group in groups} or {config.optimizer})

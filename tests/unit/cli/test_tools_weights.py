@@ -250,8 +250,8 @@ def test_output(tmp_path, prefix):
         ("w.jsonl.gz", b"no archive", "damaged or truncated"),
         ("w.npy", b"", "not an .npy file"),
         ("w.npy", b"\x93NUMPY\x01\x00\x10\x00{'descr: garbage", "not an .npy file"),
-        ("w.txt", "1\n1\n1\n1\n", "cannot tell the format by the name"),
-        ("w", "1\n", "cannot tell the format by the name"),
+        ("w.txt", "1\n1\n1\n1\n", "the name does not tell the format"),
+        ("w", "1\n", "the name does not tell the format"),
     ],
 )
 @pytest.mark.parametrize("batches", ["small", "large"])

@@ -397,14 +397,14 @@ class TestProblems:
             ({"map": "softmax"}, "--dwm-map softmax needs the scores of the whole batch"),
             (
                 {"policy": "rho", "map": "softmax"},
-                f"{SOFTMAX} --dwm-policy rho makes them inside it",
+                f"{SOFTMAX} --dwm-policy rho",
             ),
-            ({"policy": "domains", "map": "softmax"}, f"{SOFTMAX} --dwm-policy domains makes them"),
-            ({"policy": "model+rho", "map": "softmax"}, f"{SOFTMAX} --dwm-policy rho makes them"),
+            ({"policy": "domains", "map": "softmax"}, f"{SOFTMAX} --dwm-policy domains"),
+            ({"policy": "model+rho", "map": "softmax"}, f"{SOFTMAX} --dwm-policy rho"),
             ({"policy": "domains", "form": "model"}, "--dwm-form model: about the learned policy"),
             (
                 {"policy": "domains", "schedule": "frozen"},
-                "--dwm-schedule frozen: --dwm-policy domains takes over nothing",
+                "--dwm-schedule frozen: --dwm-policy domains",
             ),
             ({"policy": "linupper", "load": "x"}, "--dwm-load x: about the learned policy"),
             ({"policy": "head+domains", "load": "x"}, "--dwm-load x: what --dwm-policy domains"),

@@ -468,7 +468,7 @@ class TestFace:
     @pytest.mark.parametrize(
         ("call", "message"),
         [
-            (dict(method="alias"), "method: 'alias' is none of systematic, independent"),
+            (dict(method="alias"), "method: 'alias' is not one of systematic, independent"),
             (dict(method="independent", max_repeats=0), "max_repeats: expected at least 1"),
             (dict(max_repeats=0), "max_repeats: expected at least 1, found 0"),
             (dict(weights=["a", "b"]), "weights: expected real numbers"),

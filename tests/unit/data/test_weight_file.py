@@ -172,7 +172,7 @@ class TestRefused:
             ([0.0, 1.0], [], "each of the 2 documents"),
             ([0, 1], ["a", "a"], "two domains have the name 'a'"),
             ([0, 1], ["a", 7], "the name of domain 1 is 7"),
-            ([0, 1], ["a", "\ud800"], "no valid Unicode"),
+            ([0, 1], ["a", "\ud800"], "not valid Unicode"),
             (None, ["a"], "1 domain names, but no domains"),
         ],
     )

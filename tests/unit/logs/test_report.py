@@ -324,7 +324,7 @@ def test_without_matplotlib_the_error_says_what_to_do(
         (["--compare", "stock"], "--compare stock: give NAME=LOG"),
         (["--compare", "=x.log"], "--compare =x.log: give NAME=LOG"),
         (["--compare", "a="], "--compare a=: give NAME=LOG"),
-        (["--compare", "a=GOOD", "--compare", "a=GOOD"], "a run named a already"),
+        (["--compare", "a=GOOD", "--compare", "a=GOOD"], "already a run named a"),
         (["--compare", "a=missing.log"], "missing.log"),
         (["--compare", "a=EMPTY"], "no line 'validation loss at"),
         (["--compare", "a=SHORT"], "no line 'iteration"),

@@ -366,7 +366,7 @@ def test_lookahead_heeds_the_losses_that_are_left_out() -> None:
     assert _methods(config, args, model)[0][0] == GHOST_NEXT
     current = dataclasses.replace(config, lookahead="current")
     (line,) = _methods(current, args, model)[2]
-    assert line.startswith("--dwm-lookahead current reads the influence off the training pass")
+    assert line.startswith("--dwm-lookahead current") and "--dwm-mtp plain" in line
 
 
 @pytest.mark.parametrize(
@@ -378,8 +378,8 @@ def test_softmax_offset_is_covered_without_dropout_alone(impl: str, kind: str) -
     found = planned([*words, "--attention-dropout", "0.1"], 1024)
     assert found.reason == (
         "auto; ghost does not cover the parameter "
-        f"decoder.layers.0.self_attention.core_attention.softmax_offset (of a {kind}: its passes "
-        "drop attention, --attention-dropout)"
+        f"decoder.layers.0.self_attention.core_attention.softmax_offset (of a {kind}: it uses "
+        "--attention-dropout)"
     )
     found = planned([*words, "--attention-dropout", "0"], 1024)
     assert found.methods[0] == GHOST_CURRENT
@@ -399,7 +399,7 @@ def test_vocabulary_is_counted_by_its_file(monkeypatch: pytest.MonkeyPatch, tmp_
 @pytest.mark.parametrize(
     ("flags", "note"),
     [
-        ("--window-size (128,0)", "--window-size (128, 0): attention is counted over the whole"),
+        ("--window-size (128,0)", "--window-size (128, 0): attention is counted over the full"),
         ("--optimizer sgd", "--optimizer sgd: the trainer's memory counts Adam's"),
     ],
 )

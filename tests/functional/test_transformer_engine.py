@@ -179,7 +179,14 @@ PARALLEL = {
     "llama": "--qk-layernorm --add-qkv-bias",
     "offset-fuser": "--softmax-type learnable --use-transformer-engine-op-fuser",
     "mla": "",
+    "experts": "",
 }
+# Instead of tensor parallelism: each rank has two of the experts, in one grouped layer.
+EXPERTS = """
+--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 64 --moe-grouped-gemm
+--moe-token-dispatcher-type alltoall --moe-router-load-balancing-type none --moe-aux-loss-coeff 0
+--expert-model-parallel-size 2
+""".split()
 
 
 def parallel_case(name: str, **more: Any) -> dict[str, Any]:
@@ -190,8 +197,10 @@ def parallel_case(name: str, **more: Any) -> dict[str, Any]:
     # As the recipes have it: weight gradients are added up inside the layers.
     flags = [f for f in host_flags() if f != "--no-gradient-accumulation-fusion"]
     # The factor of clipping is not part of the reference.
-    args = [*flags, *words, *FUSED, *TP2, *DWM, "--clip-grad", "0", *PARALLEL[name].split()]
-    return {"args": args, "after": 1, "estimators": ["ghost"], "reference": True, **more}
+    parallel = EXPERTS if name == "experts" else TP2
+    args = [*flags, *words, *FUSED, *parallel, *DWM, "--clip-grad", "0", *PARALLEL[name].split()]
+    case = {"args": args, "after": 1, "estimators": ["ghost"], "reference": True, **more}
+    return {**case, "allow": "grouped-gemm"} if name == "experts" else case
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +211,7 @@ def apart(folder: Path, transformer_engine: dict[str, str]) -> dict[str, dict[st
 
 
 @pytest.mark.parametrize("name", PARALLEL)
-def test_ghost_is_exact_under_tensor_and_sequence_parallelism(
+def test_ghost_is_exact_under_tensor_sequence_and_expert_parallelism(
     apart: dict[str, dict[str, Any]], name: str
 ) -> None:
     found = apart[name]

@@ -1,16 +1,16 @@
 #!/usr/bin/env python
-"""How well influences predict what other weights would have done: the linear datamodeling score.
+"""How well influences predict the effect of other weights: the linear datamodeling score.
 
     python benchmarks/attribution.py [--steps 1 4 16 64] [--reweightings 100]
 
-A small byte-level model is trained for a while. From there the same K steps are taken again and
-again, each time with other weights for every sample, drawn from U(0, 2), and the loss on held-out
-text is measured. The score (Park et al., "TRAK", ICML 2023) is Spearman's correlation over these
-runs of that loss with its prediction sum_ki c_ki (w_ki - 1), where c_ki is the influence of sample
-i of step k by a method that saw the run with all weights at 1:
+A small byte-level model is trained for a while. From there the same K steps are repeated, each time
+with other weights for every sample, drawn from U(0, 2), and the loss on held-out text is measured.
+The score (Park et al., "TRAK", ICML 2023) is Spearman's correlation over these runs of that loss
+with its prediction sum_ki c_ki (w_ki - 1), where c_ki is the influence of sample i of step k by a
+method that saw the run with all weights at 1:
 
-    one-step      the meta loss's gradient at the parameters of step k, Adam's preconditioner as it
-                  stands: what `--dwm-lookahead current` takes
+    one-step      the meta loss's gradient at the parameters of step k, with Adam's current
+                  preconditioner: what `--dwm-lookahead current` uses
     running mean  the same, with the gradient at a running mean of the parameters
     look-ahead    the same, with the gradient at the parameters after the K steps, of one meta batch
 

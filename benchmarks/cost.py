@@ -1,16 +1,16 @@
 #!/usr/bin/env python
-"""What a step costs over the stock trainer's: time, memory, bytes sent, beside its FLOP floor.
+"""The cost of a step relative to the stock trainer's: time, memory, bytes sent, FLOP floor.
 
     python benchmarks/cost.py [--model 10m|134m|374m] [--rounds 5] [--defaults] [-- trainer flags]
 
 One training run takes steps of every kind in turn, each between two stock steps: stock, uniform
 weights, the head's plain step and meta step (the defaults), a frozen separate model, and with that
 a meta step with each estimator, lookahead and meta batch (1, 1/4, 1/8 of the batch). A step's time
-is divided by the mean of its two stock neighbours', so the ratio holds on a machine that others use
-too; the table shows the median over the rounds and the quartiles.
+is divided by the mean of its two stock neighbours', so the ratio is valid on a shared machine; the
+table shows the median over the rounds and the quartiles.
 
-Time is wall-clock time on a GPU. On a CPU it is this rank's processor time, with one thread a rank
-unless OMP_NUM_THREADS says otherwise: wall-clock time would include what others do on the machine.
+Time is wall-clock time on a GPU. On a CPU it is this rank's processor time, with one thread per
+rank unless OMP_NUM_THREADS says otherwise: wall-clock time would include other work on the machine.
 
 Floors count arithmetic only, F being one forward of the batch, a stock step 3F, the meta batch r
 of the batch, and the DWM's own passes left out:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What `megatron-dwm plan` says of small runs, beside what these runs really do.
+"""Compares `megatron-dwm plan` for small runs with what these runs actually do.
 
     python benchmarks/plan.py [--cases tp2-pp2 ...]
 
@@ -7,15 +7,15 @@ Each case trains a tiny model on four CPU ranks. Its steps are taken in turn: a 
 weighted step, and a meta step with each method that the layout allows. On every rank are counted
 
     FLOPs    by torch's FlopCounterMode
-    bytes    of every collective that a process group is handed, as what a ring makes a rank send
-    memory   of the tensors alive in passes C and D, beyond those before the step
+    bytes    of every collective of a process group, as a rank sends them in a ring
+    memory   of the live tensors in passes C and D, beyond those before the step
 
-and a step's excess over the stock step is set against the plan of the same flags. Printed are the
-ratios planned / measured: of FLOPs over all ranks, of each group's bytes on the rank that sends
-most (expert parallel: on average), and of memory on the rank that keeps most. Exit code 1 when one
-is off by more than 15%.
+and a step's excess over the stock step is compared with the plan for the same flags. The ratios
+planned / measured are printed: of FLOPs over all ranks, of each group's bytes on the rank that
+sends most (expert parallel: on average), and of memory on the rank that keeps most. Exit code 1 if
+one is off by more than 15%.
 
-Times are not compared: see benchmarks/cost.py. Not run: multi-head latent attention, which needs
+Times are not compared: see benchmarks/cost.py. Not run: multi-latent attention, which needs
 Transformer Engine, and Transformer Engine's own layers.
 """
 

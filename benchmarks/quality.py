@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What weighting is worth: every policy against uniform weights, on the project's real trainer.
+"""What weighting gains: every policy compared with uniform weights, on the real trainer.
 
     python benchmarks/quality.py [--small] [--jobs 2]
 
@@ -9,14 +9,14 @@ time: a finished run is kept in --out, and a second call takes the others. Regim
     a  shuffled  half of the samples are prose with its tokens shuffled
     b  noise     OCR errors, boilerplate, near-duplicates, wrong language: 15% in all
     c  target    clean domains, one of them the target's
-    d  nothing   nothing to win
+    d  nothing   nothing to gain
     e  scarce    as c, with so little of the target's domain that it is read many times
 
 The loss is that on held-out prose, on the same samples at every evaluation. `--only a/head/1` (or
 `shuffled/head`, or `a`) takes some of the runs; `--variant 'head-16=head --dwm-meta-interval 16'`
 adds an arm with other flags; `--tune` compares learning rates; `--table` tabulates what is there.
-`--timing` measures what each arm costs by runs of their own: do nothing else meanwhile.
-`--known benchmarks/quality.json` goes on from the results that are kept with the project.
+`--timing` measures the cost of each arm in separate runs: do nothing else at the same time.
+`--known benchmarks/quality.json` continues from the results that are kept with the project.
 """
 
 from __future__ import annotations

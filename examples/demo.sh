@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The whole journey on a plain Linux machine without a GPU: build a corpus of real text with one
 # known-corrupt domain; pre-train a small Llama on two ranks three times on the same samples in the
-# same order (by the stock trainer, with weights that follow from the loss, and with the data
-# weighting model); export, generate, and compare the three at equal tokens and at equal time.
-# `make demo` calls it; a second call goes on where the first one stopped.
+# same order (with the stock trainer, with loss-based weights, and with the data weighting model);
+# export, generate, and compare the three at equal tokens and at equal time. `make demo` calls it; a
+# second call resumes where the first one stopped.
 #
 #   DEMO_DIR=demo_out     where everything goes
 #   DEMO_ITERS=400        steps of each run
@@ -108,7 +108,7 @@ step "5/7 the same samples, weighted by their loss (--dwm-policy truncation)"
 DWM=1 DWM_POLICY=truncation run loss_based
 
 step "6/7 the same samples, weighted by the data weighting model"
-# So short a run begins to weigh early, and has its dense meta steps in its first eighth.
+# Such a short run starts weighting early, and has its dense meta steps in its first eighth.
 DWM=1 DWM_WARMUP_STEPS=$LR_WARMUP_ITERS DWM_META_BATCH_SIZE=16 DWM_META_INTERVAL=16 \
     DWM_META_DENSE_STEPS=32 DWM_SEED=$SEED run dwm
 

@@ -2,7 +2,7 @@
 
     python examples/demo_data.py CORPUS DATA
 
-Each is what `megatron-dwm preprocess --input FILE --output-prefix DATA/NAME ...` makes.
+Each one equals the output of `megatron-dwm preprocess --input FILE --output-prefix DATA/NAME ...`.
 """
 
 from __future__ import annotations

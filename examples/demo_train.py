@@ -1,8 +1,8 @@
-"""`pretrain_dwm.py`, which also prints the processor time that its training steps took.
+"""`pretrain_dwm.py`, plus the processor time of its training steps.
 
-How long a step takes by the clock says little on a machine that does other things meanwhile. A
-step's processor time is what its rank computed, in all threads; waiting for other ranks, or for a
-processor, does not count. Evaluation and saving are left out. Every rank prints its own:
+Wall-clock time says little on a machine that does other work at the same time. A step's processor
+time is that of its rank, over all threads; waiting for other ranks, or for a processor, does not
+count. Evaluation and saving are left out. Every rank prints its own:
 
     processor time of steps 11 to 20 on rank 0 (s): 1.234
 """
@@ -26,7 +26,7 @@ class ProcessorTime:
         self.steps, self.seconds = 0, 0.0
 
     def __call__(self, train_step: Any, *args: Any, **kwargs: Any) -> Any:
-        """Runs the trainer's step, weighting and meta step included."""
+        """Runs the trainer's step, including weighting and meta step."""
         start = time.process_time()
         result = train_step(*args, **kwargs)
         self.seconds += time.process_time() - start
@@ -38,7 +38,7 @@ class ProcessorTime:
                 f"processor time of steps {done - self.steps + 1} to {done} on rank {run.rank} "
                 f"(s): {self.seconds:.3f}\n"
             )
-            # Line and end at once, as other ranks write to the same pipe.
+            # Line and line end in one write, because other ranks write to the same pipe.
             sys.stdout.write(line)
             sys.stdout.flush()
             self.steps, self.seconds = 0, 0.0
@@ -46,7 +46,7 @@ class ProcessorTime:
 
 
 def timed_pretrain(*args: Any, **kwargs: Any) -> None:
-    """Megatron's `pretrain`, its training steps timed; around what the weighting has rebound."""
+    """Megatron's `pretrain` with timed training steps, around what the weighting has rebound."""
     with rebound(training, "train_step", (), ProcessorTime()):
         stock_pretrain(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Prints a continuation of a prompt by an exported model.
+"""Prints an exported model's continuation of a prompt.
 
 python examples/generate.py HF_FOLDER PROMPT [NEW_TOKENS]
 """

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""A small byte-level Llama, trained with weighted data by a loop of one's own over Megatron-Core.
+"""Trains a small byte-level Llama on weighted data, in its own loop over Megatron-Core.
 
     python examples/own_loop.py --train good.txt noise.txt --meta target.txt [--steps 300]
     torchrun --nproc-per-node 2 examples/own_loop.py ...
 
-Nothing here is Megatron-LM's trainer: the model, its optimizer, the data and the step are this
-script's, and `OwnLoop` weighs the samples of each step. Every file of --train is a domain, and all
-have the same share of the samples. At the end it prints the loss on --meta's last tenth, which is
-kept out of the meta set, and each domain's mean weight over the last tenth of the steps. A second
-call with the same --save resumes the first one.
+It does not use Megatron-LM's trainer: the model, its optimizer, the data and the step are this
+script's own, and `OwnLoop` weighs the samples of each step. Every file of --train is a domain, and
+all have the same share of the samples. At the end it prints the loss on --meta's last tenth, which
+is kept out of the meta set, and each domain's mean weight over the last tenth of the steps. A
+second call with the same --save resumes the first one.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ SEQUENCE, MICRO_BATCH, BATCH = 96, 8, 32
 
 
 class Bytes(torch.utils.data.Dataset):
-    """A text file in pieces of `SEQUENCE` bytes, each with the byte after it.
+    """A text file in pieces of `SEQUENCE` bytes, each with the next byte.
 
     Args:
-        text: of the file.
+        text: text of the file.
         domain: its number.
     """
 
@@ -69,7 +69,7 @@ class Bytes(torch.utils.data.Dataset):
 
 
 def micro_batches(datasets: list[Bytes], seed: int, first_step: int) -> Iterator[dict[str, Any]]:
-    """Yields this rank's micro-batches without end; a step's are a function of its number."""
+    """Yields this rank's micro-batches endlessly; a step's are a function of its number."""
     step, rank, ranks = first_step, mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     while True:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -84,7 +84,7 @@ def micro_batches(datasets: list[Bytes], seed: int, first_step: int) -> Iterator
 
 
 def forward_step(data_iterator: Any, model: Any) -> tuple[torch.Tensor, Any]:
-    """Returns the per-token losses `[b, s]`, and what makes a loss of them."""
+    """Returns the per-token losses `[b, s]`, and the loss function for them."""
     batch = {k: v.to(cpu.device()) for k, v in next(data_iterator).items()}
     positions = torch.arange(SEQUENCE, device=cpu.device()).expand_as(batch["tokens"])
     losses = model(batch["tokens"], positions, None, labels=batch["labels"])
@@ -92,7 +92,7 @@ def forward_step(data_iterator: Any, model: Any) -> tuple[torch.Tensor, Any]:
 
 
 def loss_func(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, Any, dict[str, Any]]:
-    """Returns the sum of the losses, the tokens, and what is reported."""
+    """Returns the sum of the losses, the number of tokens, and the report."""
     total, tokens = (losses * mask).sum(), mask.sum().int()
     return total, tokens, {"loss": (total / tokens).detach()}
 
@@ -135,7 +135,7 @@ def build(lr: float) -> tuple[Any, Any, Any]:
 def train_step(
     model: Any, optimizer: Any, schedule: Any, forward_step: Any, data_iterator: Any
 ) -> StepOutcome:
-    """Takes one step of the optimizer on a batch; the loss is the mean of what was reported."""
+    """Takes one optimizer step on a batch; the loss is the mean of the reported losses."""
     model.zero_grad_buffer()
     optimizer.zero_grad()
     reports = schedule(
@@ -168,7 +168,7 @@ def held_out_loss(model: Any, text: bytes) -> float:
 
 
 def settings(policy: str, steps: int) -> DWMConfig:
-    """Returns the weighting's settings: so short a run begins to weigh early."""
+    """Returns the weighting's settings: such a short run starts weighting early."""
     config = DWMConfig(enabled=True, policy=policy, warmup_steps=steps // 10)
     if policy == "learned":
         # A whole micro-batch on each rank.
@@ -178,7 +178,7 @@ def settings(policy: str, steps: int) -> DWMConfig:
 
 
 def start_ranks() -> None:
-    """Lets the ranks meet, one rank where torchrun has started none."""
+    """Initialises the process group, with a single rank without torchrun."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", "29571")
@@ -197,10 +197,10 @@ def main() -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--train", nargs="+", type=Path, required=True, help="text files, one per domain")
-    add("--meta", type=Path, required=True, help="text that the model is to be good at")
+    add("--meta", type=Path, required=True, help="text that the model should be good at")
     add("--policy", default="learned", help="as --dwm-policy; none: the loop without weights")
     add("--steps", type=int, default=300)
-    add("--stop", type=int, help="end after this step, as if the time were up")
+    add("--stop", type=int, help="stop after this step, as if time were up")
     add("--lr", type=float, default=3e-3)
     add("--seed", type=int, default=1)
     add("--save", type=Path, help="folder of the checkpoint and of dwm_log.jsonl")
@@ -265,7 +265,7 @@ def sharded(model: Any, optimizer: Any, loading: bool) -> dict[str, Any]:
 
 
 def save(folder: Path, model: Any, optimizer: Any, loop: OwnLoop | None, done: int) -> None:
-    """Saves the run, its weighting in the same checkpoint, in a folder per call."""
+    """Saves the run, with its weighting in the same checkpoint, in a new folder per call."""
     state = {**sharded(model, optimizer, loading=False), "done": done}
     if loop is not None:
         state.update(loop.sharded_state_dict())
@@ -275,7 +275,7 @@ def save(folder: Path, model: Any, optimizer: Any, loop: OwnLoop | None, done: i
 
 
 def load(folder: Path, model: Any, optimizer: Any, loop: OwnLoop | None) -> int:
-    """Takes the run up from its last checkpoint; returns the steps that were done."""
+    """Resumes the run from its last checkpoint; returns the number of steps done."""
     found = sorted(folder.glob("step_*"))
     if not found:
         return 0

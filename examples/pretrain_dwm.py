@@ -3,9 +3,9 @@
 GPT and Llama style models, with experts and multi-token prediction, and hybrids with Mamba layers
 (`--hybrid-layer-pattern`).
 
-The wheel of megatron-core holds the trainer (`megatron.training`) and no script that drives it;
-this is one. It takes every flag of the trainer and adds `--dwm-*`. Without `--dwm` it is plain
-Megatron pre-training. `pretrain_dwm.sh` beside it is the launcher.
+The wheel of megatron-core has the trainer (`megatron.training`) but no script that drives it; this
+is one. It takes every flag of the trainer and adds `--dwm-*`. Without `--dwm` it is plain Megatron
+pre-training. `pretrain_dwm.sh` launches it.
 
     torchrun --nproc-per-node 8 examples/pretrain_dwm.py --num-layers 24 ... --dwm ...
 
@@ -60,13 +60,13 @@ from megatron.training.argument_utils import (
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-# The tensors of a packed sample. A pipeline stage that lacks one holds None in its place.
+# The tensors of a packed sample. A pipeline stage that lacks one has None instead.
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
 # A loss is spiky when it exceeds the largest one seen by this factor (--check-for-spiky-loss).
 SPIKY_LOSS_FACTOR = 10
 
-# Trainer flags that need another batch, model or loss than the ones in this file. Each would be
+# Trainer flags that need a different batch, model or loss than the ones in this file. They would be
 # ignored or fail deep inside the trainer, so they are refused by name.
 UNSUPPORTED = {
     "--sft": "it trains on conversations, with another data set",
@@ -85,14 +85,14 @@ stimer = StragglerDetector()
 
 
 class GPTDataset(gpt_dataset.GPTDataset):
-    """Megatron's packed samples, with an error where an empty split would hang the run.
+    """Megatron's packed samples, with an error if an empty split would hang the run.
 
     The class keeps its name because cached indices are found by it.
     """
 
     def _get_num_tokens_per_epoch(self) -> int:
         num_tokens = super()._get_num_tokens_per_epoch()
-        # Megatron adds epochs until there are tokens enough, which with none is for ever.
+        # Megatron adds epochs until there are enough tokens: without any tokens, forever.
         if num_tokens == 0:
             split = self.index_split.name
             raise ValueError(
@@ -109,7 +109,7 @@ def build_datasets(
     """Builds the training, validation and test sets of packed samples.
 
     Args:
-        num_samples: Samples wanted of each; None is one epoch.
+        num_samples: Number of samples of each; None is one epoch.
         vp_stage: Virtual pipeline stage that will read them.
 
     Returns:
@@ -195,12 +195,12 @@ def dataset_config(args: Namespace) -> GPTDatasetConfig:
 
 
 def get_batch(data_iterator: Iterator | None, vp_stage: int | None) -> dict[str, Any]:
-    """Returns this rank's part of the next micro-batch, a value for each of `BATCH_KEYS`.
+    """Returns this rank's part of the next micro-batch, with a value for each of `BATCH_KEYS`.
 
     Returns:
         `tokens`, `labels`, `loss_mask`, `position_ids`: [b, s]; `attention_mask`: [b, 1, s, s], or
-        None where the attention kernel is causal by itself. The first pipeline stage has no
-        labels, the last has no tokens unless it predicts further ones, and the ones between have
+        None if the attention kernel is causal by itself. The first pipeline stage has no labels,
+        the last has no tokens unless it predicts further ones, and the stages in between have
         nothing.
     """
     if not _needs_data(vp_stage):
@@ -244,7 +244,7 @@ def loss_func(
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Sums the per-token losses of a micro-batch, leaving the normalisation to the trainer.
 
-    The sum is linear in `output_tensor`, which is all that sample weights need: scaling the
+    The sum is linear in `output_tensor`, which is all that sample weights require: scaling the
     losses of sample i by w_i scales its share of the gradient by w_i.
 
     Args:
@@ -308,7 +308,7 @@ def forward_step(data_iterator: Iterator | None, model: GPTModel) -> tuple[torch
 
 
 def refuse_unsupported(argv: list[str]) -> None:
-    """Exits with one line when a flag asks for what this script does not do."""
+    """Exits with one line if a flag asks for something that this script does not support."""
     for word in argv:
         flag = word.split("=")[0]
         if flag in UNSUPPORTED:
@@ -333,7 +333,7 @@ def refuse_lost_masks(args: Namespace) -> None:
 
 
 def main() -> None:
-    """Parses the flags, builds the config and hands the three parts to the trainer."""
+    """Parses the flags, builds the config and passes the three parts to the trainer."""
     refuse_unsupported(sys.argv[1:])
     args = parse_and_validate_args(extra_args_provider=megatron_dwm.add_dwm_args)
     refuse_lost_masks(args)

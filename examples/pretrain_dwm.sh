@@ -141,9 +141,9 @@ fi
 
 # -------------------------------------------------------------------------- data weighting
 
-# DWM_POLICY: learned, another policy of `--dwm-policy`, or one's own as package.module:Class.
-# DWM_FORM: head (scores from the LLM's own states) or model (a separate transformer).
-# Whatever is unset is left to the defaults of `--dwm-*`.
+# DWM_POLICY: learned, another policy of `--dwm-policy`, or your own as package.module:Class.
+# DWM_FORM: head (scores from the LLM's own states) or model (a separate transformer). Whatever is
+# unset is left to the defaults of `--dwm-*`.
 ANY_FORM=(FORM RULE MAP SLOPE GATE FORGETTING RIDGE SCHEDULE STAGES STAGE_META_STEPS WARMUP_STEPS
     META_INTERVAL META_DENSE_STEPS META_BATCH_SIZE ESTIMATOR LOOKAHEAD OVERHEAD_BUDGET TEMPERATURE
     MIN_EFFECTIVE_SAMPLES UNIFORM_MIX MAX_WEIGHT SAMPLING LOAD SEED)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Continued pre-training of real weights: SmolLM2-135M comes in from Hugging Face's format, trains on
-# with a data weighting model on two ranks, and leaves again; what it computes is compared with
-# transformers before and after. About ten minutes on two CPU cores.
+# Continued pre-training of real weights: SmolLM2-135M is imported from Hugging Face's format,
+# trained further with a data weighting model on two ranks, and exported; its logits are compared
+# with transformers before and after. About ten minutes on two CPU cores.
 #
 #   bash examples/smollm2.sh [more trainer flags]
 #

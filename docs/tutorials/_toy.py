@@ -1,4 +1,4 @@
-"""What the tutorials share: made-up text, and a small run of the trainer."""
+"""What the tutorials share: synthetic text, and a small run of the trainer."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def text(documents: int, seed: int, shuffled: bool = False) -> list[dict[str, st
     """Makes documents of made-up words.
 
     Args:
-        documents: how many.
-        seed: of the text. A word is followed by one of two others, so that there is something to
-            learn.
-        shuffled: put the words of each document in a random order, of which there is not.
+        documents: number of documents.
+        seed: seed of the text. Each word is followed by one of two others, so that there is
+            something to learn.
+        shuffled: put the words of each document in random order, so that there is nothing to learn.
     """
     draw, found, at = random.Random(seed), [], seed % len(_WORDS)
     for _ in range(documents):
@@ -62,7 +62,7 @@ def write(path: str, documents: list[dict[str, str]]) -> None:
 
 
 def command(words: str) -> None:
-    """Runs `megatron-dwm WORDS`, and ends the tutorial where it fails."""
+    """Runs `megatron-dwm WORDS`, and ends the tutorial if it fails."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         code = megatron_dwm(words.split())
@@ -71,7 +71,7 @@ def command(words: str) -> None:
 
 
 def data_set(name: str, documents: list[dict[str, str]]) -> str:
-    """Makes a Megatron data set of documents; returns its prefix."""
+    """Makes a Megatron data set from documents; returns its prefix."""
     write(f"{name}.jsonl", documents)
     command(
         f"preprocess --input {name}.jsonl --output-prefix {name} --append-eod --workers 1"
@@ -97,7 +97,7 @@ def data_sets() -> tuple[str, str, str, str]:
 
 
 def print_weights(lines: list[dict[str, Any]], figure: str) -> None:
-    """Prints of every 20th line of a step log a figure, and the mean weight by data set."""
+    """Prints a metric and the mean weight by data set for every 20th line of a step log."""
     for line in lines[19::20]:
         by_name = sorted(line["domain_weight"].items())
         weights = "   ".join(f"{name.split('_')[0]} {w:.2f}" for name, w in by_name)
@@ -107,8 +107,8 @@ def print_weights(lines: list[dict[str, Any]], figure: str) -> None:
 def train(name: str, flags: str) -> None:
     """Runs `megatron-dwm train pretrain_dwm.py MODEL FLAGS`, with its output in `NAME.log`.
 
-    On one rank, in a process of its own that is forked from this one: a second import of the
-    trainer would take longer than these runs.
+    It runs on one rank, in a process forked from this one: importing the trainer again would take
+    longer than these runs.
     """
     words = ["train", str(SCRIPT), *MODEL, *flags.split(), "--data-cache-path", "cache"]
     process = multiprocessing.get_context("fork").Process(target=_run, args=(name, words))
@@ -132,7 +132,7 @@ def _run(name: str, words: list[str]) -> None:
 
 
 def validation_losses(name: str) -> tuple[list[int], list[float]]:
-    """Reads steps and validation losses from what a run has printed."""
+    """Reads steps and validation losses from a run's output."""
     losses = read_run(name, f"{name}.log").losses
     return list(losses), list(losses.values())
 

@@ -4,8 +4,8 @@ From text to a weighted run of Megatron's own trainer, in four commands. Half of
 on purpose, so that there is something to find.
 
 The script runs on a laptop in well under a minute: `python docs/tutorials/first_weighted_run.py`.
-It calls the commands from Python, as `command(...)` for `megatron-dwm ...`; in a shell you type
-them. What is made up here is the text; all else is what you do with yours.
+It calls the commands from Python, with `command(...)` for `megatron-dwm ...`; in a shell you type
+them. Only the text is made up here; everything else is what you would do with your own.
 """
 
 # %% [markdown]
@@ -26,8 +26,8 @@ command("tokenizer --input good.jsonl --out tokenizer --vocab-size 300")
 #
 # `megatron-dwm preprocess` makes `NAME_text_document.bin` and `.idx`, the files that every Megatron
 # script reads. Two things are held out from the training data: the **meta set**, which the weights
-# are to serve, and the **validation set**, which says whether they did. They must be different
-# documents: what the weights are tuned on cannot measure them, and the same data in both is
+# should serve, and the **validation set**, which tells whether they did. They must be different
+# documents: data that the weights are tuned on cannot evaluate them, and the same data in both is
 # refused.
 
 # %%
@@ -41,7 +41,7 @@ valid = data_set("valid", text(60, seed=4))
 #
 # `train(NAME, FLAGS)` is `megatron-dwm train examples/pretrain_dwm.py MODEL FLAGS`. The model is a
 # tiny Llama, and both runs read the same samples in the same order. The second one saves its log,
-# and has three flags more: `--dwm`, the meta set, and how much of it a meta step reads.
+# and has three more flags: `--dwm`, the meta set, and how much of it a meta step reads.
 
 # %%
 data = f"--train-data-path 0.5 {good} 0.5 {noise} --valid-data-path {valid}"
@@ -50,13 +50,13 @@ weighted = f"--save weighted --dwm --dwm-meta-data-path {meta} --dwm-meta-batch-
 train("weighted", f"{data} --train-iters 100 {weighted}")
 
 # %% [markdown]
-# ## 4. What came of it
+# ## 4. The result
 #
-# The step log `dwm_log.jsonl` has one line per step. Weights begin at 1: the **gate** opens only
+# The step log `dwm_log.jsonl` has one line per step. Weights start at 1: the **gate** opens only
 # once the head's scores have proved that they predict which samples help, and weights also wait
-# until the scores of all samples have stopped moving alike (`steadiness`). Then the noise loses its
+# until the scores of all samples no longer move together (`steadiness`). Then the noise loses its
 # weight, and the loss on good text falls faster. See [Read the log](../reading_the_log.md) for all
-# the figures.
+# metrics.
 
 # %%
 lines = log_of("weighted")
@@ -66,8 +66,8 @@ for name in ("stock", "weighted"):
 
 # %% [markdown]
 # On the left the loss on held-out good text; on the right the mean weight of each data set's
-# samples. One run of a toy shows how the parts fit together. How much there is to win on text that
-# nobody has spoiled is another question: see [Results](../results.md).
+# samples. One run of a toy model shows how the parts fit together. How much there is to gain on
+# text that nobody has spoiled is another question: see [Results](../results.md).
 
 # %%
 import matplotlib

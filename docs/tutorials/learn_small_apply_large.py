@@ -1,18 +1,17 @@
 """# Learn small, apply large
 
 A small run learns what the data are worth. A larger one draws the documents that the small run
-wanted, at the price of stock training. The guide
-[Learn small, apply large](../learn_small_apply_large.md) has two more ways, frozen weights and a
-classifier, and says what fits where.
+preferred, at the cost of stock training. The guide [Learn small, apply
+large](../learn_small_apply_large.md) has two more ways, frozen weights and a classifier, and says
+which to use when.
 
 The text is that of [A first weighted run](first_weighted_run.py): half good, half noise.
 """
 
 # %% [markdown]
 # ## 1. The small run learns
-#
-# One flag more than in a weighted run: `--dwm-document-weights` keeps the mean weight of every
-# document that was read, in the folder of `--save`.
+# One more flag than in a weighted run: `--dwm-document-weights` records the mean weight of every
+# document that was read, in the `--save` folder.
 
 # %%
 from _toy import command, data_sets, log_of, train, validation_losses
@@ -29,8 +28,8 @@ print("last mean weights:", {name: round(w, 2) for name, w in sorted(weights.ite
 # %% [markdown]
 # ## 2. Its weights become weight files and a blend
 #
-# `weights from-run` writes `PREFIX.weights` beside each data set, one number per document, and the
-# shares of the data sets, as they stand after `--data-path` or in a file for `--data-args-path`.
+# `weights from-run` writes `PREFIX.weights` beside each data set, with one number per document, and
+# the shares of the data sets, in the form of `--data-path` or in a file for `--data-args-path`.
 
 # %%
 command("weights from-run small --blend blend.txt")
@@ -40,9 +39,8 @@ print(blend)
 
 # %% [markdown]
 # ## 3. Two large runs
-#
-# One layer more, otherwise the same flags. The first one is stock. The second one is stock
-# training, too, on documents drawn by weight.
+# One more layer, otherwise the same flags. The first one is stock training. The second one is stock
+# training too, on documents drawn by weight.
 
 # %%
 large = f"--train-iters 60 --num-layers 3 {held_out}"
@@ -54,10 +52,10 @@ for name in ("large stock", "large drawn"):
     print(f"{name:12s} validation loss {validation_losses(name)[1][-1]:.3f}")
 
 # %% [markdown]
-# A noise document that is not drawn makes room for a good one, while one that weighs little is
-# still read: drawing can win more than weighing. With real text the difference between documents
-# is smaller, and reading the same good documents more often has its price;
-# `--dwm-sampling-max-repeats` limits it.
+# A noise document that is not drawn makes room for a good one, while one with a low weight is still
+# read: drawing can gain more than weighting. With real text the difference between documents is
+# smaller, and reading the same good documents more often has a cost; `--dwm-sampling-max-repeats`
+# limits it.
 
 # %%
 import matplotlib

@@ -1,9 +1,9 @@
 """# Write your own policy
 
-A policy is a class that says what it needs, gives each micro-batch its weights, and may learn from
-the samples' influence. This one has a question of its own: do samples of high loss help, or harm?
-Policies that weigh by the loss answer that in advance (`linupper` prefers hard samples,
-`truncation` avoids them). This one finds out.
+A policy is a class that declares what it needs, gives each micro-batch its weights, and may learn
+from the samples' influence. This one asks a question: do samples of high loss help or harm?
+Policies that weigh by the loss answer it in advance (`linupper` prefers hard samples, `truncation`
+avoids them). This one finds out.
 """
 
 # %% [markdown]
@@ -13,14 +13,14 @@ Policies that weigh by the loss answer that in advance (`linupper` prefers hard 
 # micro-batch, then `observe` on meta steps, then `end`. Two rules make the result independent of
 # the parallel layout:
 #
-# - What `weights` reads of the policy's state changes in `observe` or `end` only. A weight follows
-#   from its own sample and from past steps.
-# - Sums over samples go over all data-parallel ranks, by `self.context.topology`.
+# - The state that `weights` reads changes only in `observe` or `end`. A weight depends only on its
+#   own sample and on past steps.
+# - Sums over samples are taken over all data-parallel ranks, with `self.context.topology`.
 #
-# The mean weight must be one in expectation. Here a running mean of what the weights would have
-# been sees to that.
+# The mean weight must be one in expectation. Here a running mean of the unnormalised weights
+# ensures that.
 #
-# `influence` is $c_i$ over the learning rate for all $N$ samples of the global batch. It is
+# `influence` is $c_i$ divided by the learning rate, for all $N$ samples of the global batch. It is
 # negative where more weight would lower the meta loss. Only ranks that see losses (the last
 # pipeline stage) have it.
 
@@ -101,14 +101,14 @@ with open("own_policy.py", "w") as file:
     file.write(POLICY)
 
 # %% [markdown]
-# `figures` go to the log. `state_dict` goes into the trainer's checkpoint, and `description` is
-# what must agree with a saved state, so that a resumed run with another policy is refused.
+# `figures` go to the log. `state_dict` goes into the trainer's checkpoint, and `description` must
+# agree with that of a saved state, so that a resumed run with another policy is refused.
 #
 # ## 2. Train with it
 #
 # `--dwm-policy MODULE:CLASS`, with the file's folder on `PYTHONPATH`. The data are half good text,
-# half noise: the same words in a random order. Noise has a high loss to the end, as little about it
-# can be learned.
+# half noise: the same words in a random order. Noise keeps a high loss to the end, because there is
+# little to learn in it.
 
 # %%
 import sys
@@ -125,11 +125,11 @@ lines = log_of("own")
 print_weights(lines, "slope")
 
 # %% [markdown]
-# The slope is negative: here, high loss harms. Before you trust a policy of your own, add it to
-# `CASES` in `tests/contract/test_policy_contract.py`, as this one is. The tests there check that
-# weights are finite, have mean one and do not depend on what else is in the micro-batch, and that a
-# saved state is a whole one. `megatron_dwm/policies/` has the built-in ones, which are short; the
-# API is in the [reference](../reference/api.md#megatron_dwm.policies.base.WeightPolicy).
+# The slope is negative: here, high loss harms. Before you trust your own policy, add it to `CASES`
+# in `tests/contract/test_policy_contract.py`, as this one is. The tests there check that weights
+# are finite, have mean one and do not depend on what else is in the micro-batch, and that a saved
+# state is complete. `megatron_dwm/policies/` has the built-in policies, which are short; the API is
+# in the [reference](../reference/api.md#megatron_dwm.policies.base.WeightPolicy).
 
 # %%
 import matplotlib

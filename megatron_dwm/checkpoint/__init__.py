@@ -1,1 +1,1 @@
-"""The weighting inside Megatron's checkpoints, snapshots, and damage."""
+"""The weighting's state in Megatron's checkpoints, snapshots, and checks for damage."""

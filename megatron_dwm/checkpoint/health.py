@@ -1,21 +1,21 @@
-"""Says whether a checkpoint folder is whole, without loading it and without a process group.
+"""Checks whether a checkpoint folder is whole, without loading it and without a process group.
 
-What is compared, by default (one pass over the index, no tensor is read):
+What is checked by default (one pass over the index, no tensor is read):
 
-- `metadata.json`, which Megatron writes last: its absence marks a save that was not finished;
+- `metadata.json`, which Megatron writes last: without it a save was not finished;
 - `.metadata`, the index: it can be read, every chunk of every tensor is stored exactly once, and
   the chunks fill their tensor;
-- every `.distcp` file: it is there, and its items fill it exactly, in lengths that fit their
+- every `.distcp` file: it exists, and its items fill it exactly, with lengths that fit their
   tensors;
 - the common state (arguments, iteration, shape of the weighting model): CRC-32 and contents;
-- `integrity.json` (of `--verify-integrity`), where there is one: SHA-256 of the small files.
+- `integrity.json` (from `--verify-integrity`), if there is one: SHA-256 of the small files.
 
 `deep=True` reads everything: CRC-32 of every record, shape and dtype of every tensor, and all of
 `integrity.json`.
 
-`.metadata` has no checksum, but names, places and sizes are in it twice: of 3000 changed bytes none
-that made a difference went unnoticed. What no check sees without `integrity.json`: two changes that
-fit each other, and whole files of an earlier save of the same sizes.
+`.metadata` has no checksum, but it holds names, places and sizes twice: of 3000 changed bytes, none
+that made a difference went unnoticed. Without `integrity.json` no check can see two changes that
+fit each other, or whole files of the same size from an earlier save.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ _MARKER_VALUES = {
     "common_backend": ("torch",),
     "common_backend_version": (1,),
 }
-# A tensor is stored as a zip file of its own: records, their directory, alignment.
+# Each tensor is stored as its own zip file: records, their directory, alignment.
 _LARGEST_ENVELOPE = 8192
 _SHOWN = 4
-# The attribute of a folder in a zip file (of MS-DOS).
+# The (MS-DOS) attribute of a folder in a zip file.
 _FOLDER = 0x10
-# Objects that the index becomes take more than its bytes.
+# The objects of the unpickled index take more memory than its bytes.
 _BYTES_OF_INDEX = 64
 
 
@@ -71,7 +71,7 @@ def problems_of(
     Args:
         folder: `iter_*`, `release` or `dwm_stage_*`.
         deep: Read every tensor and every file.
-        any_iteration: Take a folder whose state is of another iteration than its name says.
+        any_iteration: Accept a folder whose state is of another iteration than its name says.
 
     Returns:
         One line for each problem, which names the file; empty for a whole checkpoint. A folder in
@@ -95,14 +95,14 @@ def problems_of(
             index = [*_index_problems(metadata), *_file_problems(folder, metadata)]
         except OSError:
             raise
-        except Exception as error:  # whatever a damaged index makes of its records
+        except Exception as error:  # a damaged index may raise anything
             return [*marker, *manifest, f"{INDEX} is damaged ({_short(error)})"]
         found = [*marker, *manifest, *index]
         try:
             found = found or list(_common_problems(folder, metadata, any_iteration))
         except OSError:
             raise
-        except Exception as error:  # whatever a damaged pickle makes of its objects
+        except Exception as error:  # a damaged pickle may raise anything
             return [f"the common state is damaged ({_short(error)})"]
         if deep and not found:
             found = list(_content_problems(folder, metadata))
@@ -112,7 +112,7 @@ def problems_of(
 
 
 def iterations_of(run: str | os.PathLike) -> list[int]:
-    """Returns the iterations that a run folder has folders of, in order, whole or not."""
+    """Returns the iterations that have folders in a run folder, in order, whole or not."""
     names = (ITERATION.fullmatch(path.name) for path in Path(run).iterdir() if path.is_dir())
     return sorted(int(name[1]) for name in names if name)
 
@@ -139,7 +139,7 @@ def last_whole(run: str | os.PathLike, before: int | None = None) -> int | None:
 
     Args:
         run: Run folder.
-        before: Only iterations below it; None takes all.
+        before: Only iterations below it; None: all.
     """
     for iteration in reversed(iterations_of(run)):
         if before is not None and iteration >= before:
@@ -150,7 +150,7 @@ def last_whole(run: str | os.PathLike, before: int | None = None) -> int | None:
 
 
 def common_state(folder: str | os.PathLike, metadata: dcp.Metadata | None = None) -> dict[str, Any]:
-    """Reads what a checkpoint stores once: arguments, iteration, the weighting model's shape.
+    """Reads a checkpoint's common state: arguments, iteration, the weighting model's shape.
 
     Args:
         folder: A `torch_dist` checkpoint or snapshot.
@@ -177,7 +177,7 @@ def common_state(folder: str | os.PathLike, metadata: dcp.Metadata | None = None
     common = load_restricted(data, path)
     common = common[0] if isinstance(common, list) and common else common
     if not isinstance(common, dict):
-        raise ConversionError(f"the common state in {path.name} is no dictionary")
+        raise ConversionError(f"the common state in {path.name} is not a dictionary")
     return common
 
 
@@ -190,7 +190,7 @@ def _marker_problems(path: Path) -> list[str]:
         for name in ("sharded_backend", "sharded_backend_version"):
             if name not in value:
                 raise ValueError(f"{name} is missing")
-        # What a later version says beside it does not matter here.
+        # Further entries of a later version do not matter here.
         for name, found in value.items():
             if found not in _MARKER_VALUES.get(name, (found,)):
                 raise ValueError(f"{name!r} is {shown(found)}")
@@ -207,7 +207,7 @@ def _manifest_problems(folder: Path, deep: bool) -> list[str]:
         value = read_object(path)
         digests = value.get("files")
         if not isinstance(digests, dict):
-            raise JsonError(f"files is a JSON {json_type(digests)}, no object")
+            raise JsonError(f"files is a JSON {json_type(digests)}, not an object")
         if str(value.get("algorithm", "sha256")).lower() != "sha256":
             return [f"{MANIFEST} names the unknown algorithm {shown(value['algorithm'])}"]
     except JsonError as error:
@@ -246,7 +246,7 @@ def _read_index(path: Path) -> dcp.Metadata:
 
 @contextlib.contextmanager
 def _memory_bounded(more: int) -> Iterator[None]:
-    """Makes allocations fail beyond what the process has now and `more` bytes (Linux only)."""
+    """Makes allocations fail beyond the process's current memory plus `more` bytes (Linux only)."""
     try:
         now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     except (OSError, ValueError):
@@ -297,8 +297,8 @@ def _index_problems(metadata: dcp.Metadata) -> Iterator[str]:
         for index in wanted.keys() - stored.keys()
     )
     yield from _few(
-        f"{INDEX} is damaged: it has a place for {index.fqn!r} at {index.offset}, which is none of "
-        "its tensors"
+        f"{INDEX} is damaged: it has a place for {index.fqn!r} at {index.offset}, which is "
+        "not one of its tensors"
         for index in stored.keys() - wanted.keys()
     )
     for index, needed in wanted.items():
@@ -313,7 +313,7 @@ def _index_problems(metadata: dcp.Metadata) -> Iterator[str]:
 
 
 def _file_problems(folder: Path, metadata: dcp.Metadata) -> Iterator[str]:
-    """Compares files with what the index says lies in them."""
+    """Compares files with the index's account of their contents."""
     items: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for info in metadata.storage_data.values():
         items[info.relative_path].append((info.offset, info.length))
@@ -334,7 +334,7 @@ def _file_problems(folder: Path, metadata: dcp.Metadata) -> Iterator[str]:
         else:
             size = path.stat().st_size
             if size != end:
-                kind = "truncated" if size < end else "longer than it was written"
+                kind = "truncated" if size < end else "longer than when it was written"
                 yield f"{name} is {kind}: {size} bytes, {end} were written"
 
 
@@ -381,17 +381,17 @@ def _slice(path: Path, offset: int, length: int) -> bytes:
 
 
 def _broken_record(data: bytes) -> str | None:
-    """Returns what is wrong with what `torch.save` wrote, a zip file; None: every CRC-32 fits."""
+    """Returns what is wrong with a zip file from `torch.save`; None if every CRC-32 fits."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as file:
             return _bad_record(file)
-    except Exception as error:  # whatever a damaged file makes of its reader
+    except Exception as error:  # a damaged file may raise anything
         return _short(error)
 
 
 def _bad_record(file: zipfile.ZipFile) -> str | None:
     for info in file.infolist():
-        # Torch takes such a record for a folder, and what lies in memory for its contents.
+        # torch takes such a record for a folder, and arbitrary memory for its contents.
         if info.is_dir() or info.external_attr & _FOLDER:
             return f"its record {info.filename} is marked as a folder"
     bad = file.testzip()
@@ -405,7 +405,7 @@ def _zip_problems(path: Path, deep: bool) -> list[str]:
             bad = _bad_record(file) if deep else None
     except OSError:
         raise
-    except Exception as error:  # whatever a damaged file makes of its reader
+    except Exception as error:  # a damaged file may raise anything
         return [f"{name} is damaged ({_short(error)})"]
     return [] if bad is None else [f"{name} is damaged ({bad})"]
 

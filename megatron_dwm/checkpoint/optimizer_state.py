@@ -1,14 +1,15 @@
-"""The state of the weighting model's optimizer in a checkpoint: whole on each rank, or sharded.
+"""The state of the weighting model's optimizer in a checkpoint, replicated or sharded.
 
-Sharded over data parallelism (`--use-distributed-optimizer`), it is stored in Megatron's format
-`fully_reshardable` whatever format the LLM's is in, under the keys
+If it is sharded over data-parallel ranks (`--use-distributed-optimizer`), it is stored in
+Megatron's format `fully_reshardable`, whatever the LLM's format, under the keys
 
-    optimizer.state.{param,exp_avg,exp_avg_sq}.dwm.*    a tensor of each weight's shape, float32
+    optimizer.state.{param,exp_avg,exp_avg_sq}.dwm.*    tensors of each weight's shape, float32
 
-so that it can be loaded at any layout, as one that was not sharded can. (`dp_reshardable` could
-not, names its tensors as the LLM's optimizer does, and knows no rank without a share.) One that was
-not sharded differs in the weights' fp32 copies, `optimizer.state.fp32_param.dwm.*` or, trained in
-fp32, the weights themselves, so a sharded optimizer can load it, too.
+so that it can be loaded in any layout, like a state that was not sharded. (`dp_reshardable` could
+not, uses the same tensor names as the LLM's optimizer, and does not support ranks without a shard.)
+A state that was not sharded differs only in the weights' fp32 copies,
+`optimizer.state.fp32_param.dwm.*` or, if trained in fp32, the weights themselves, so a sharded
+optimizer can load it too.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ def sharded_state(
         scorer: holds the optimizer.
         model_state: holds the sharded state of the weights.
         metadata: Megatron's sharding metadata.
-        loading: whether it is a request.
+        loading: whether it is a request for loading.
 
     Returns:
-        The state; nothing on a pipeline stage that holds nothing of the DWM.
+        The state; empty on a pipeline stage that holds nothing of the DWM.
     """
     if scorer.sharded:
         metadata = {**metadata, "distrib_optim_sharding_type": _FORMAT}
@@ -46,19 +47,20 @@ def sharded_state(
 def load_whole_as_sharded(
     wanted: dict[str, Any], stored: dict[str, Any], key: str, prefix: str, folder: str
 ) -> dict[str, Any]:
-    """Loads the state of an optimizer that was not sharded, for one that is.
+    """Loads the state of an optimizer that was not sharded into one that is.
 
     Args:
         wanted: the request of the sharded one.
-        stored: what the checkpoint stores of the optimizer once.
-        key: under which the DWM's state lies.
-        prefix: of the names of the DWM's weights.
+        stored: the optimizer's common state in the checkpoint.
+        key: key of the DWM's state.
+        prefix: prefix of the names of the DWM's weights.
         folder: the checkpoint.
 
     Returns:
-        What the sharded optimizer's `load_state_dict` takes.
+        The input of the sharded optimizer's `load_state_dict`.
     """
-    # Trained in bf16, with fp32 copies of the weights, there is a layer around the inner state.
+    # If trained in bf16, with fp32 copies of the weights, the inner state is nested one level
+    # deeper.
     has_copies = "optimizer" in stored
     inner = stored["optimizer"] if has_copies else stored
     copies = f"optimizer.state.fp32_param.{prefix}" if has_copies else prefix
@@ -66,8 +68,8 @@ def load_whole_as_sharded(
     request = {key: {"optimizer": {"param_state": wanted.get("param_state", {})}}}
     state = load_sharded(request, folder)[key]["optimizer"].get("param_state", {})
     groups = [{k: v for k, v in g.items() if k != "params"} for g in inner["param_groups"]]
-    # torch counts steps with each parameter, Transformer Engine and Apex with the group, where
-    # one without parameters on the saving rank has not counted.
+    # torch counts steps per parameter, Transformer Engine and Apex per group; a group without
+    # parameters on the saving rank has not counted.
     steps = [inner.get("state", {}).get("common_step", 0), *(g.get("step", 0) for g in groups)]
     step = max(int(number) for number in steps)
     return {

@@ -1,4 +1,4 @@
-"""Lists what a run folder holds: which checkpoints are whole, which are damaged, and how."""
+"""Lists a run folder's checkpoints: which are whole, and which are damaged and how."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PARALLEL = {
 
 
 def look_at(root: Path, iteration: int | None = None, deep: bool = False) -> dict[str, Any]:
-    """Returns all that `inspect` prints, as plain values.
+    """Returns everything that `inspect` prints, as plain values.
 
     Args:
         root: Run folder, or one checkpoint.
@@ -33,14 +33,14 @@ def look_at(root: Path, iteration: int | None = None, deep: bool = False) -> dic
 
     Returns:
         `run`, `tracker` (folder that the next run loads), `problems` of the run folder, and
-        `checkpoints`: `name`, `bytes`, `problems`, and where it could be read `iteration`,
-        `model`, `parallel` and `dwm`.
+        `checkpoints`: `name`, `bytes`, `problems`, and, if readable, `iteration`, `model`,
+        `parallel` and `dwm`.
 
     Raises:
         ConversionError: There is no such folder, or nothing in it to look at.
     """
     if not root.is_dir():
-        raise ConversionError(f"{root} is no folder; give a run's --save folder.")
+        raise ConversionError(f"{root} is not a folder; give a run's --save folder.")
     found: dict[str, Any] = {"run": str(root), "tracker": None, "problems": []}
     if re.fullmatch(r"iter_\d{7,}|release|dwm_stage_\d+", root.name):
         if iteration is not None:
@@ -78,7 +78,7 @@ def _checkpoint(folder: Path, deep: bool) -> dict[str, Any]:
     try:
         common = common_state(folder)
     except (ConversionError, OSError):
-        # What there is to say is among the problems; an mp_rank_* folder has no such state.
+        # Errors are already among the problems; an mp_rank_* folder has no such state.
         return entry
     args = common.get("args")
     entry["iteration"] = common.get("iteration")

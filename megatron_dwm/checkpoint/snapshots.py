@@ -1,4 +1,4 @@
-"""Snapshots of the weighting model, one a stage: what is transferred to another run."""
+"""Snapshots of the weighting model, one per stage, for transfer to another run."""
 
 from __future__ import annotations
 
@@ -32,14 +32,15 @@ def snapshot_name(stage: int) -> str:
 
 
 def save_snapshot(step: DWMTrainStep, folder: str) -> None:
-    """Saves the DWM's weights and shape as a checkpoint of their own.
+    """Saves the DWM's weights and shape as a separate checkpoint.
 
     Args:
         step: holds the DWM.
-        folder: the snapshot's folder; an older snapshot there is replaced when this one is whole.
+        folder: the snapshot's folder; an older snapshot there is replaced once this one is
+            complete.
 
     Raises:
-        DWMError: on every rank, when rank 0 cannot write there.
+        DWMError: on every rank, if rank 0 cannot write there.
     """
     new = folder_swap.beside(folder)
 
@@ -59,8 +60,8 @@ def _writing(folder: str, call: Callable[[], None]) -> None:
         call()
     except OSError as error:
         raise DWMError(
-            f"the snapshot {folder} cannot be written ({error}); free its place, or resume with "
-            "another --save"
+            f"the snapshot {folder} cannot be written ({error}); make room, or resume with another "
+            "--save"
         ) from error
 
 
@@ -70,20 +71,20 @@ def load_snapshot(step: DWMTrainStep, folder: str, stage: int | None = None) -> 
     Args:
         step: receives the weights.
         folder: a snapshot, or a folder of `dwm_stage_*` snapshots.
-        stage: 0-based stage whose snapshot is wanted; the last one when it has none.
+        stage: 0-based stage whose snapshot to load; the last one if it has none.
 
     Returns:
         A line for the log.
 
     Raises:
-        DWMError: no snapshot there, or one of another shape.
+        DWMError: there is no snapshot, or it has another shape.
     """
-    # The folder may be another run's, which adds snapshots to it meanwhile.
+    # The folder may belong to another run that is still adding snapshots.
     path = on_first_rank(partial(find_snapshot, folder, stage))
     found = on_each_rank(partial(_snapshot_state, step, path))
     frozen = step.config.schedule == "frozen"
-    # A model that goes on learning takes its weights along; what stands around it belongs to the
-    # run, and to the language model, that it comes from.
+    # A model that keeps learning takes only its weights; the rest of the state belongs to the run,
+    # and the language model, that it comes from.
     with_policy = has_policy(found) and (frozen or step.scorer is None)
     load_sharded_state(step, path, False, with_policy, False)
     if not frozen:
@@ -93,7 +94,7 @@ def load_snapshot(step: DWMTrainStep, folder: str, stage: int | None = None) -> 
 
 
 def _snapshot_state(step: DWMTrainStep, path: str) -> dict[str, Any]:
-    """Returns what a snapshot stores once, after a look at its shape."""
+    """Returns a snapshot's common state, after checking its shape."""
     found = common_state(path).get(KEY)
     if found is None or found["shape"] is None:
         raise DWMError(f"--dwm-load {path} holds no weighting model")
@@ -109,15 +110,15 @@ def find_snapshot(folder: str, stage: int | None = None) -> str:
     names = sorted(
         n
         for n in os.listdir(folder)
-        # Written last: one without it was being saved when its run was killed.
+        # Written last: a snapshot without it was being saved when its run was killed.
         if re.fullmatch(r"dwm_stage_\d+", n) and _is_whole(os.path.join(folder, n))
     )
     if names:
         wanted = snapshot_name(stage) if stage is not None else names[-1]
         if wanted not in names and os.path.isdir(os.path.join(folder, wanted)):
             raise DWMError(
-                f"--dwm-load {folder}: {wanted} has no metadata.json, as its save was cut short; "
-                "restore it, or remove it to go on with the last snapshot"
+                f"--dwm-load {folder}: {wanted} has no metadata.json, so its save was cut short; "
+                "restore it, or remove it to use the last snapshot"
             )
         return os.path.join(folder, wanted if wanted in names else names[-1])
     if _is_whole(folder):

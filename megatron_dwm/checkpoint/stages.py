@@ -1,4 +1,4 @@
-"""Snapshots by stage: kept by a run that learns, taken by one whose weights are frozen."""
+"""Snapshots by stage: saved by a run that learns, loaded by one whose weights are frozen."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_dwm.step.train_step import DWMTrainStep
 
 
 class StageSnapshots:
-    """What a run does with snapshots where a stage begins or ends; on every rank alike.
+    """What a run does with snapshots when a stage begins or ends; the same on every rank.
 
     Args:
         step: holds the weighting.
@@ -23,15 +23,15 @@ class StageSnapshots:
         self._taken: int | None = None
 
     def resumed(self, iteration: int) -> None:
-        """Notes that a checkpoint after so many steps was loaded.
+        """Records that a checkpoint after this many steps was loaded.
 
-        The stage's snapshot is in it, with what has run along since.
+        The stage's snapshot is in it, with its running state since then.
         """
         if iteration > 0:
             self._taken = self.step.schedule.plan(iteration - 1).stage
 
     def take(self, iteration: int) -> None:
-        """With the frozen schedule, takes the snapshot that matches a new stage, or the last."""
+        """With the frozen schedule, loads the snapshot that matches a new stage, or the last."""
         config = self.step.config
         if config.schedule != "frozen" or not config.load or not config.learned:
             return
@@ -41,11 +41,11 @@ class StageSnapshots:
             self.say(snapshots.load_snapshot(self.step, config.load, stage))
 
     def keep(self, plan: StepPlan, folder: str | None) -> None:
-        """Keeps the DWM of a stage that ends, for transfer to another LLM or data set.
+        """Saves the DWM at the end of a stage, for transfer to another LLM or data set.
 
         Args:
-            plan: of the step that was taken.
-            folder: the run's folder; None: nothing is kept.
+            plan: plan of the step that was taken.
+            folder: the run's folder; None: nothing is saved.
         """
         config = self.step.config
         if folder and plan.ends_stage and config.learned and config.trains:

@@ -1,11 +1,11 @@
 """The weighting model's state inside Megatron's own `torch_dist` checkpoint, and its snapshots.
 
-Everything lies under the key `dwm` of the trainer's state dict: tensors of a separate weighting
-model (`dwm.*`), its optimizer, the policy's own state (`dwm_policy`, an object that the ranks of
-the last pipeline stage hold alike), the position in the meta data, the counts of meta steps and of
+Everything is under the key `dwm` of the trainer's state dict: tensors of a separate weighting model
+(`dwm.*`), its optimizer, the policy's own state (`dwm_policy`, an object that is the same on all
+ranks of the last pipeline stage), the position in the meta data, the counts of meta steps and of
 bad steps, and the account of the overhead budget. The schedule is a function of the iteration, so
-its state is the iteration; what it was is kept to notice a change. The stock trainer can load such
-a checkpoint: it does not ask for the extra keys.
+the iteration is its state; its settings are stored to notice a change. The stock trainer can load
+such a checkpoint: it does not ask for the extra keys.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def state_for_saving(
     """Returns the DWM's sharded state.
 
     Args:
-        step: what lasts from step to step.
+        step: holds the state that lasts from step to step.
         metadata: the trainer's sharding metadata (its `dp_cp_group` numbers the replicas).
         with_optimizer: whether the DWM's optimizer is saved too (not `--no-save-optim`).
-        run: plain values about the run (its command); nothing that has to agree on resume.
-        sampling: by which weights documents were drawn, None: they were not.
+        run: plain values about the run (its command); they need not agree on resume.
+        sampling: the weights by which documents were drawn; None: they were not.
     """
     with_optimizer = with_optimizer and _optimizer_has_state(step)
     state = sharded_state(step, metadata, with_optimizer, loading=False)
@@ -52,7 +52,7 @@ def state_for_saving(
 
 
 def saved_sampling(folder: str) -> dict[str, Any] | None:
-    """Returns by which weights the documents of a checkpoint's run were drawn, or None.
+    """Returns the weights by which the documents of a checkpoint's run were drawn, or None.
 
     Args:
         folder: the checkpoint's folder, `.../iter_0000100`.
@@ -61,13 +61,13 @@ def saved_sampling(folder: str) -> dict[str, Any] | None:
 
 
 def saved_run(folder: str) -> dict[str, Any] | None:
-    """Returns what a checkpoint says of the run that it is from; None without a DWM in it.
+    """Returns a checkpoint's description of its run; None if it has no DWM.
 
     Args:
         folder: the checkpoint's folder, `.../iter_0000100`.
 
     Returns:
-        The values that were saved; empty for a checkpoint of an older version.
+        The saved values; empty for a checkpoint of an older version.
     """
     found = common_state(folder).get(KEY)
     if found is None or found["shape"] is None:
@@ -76,7 +76,7 @@ def saved_run(folder: str) -> dict[str, Any] | None:
 
 
 def _optimizer_has_state(step: DWMTrainStep) -> bool:
-    """Returns, on every rank alike, whether the DWM's optimizer has stepped since it was made."""
+    """Returns, the same on every rank, whether the DWM's optimizer has taken any step."""
     if step.scorer is None:
         return False
     found = any(len(leaf.optimizer.state) for leaf in leaf_optimizers(step.scorer.optimizer))
@@ -115,12 +115,12 @@ def sharded_state(
 
 
 def _policy_state(step: DWMTrainStep, loading: bool) -> dict[str, Any]:
-    """Returns the policy's own state, and what this rank alone has of it, as sharded objects."""
+    """Returns the policy's own state, and this rank's part of it, as sharded objects."""
     if step.policy.description() is None:
         return {}
     found: dict[str, Any] = {}
     groups, rank = step.groups, torch.distributed.get_rank()
-    # Waits for what the ranks are still summing, so on every rank that has any of it.
+    # Waits for pending sums, so it must run on every rank that takes part in them.
     state = step.policy.state_dict() if step.sees_losses else {}
     if step.sees_losses:
         replica = (0, groups.tp.rank(), groups.dp_cp.rank())
@@ -163,7 +163,8 @@ def load(step: DWMTrainStep, folder: str, with_optimizer: bool = True) -> str:
     state = load_sharded_state(step, folder, as_it_is, has_policy(found), same_ranks)
     if with_optimizer and step.scorer is not None:
         if not as_it_is:
-            # On every rank, as loading is a collective: a pipeline stage may hold nothing of it.
+            # On every rank, because loading is a collective: a pipeline stage may hold nothing of
+            # it.
             wanted = sharded_state(step, None, True, loading=True).get("optimizer", {})
             state["optimizer"] = optimizer_state.load_whole_as_sharded(
                 wanted, found["optimizer"], KEY, _PREFIX, folder
@@ -175,7 +176,7 @@ def load(step: DWMTrainStep, folder: str, with_optimizer: bool = True) -> str:
     step.warm_started = step.warm_start is None or bool(found["warm_started"])
     if step.meta_data is not None and found["meta_data"] is not None:
         step.meta_data.load_state_dict(found["meta_data"])
-    # Missing in a checkpoint of a run that had none, or of an older version.
+    # Missing in a checkpoint of a run without one, or of an older version.
     account = found.get("overhead_budget")
     if step.budget is not None and account is not None:
         step.budget.load_state_dict(account)
@@ -199,22 +200,22 @@ def _other_optimizer(step: DWMTrainStep, found: dict[str, Any]) -> bool:
 
 
 def optimizer_is_sharded(found: dict[str, Any]) -> bool:
-    """Returns whether a checkpoint holds the shares of a sharded optimizer of the DWM.
+    """Returns whether a checkpoint holds the state of a sharded optimizer of the DWM.
 
-    One of an older version does not.
+    Checkpoints of older versions do not.
     """
     return bool(found.get("optimizer_sharded"))
 
 
 def _layout(step: DWMTrainStep) -> dict[str, int]:
-    """Returns what must be the same for a rank to go on with what it alone had."""
+    """Returns what must be the same for a rank to continue with its own part of the state."""
     names = ("tp", "pp", "cp", "dp")
     sizes = {name: getattr(step.groups, name).size() for name in names}
     return {**sizes, "micro_batch_size": step.shape.micro_batch_size}
 
 
 def has_policy(found: dict[str, Any]) -> bool:
-    """Returns whether a checkpoint holds a policy's own state; one of an older version does not."""
+    """Returns whether a checkpoint holds a policy's own state; older versions did not."""
     return "ranks" in found
 
 
@@ -225,22 +226,22 @@ def load_sharded_state(
     with_policy: bool = False,
     with_ranks_own: bool = False,
 ) -> dict[str, Any]:
-    """Loads the tensors of a checkpoint: weights, optimizer and policy as asked for."""
+    """Loads the requested tensors of a checkpoint: weights, optimizer and policy."""
     wanted = sharded_state(step, None, with_optimizer, loading=True)
     names = ["model", "optimizer"]
     names += ["policy"] if with_policy else []
     names += ["policy_of_rank"] if with_policy and with_ranks_own else []
     request = {KEY: {name: wanted[name] for name in names if name in wanted}}
-    # A pipeline stage may miss what others do not ask for.
+    # A pipeline stage may lack what others do not ask for.
     state = on_each_rank(partial(_load_requested, step, request, folder))
     if step.scorer is not None and not with_optimizer:
-        # With it, the optimizer's own copies come from the checkpoint, more precise than these.
+        # With the optimizer, its own, more precise copies come from the checkpoint.
         step.scorer.weights_changed()
     return state
 
 
 def _load_requested(step: DWMTrainStep, request: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Loads what is asked for into policy and weighting model; returns it."""
+    """Loads the request into policy and weighting model; returns it."""
     state = load_sharded(request, folder)[KEY]
     if "policy" in state:
         step.policy.load_state_dict(state["policy"])
@@ -255,13 +256,13 @@ def _load_requested(step: DWMTrainStep, request: dict[str, Any], folder: str) ->
 
 
 def check_shape(step: DWMTrainStep, found: dict[str, Any], folder: str) -> None:
-    """Refuses a checkpoint whose weighting model is of another form or shape."""
+    """Refuses a checkpoint whose weighting model has another form or shape."""
     wanted, flags = step.policy.description() or {}, step.config.shape()
     if found.get("form", "model") != wanted.get("form", "model"):
         raise DWMError(
             f"the weighting in {folder} is of the form {found.get('form', 'model')}, but this "
-            f"run's is {wanted.get('form', 'model')}; take --dwm-policy and --dwm-form as they "
-            "were, or start anew (--finetune, or another --load)"
+            f"run's is {wanted.get('form', 'model')}; use --dwm-policy and --dwm-form as before, "
+            "or start over (--finetune, or another --load)"
         )
     different = [
         f"{flag(name) if name in flags else name} is {value}, the checkpoint's is {found[name]}"
@@ -274,5 +275,5 @@ def check_shape(step: DWMTrainStep, found: dict[str, Any], folder: str) -> None:
             way_out = "the settings"
         raise DWMError(
             f"the weighting model in {folder} has another shape: {'; '.join(different)}. Use "
-            f"{way_out} that it was made with, or start the DWM anew (another --save)"
+            f"{way_out} that it was made with, or start with a fresh DWM (another --save)"
         )

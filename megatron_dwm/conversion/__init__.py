@@ -1,6 +1,6 @@
 """Conversion between Megatron checkpoints and Hugging Face folders.
 
-`families` states each model family once, as rules that export and import both follow;
+`families` defines each model family once, as rules that both export and import follow;
 `dist_checkpoint` and `legacy_checkpoint` read Megatron's checkpoints without a process group,
 `torch_dist_writer` writes one, `hf_folder` and `hf_model` read Hugging Face safetensors folders.
 None of them imports `megatron` or `transformers`.

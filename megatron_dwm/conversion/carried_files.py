@@ -1,7 +1,7 @@
-"""What lies beside the weights of a Hugging Face folder: import carries it, export gives it back.
+"""The files beside the weights of a Hugging Face folder: import stores, export restores them.
 
 An import keeps these files in the folder that the run's --tokenizer-model names, so that an export
-finds them after any training; a record beside them says of which model they are.
+finds them after any training; a record beside them says which model they belong to.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_dwm.errors import ConversionError
 CONFIG, GENERATION = "config.json", "generation_config.json"
 RECORD = "import.json"
 FOLDER = "tokenizer"
-# What a config.json says about files, and not about the model.
+# Entries of a config.json that are about files, not about the model.
 _ABOUT_FILES = (
     "_name_or_path",
     "auto_map",
@@ -44,15 +44,15 @@ _FREE: dict[str, Any] = {
 
 
 def sort_out(folder: Path, weights: Weights) -> tuple[list[str], list[str]]:
-    """Sorts what lies in a folder beside its weights.
+    """Sorts the files beside a folder's weights.
 
     Args:
         folder: A Hugging Face folder.
         weights: Its weights, as `find_weights` found them.
 
     Returns:
-        Names of files to carry, relative to the folder, and names of those that stay behind;
-        folders end with a slash.
+        Names of files to carry, relative to the folder, and names of those left behind; folders end
+        with a slash.
     """
     carried = tokenizer_files(folder)
     carried += [name for name in (CONFIG, GENERATION) if (folder / name).is_file()]
@@ -74,7 +74,7 @@ def sort_out(folder: Path, weights: Weights) -> tuple[list[str], list[str]]:
 
 
 def carry(source: Path, names: list[str], out: Path, vocab_size: int) -> None:
-    """Copies files into an import's folder, with the record that says of which model they are."""
+    """Copies files into an import's folder, with a record of the model that they belong to."""
     out.mkdir()
     for name in names:
         (out / name).parent.mkdir(exist_ok=True)
@@ -85,10 +85,10 @@ def carry(source: Path, names: list[str], out: Path, vocab_size: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Carried:
-    """What an import has carried.
+    """The files that an import has carried.
 
     Attributes:
-        folder: Where it lies.
+        folder: Their folder.
         config: The model's config.json.
         vocab_size: Rows of the vocabulary that the model had.
     """
@@ -98,7 +98,7 @@ class Carried:
     vocab_size: int
 
     def fits(self, shape: ModelShape) -> bool:
-        """Returns whether a model is the one that was imported, trained on or not."""
+        """Returns whether a model is the imported one, perhaps after further training."""
         try:
             theirs = shape_from_config(self.config)
         except ConversionError:
@@ -107,20 +107,21 @@ class Carried:
         return same and self.vocab_size <= shape.vocab_size
 
     def merged_config(self, config: Mapping[str, Any], ids: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the contents of config.json: of the import, where the model does not say it.
+        """Returns the contents of config.json: the model's, completed from the import's.
 
         Args:
-            config: What the model says.
-            ids: Ids of special tokens, as the tokenizer has them.
+            config: The model's own entries.
+            ids: Ids of special tokens, from the tokenizer.
         """
         kept = {name: value for name, value in self.config.items() if name not in _ABOUT_FILES}
         known = {k: v if self.config.get(k) is None else self.config[k] for k, v in ids.items()}
-        # A model without padding keeps none, as its embedding would treat that row differently.
+        # A model without padding keeps none, because its embedding would treat that row
+        # differently.
         known |= {k: v for k, v in self.config.items() if k == "pad_token_id"}
         return {**kept, **config, **known}
 
     def write(self, out: Path, with_tokenizer: bool) -> None:
-        """Copies what `out` does not have yet, config.json excepted."""
+        """Copies what `out` does not have yet, except config.json."""
         names = tokenizer_files(self.folder) if with_tokenizer else []
         for name in (*names, GENERATION):
             if (self.folder / name).is_file() and not (out / name).exists():
@@ -129,12 +130,13 @@ class Carried:
 
 
 def find_carried(checkpoint: Path, args: Any, tokenizer: str | None) -> Carried | None:
-    """Finds what the import that a run began with has carried.
+    """Finds the files carried by the import that a run started from.
 
     Args:
         checkpoint: Folder of the checkpoint.
         args: Its arguments.
-        tokenizer: The value of --tokenizer-model; another tokenizer than the run's has nothing.
+        tokenizer: The value of --tokenizer-model; with another tokenizer than the run's, nothing is
+            found.
 
     Raises:
         ConversionError: The files are damaged.

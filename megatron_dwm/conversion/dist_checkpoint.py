@@ -1,10 +1,10 @@
 """Reads Megatron's `torch_dist` checkpoints in one process, without a process group.
 
-The parallel layout that wrote the checkpoint does not matter: the format stores global tensors
-in chunks, and a tensor, or one layer of a stack, is put together from the chunks that it needs.
+The parallel layout that wrote the checkpoint does not matter: the format stores global tensors in
+chunks, and a tensor, or one layer of a stack, is assembled from the chunks that it needs.
 
-Checkpoints are pickles in part, and may come from anywhere. Nothing in them is imported or
-called: what is not a plain container, an `argparse.Namespace`, a tensor or a record of
+Checkpoints are partly pickles, and may come from anywhere. Nothing in them is imported or called:
+anything that is not a plain container, an `argparse.Namespace`, a tensor or a record of
 `torch.distributed.checkpoint` becomes an inert stand-in.
 """
 
@@ -30,8 +30,8 @@ from megatron_dwm.errors import ConversionError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
-# Tensors of a run that belong to no model: the optimizer's state and the random states. The
-# weighting model lives under `dwm`.
+# Tensors that do not belong to the model: the optimizer's state and the random states. The
+# weighting model is under `dwm`.
 _NOT_MODEL = re.compile(r"^(?:chained_\d+\.)?optimizer\.|^dwm[._]|^rng_state|^rerun_state|^common_")
 
 
@@ -51,7 +51,7 @@ def find_checkpoint(
     Args:
         path: A run folder (with `latest_checkpointed_iteration.txt`) or the folder of one
             iteration (`iter_0000100`).
-        iteration: The iteration to take from a run folder; None takes the latest.
+        iteration: The iteration to use from a run folder; None: the latest.
         legacy: Accept `mp_rank_*` folders too (`--ckpt-format torch`).
 
     Returns:
@@ -63,7 +63,7 @@ def find_checkpoint(
     root = Path(path)
     if not root.is_dir():
         raise ConversionError(
-            f"--megatron-path {root} is no folder; give a run or an iter_ folder."
+            f"--megatron-path {root} is not a folder; give a run or an iter_ folder."
         )
     if re.fullmatch(r"iter_\d{7,}|release", root.name) or (root / ".metadata").exists():
         if iteration is not None and root.name != f"iter_{iteration:07d}":
@@ -163,7 +163,7 @@ class TorchDistCheckpoint:
         out = torch.empty(sizes, dtype=entry.properties.dtype)
         part = dcp.ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         items = create_read_items_for_chunk_list(name, entry, [part])
-        # A chunk that lies on several ranks is stored once, so the reads must cover it exactly.
+        # A chunk that is on several ranks is stored once, so the reads must cover it exactly.
         if sum(item.lengths.numel() for item in items) != out.numel():
             raise ConversionError(f"{self.folder} does not hold all chunks of {name}.")
         try:
@@ -173,7 +173,7 @@ class TorchDistCheckpoint:
         return out[(0,) * len(entry_of)]
 
     def _common_state(self) -> dict[str, Any]:
-        """Reads what Megatron stores once: in `common.pt`, or inside the checkpoint (>= 0.18)."""
+        """Reads the common state: from `common.pt`, or from inside the checkpoint (>= 0.18)."""
         legacy = self.folder / "common.pt"
         if legacy.is_file():
             return load_restricted(legacy.read_bytes(), legacy)
@@ -218,7 +218,7 @@ class _IntoTensor(planner.LoadPlanner):
 
 
 class _Inert:
-    """Stands in for a class that is not worth importing: keeps its arguments, does nothing."""
+    """Stands in for a class that is not imported: keeps its arguments, does nothing."""
 
     def __init__(self, *args: Any) -> None:
         self.args = args
@@ -235,10 +235,10 @@ def _inert(name: str) -> type:
 
 
 def load_restricted(data: bytes | Path, source: str | os.PathLike) -> Any:
-    """Unpickles what `torch.save` wrote, without importing or calling anything that it names.
+    """Unpickles a file from `torch.save` without importing or calling anything that it names.
 
     Args:
-        data: The bytes of the file, or a path, whose tensors are then mapped and not read.
+        data: The bytes of the file, or a path, whose tensors are then memory-mapped, not read.
         source: The file's name, for messages.
 
     Returns:
@@ -264,7 +264,7 @@ def load_restricted(data: bytes | Path, source: str | os.PathLike) -> Any:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Knows the records of `torch.distributed.checkpoint`; the rest becomes `_Inert`."""
+    """Loads the records of `torch.distributed.checkpoint`; everything else becomes `_Inert`."""
 
     _EXACT = {
         ("torch", "Size"): torch.Size,

@@ -26,7 +26,7 @@ KEY = "dwm"
 _PREFIX = f"{KEY}."
 _WORDS = "embedding.word_embeddings.weight"
 _SCORE = "score.weight"
-# What a saved shape must say for its layers to be Llama's, or those of Qwen2 and Qwen3.
+# Values of a saved shape whose layers are Llama's, or those of Qwen2 and Qwen3.
 _LLAMA = {
     "normalization": "RMSNorm",
     "gated_linear_unit": True,
@@ -35,9 +35,9 @@ _LLAMA = {
     "position_embedding_type": "rope",
     "rotary_percent": 1.0,
 }
-# What transformers has a sequence classifier for.
+# Families for which transformers has a sequence classifier.
 _FAMILIES = ("llama", "qwen2", "qwen3")
-# Without a run's arguments nothing says how long its samples were.
+# Without a run's arguments the length of its samples is unknown.
 _DEFAULT_POSITIONS = 4096
 
 
@@ -45,11 +45,13 @@ def find_snapshots(run: str | os.PathLike) -> list[Path]:
     """Returns the `dwm_stage_*` folders of a run, in order.
 
     Raises:
-        ConversionError: The run is no folder, or has none.
+        ConversionError: The run is not a folder, or has none.
     """
     root = Path(run)
     if not root.is_dir():
-        raise ConversionError(f"--megatron-path {root} is no folder; give a run's --save folder.")
+        raise ConversionError(
+            f"--megatron-path {root} is not a folder; give a run's --save folder."
+        )
     mend(root)
     found = sorted(p for p in root.iterdir() if re.fullmatch(r"dwm_stage_\d+", p.name))
     if not found:
@@ -64,7 +66,7 @@ class DWMCheckpoint(TorchDistCheckpoint):
     """The weighting model in one checkpoint or snapshot.
 
     Attributes:
-        described: What the checkpoint says of its shape (`megatron_dwm.checkpoint.state`).
+        described: The checkpoint's description of its shape (`megatron_dwm.checkpoint.state`).
         run_args: The arguments of its run; None for a snapshot without a checkpoint beside it.
         notes: Lines that the user should see.
     """
@@ -107,11 +109,11 @@ class DWMCheckpoint(TorchDistCheckpoint):
         self.score_info = self.tensors.pop(_SCORE)
 
     def load(self, name: str, index: int | tuple[int, ...] | None = None) -> torch.Tensor:
-        """Loads one of the weighting model's `tensors`, as the base class does."""
+        """Loads one of the weighting model's `tensors`, like the base class."""
         return super().load(_PREFIX + name, index)
 
     def _common_state(self) -> dict[str, Any]:
-        # A snapshot has no arguments, which the base class asks for.
+        # A snapshot has no arguments, which the base class needs.
         self._common = super()._common_state()
         return {"args": argparse.Namespace(), **self._common}
 
@@ -133,7 +135,7 @@ class DWMCheckpoint(TorchDistCheckpoint):
         return self.tensors[_WORDS].dtype
 
     def shape(self) -> ModelShape:
-        """Returns the model's shape, vocabulary without padding.
+        """Returns the model's shape, with the vocabulary without padding.
 
         Raises:
             ConversionError: Its layers are not those of a Llama, Qwen2 or Qwen3; names what
@@ -168,7 +170,7 @@ class DWMCheckpoint(TorchDistCheckpoint):
             vocab_size=described["vocab_size"],
             max_position_embeddings=getattr(args, "max_position_embeddings", _DEFAULT_POSITIONS),
             layernorm_epsilon=described["layernorm_epsilon"],
-            # The model takes whole numbers.
+            # The model requires integers.
             rotary_base=float(int(described["rotary_base"])),
             rope_scaling=scaling,
             # There is no output layer.
@@ -177,11 +179,11 @@ class DWMCheckpoint(TorchDistCheckpoint):
         )
 
     def _llm_shape(self) -> ModelShape:
-        """Returns the shape of the LLM, whose layers' options the weighting model has."""
+        """Returns the shape of the LLM, whose layer options the weighting model shares."""
         args = self.run_args
         scaled = getattr(args, "use_rope_scaling", False)
         try:
-            # Megatron's builders take one factor, whatever the flag says.
+            # Megatron's builders use one factor, whatever the flag says.
             shape = shape_from_args(args, BUILT_IN_ROPE_FACTOR if scaled else None)
             if shape.family not in _FAMILIES:
                 raise ConversionError(f"they are of {FAMILIES[shape.family].label}")
@@ -194,7 +196,7 @@ class DWMCheckpoint(TorchDistCheckpoint):
         return shape
 
     def _rope_factor(self) -> float:
-        """Returns the factor of scaled RoPE of a model that began as a Hugging Face folder."""
+        """Returns the factor of scaled RoPE of a model that started from a Hugging Face folder."""
         known = self.described.get("rope_scaling_factor")
         if known is not None:
             return float(known)
@@ -233,7 +235,7 @@ class DWMCheckpoint(TorchDistCheckpoint):
         stored = StoredModel(self, dataclasses.replace(shape, vocab_size=rows))
         stored.check()
         like_llm = str(getattr(self.run_args, "dwm_init", "")).startswith("llm:")
-        # The weight that is stored is an offset from one.
+        # The stored weight is an offset from one.
         offset = like_llm and getattr(self.run_args, "layernorm_zero_centered_gamma", False)
         for rule in stored.family.rules(shape):
             tensor = stored.load(rule)

@@ -1,8 +1,8 @@
-"""A weighting model (DWM) as a Hugging Face sequence classifier with one label.
+"""Describes a weighting model (DWM) as a Hugging Face sequence classifier with one label.
 
-With `last` pooling that is transformers' own class. With `mean` pooling there is none, and a small
-module lies beside the weights. Its configuration has a model type of its own: were it `llama`,
-transformers would load the folder without the module and, silently, score by the last token.
+With `last` pooling this is transformers' own class. With `mean` pooling there is none, and a small
+module is written beside the weights. Its configuration has its own model type: with `llama`,
+transformers would load the folder without the module and silently score by the last token.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from megatron_dwm.errors import ConversionError
 from megatron_dwm.files.json_files import JsonError, read_object, shown
 
 MODULE = "modeling_dwm.py"
-# Keys of config.json that are this project's.
+# This project's own keys in config.json.
 POOLING = "dwm_pooling"
-# Rows of the embedding that the weighting model has; one for padding may follow.
+# Number of rows of the weighting model's embedding; one for padding may follow.
 VOCABULARY = "dwm_vocab_size"
-# Of the run, where they are known: tau of the weights, tokens of a sample.
+# From the run, if known: tau of the weights, tokens per sample.
 TEMPERATURE = "dwm_temperature"
 LENGTH = "dwm_seq_length"
 
@@ -34,7 +34,7 @@ _MEAN_TYPE = "dwm_mean_"
 _STEMS = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 _LABEL = "weight"
 _COUNT = "a positive number", is_count
-# Keys of config.json that this module and the scorer take values from.
+# Keys of config.json that this module and the scorer read.
 _OWN_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "architectures": (
         "a list of strings",
@@ -50,13 +50,13 @@ _OWN_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """What the config.json of a folder says about a score head.
+    """A folder's config.json, as far as it concerns a score head.
 
     Attributes:
         config: The contents, with transformers' own model type.
-        labels: Number of labels; 0 for a model that is no sequence classifier.
+        labels: Number of labels; 0 for a model that is not a sequence classifier.
         pooling: `last` or `mean`.
-        vocab_size: Rows of the embedding that count.
+        vocab_size: Number of embedding rows without padding.
     """
 
     config: dict[str, Any]
@@ -71,14 +71,14 @@ def classifier_config(
     """Returns the contents of config.json.
 
     Args:
-        shape: The model's shape, with the row for padding where there is one.
+        shape: The model's shape, including the row for padding, if any.
         pooling: `last` or `mean`.
         dtype: Name of the weights' dtype.
-        vocab_size: Rows of the embedding without that for padding.
-        pad_token_id: Id of padding; None: batches of one only.
+        vocab_size: Number of embedding rows without the one for padding.
+        pad_token_id: Id of padding; None allows only batches of one.
 
     Raises:
-        ConversionError: A pooling that is not known.
+        ConversionError: The pooling is unknown.
     """
     config = hf_config(shape, dtype)
     stem = _STEMS[config["model_type"]]
@@ -119,13 +119,13 @@ def module_source(shape: ModelShape) -> str:
 
 
 def read_classifier(folder: str | os.PathLike) -> Classifier:
-    """Reads what a folder says about a score head, without running any code that lies in it.
+    """Reads a folder's description of a score head, without running any code from it.
 
     Args:
         folder: A Hugging Face folder, of a language model or a classifier.
 
     Raises:
-        ConversionError: config.json is missing or damaged, or its pooling is not known.
+        ConversionError: config.json is missing or damaged, or its pooling is unknown.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -142,7 +142,7 @@ def read_classifier(folder: str | os.PathLike) -> Classifier:
     architectures = config.get("architectures") or [""]
     labels = 0
     if architectures[0].endswith("ForSequenceClassification"):
-        # transformers leaves out what is its default, two labels.
+        # transformers leaves out its default, two labels.
         labels = len(config.get("id2label") or ()) or config.get("num_labels") or 2
     pooling = config.get(POOLING, "last")
     if pooling not in ("last", "mean"):

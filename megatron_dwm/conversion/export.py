@@ -1,4 +1,4 @@
-"""Megatron -> Hugging Face: writes the language model of a checkpoint as a folder."""
+"""Megatron -> Hugging Face: writes a checkpoint's language model as a folder."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def export(
     Args:
         megatron_path: Run folder or folder of one iteration.
         hf_path: Folder to write.
-        iteration: Iteration to take from a run folder; None takes the latest.
+        iteration: Iteration to use from a run folder; None: the latest.
         dtype: A key of `DTYPES`; None keeps the checkpoint's.
         vocab_size: True vocabulary size; None takes the tokenizer's.
         max_shard_size: Largest weights file, such as `5GB`.
-        tokenizer_model: Tokenizer to carry; None takes the checkpoint's, `none` takes none.
-        rope_scaling_factor: Factor that a model with scaled RoPE was built with; None takes the
-            checkpoint's where that is beyond doubt.
-        force: Replace a model that the folder holds already.
+        tokenizer_model: Tokenizer to export; None: the checkpoint's; `none`: no tokenizer.
+        rope_scaling_factor: Factor that a model with scaled RoPE was built with; None uses the
+            checkpoint's if it is unambiguous.
+        force: Replace a model that the folder already holds.
 
     Raises:
         ConversionError: Something cannot be converted; the message names it.
@@ -86,7 +86,7 @@ def export(
         _write_configs(folder, shape, target, tokenizer, carried)
         if warning:
             notes.append(f"Warning: {warning}")
-        # safetensors writes files that only their owner can read.
+        # safetensors makes files readable only by their owner.
         for path in folder.glob("*.safetensors"):
             shutil.copymode(folder / "config.json", path)
     for note in notes:
@@ -106,7 +106,7 @@ def _hf_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields the model's tensors in Hugging Face's names and layouts, rule by rule.
 
-    Where `zero_centered`, the weight of a norm that is stored is an offset from one.
+    With `zero_centered`, the stored weight of a norm is an offset from one.
     """
     for rule in rules:
         tensor = source.load(rule)
@@ -147,7 +147,7 @@ def _write_weights(
                 raise ConversionError(
                     f"--dtype fp16 cannot hold the values of {name}; use bf16 or fp32."
                 )
-            # A view would keep the storage of the whole tensor that it was cut from.
+            # A view would keep the storage of the whole original tensor.
             if converted.untyped_storage().nbytes() > converted.nbytes:
                 converted = converted.clone()
             file = file_of[name]
@@ -168,7 +168,7 @@ def _write_weights(
 def _carried(
     checkpoint: Path, args: object, tokenizer: str | None, shape: ModelShape
 ) -> tuple[Carried | None, list[str]]:
-    """Returns what the import of this very model has carried, and notes."""
+    """Returns the files carried by the import of this model, and notes."""
     carried = find_carried(checkpoint, args, tokenizer)
     if carried is None and tokenizer not in (None, "none"):
         if find_carried(checkpoint, args, None) is not None:
@@ -187,9 +187,9 @@ def _carried(
 def _true_vocab_size(
     flag: int | None, tokenizer: Tokenizer, args: object, padded: int, imported: int | None
 ) -> int:
-    """Returns the vocabulary size without padding: the flag's, tokenizer's or run's, in order."""
-    # Megatron pads from the tokenizer's size; `vocab_size` describes the null tokenizer alone.
-    # An import writes down the size that it read.
+    """Returns the vocabulary size without padding: from flag, tokenizer or run, in this order."""
+    # Megatron pads from the tokenizer's size; `vocab_size` is only for the null tokenizer. An
+    # import writes down the size that it read.
     known = (
         getattr(args, "hf_vocab_size", None)
         or imported
@@ -244,9 +244,9 @@ def _write_configs(
 
 
 def _is_model(out: Path) -> str | None:
-    """Returns why a folder is no exported model, or None."""
+    """Returns why a folder is not an exported model, or None."""
     known = (out / "config.json").is_file()
-    return None if known else "holds no config.json, so it is no exported model"
+    return None if known else "holds no config.json, so it is not an exported model"
 
 
 def _write_json(path: Path, value: dict) -> None:

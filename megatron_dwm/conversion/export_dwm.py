@@ -44,11 +44,11 @@ def export_dwm(
     Args:
         megatron_path: Run folder, folder of one iteration, or stage snapshot.
         hf_path: Folder to write.
-        iteration: Iteration to take from a run folder; None takes the latest.
-        all_stages: Write every snapshot of the run to a folder of its name.
+        iteration: Iteration to use from a run folder; None: the latest.
+        all_stages: Write every snapshot of the run to a folder of the same name.
         dtype: A key of `DTYPES`; None keeps the checkpoint's.
-        tokenizer_model: Tokenizer to carry; None takes the run's, `none` takes none.
-        force: Replace a model that a folder holds already.
+        tokenizer_model: Tokenizer to export; None: the run's; `none`: no tokenizer.
+        force: Replace a model that a folder already holds.
 
     Raises:
         ConversionError: Something cannot be converted; the message names it.
@@ -72,7 +72,7 @@ def export_dwm(
 
 
 def _foreign(out: Path) -> str | None:
-    """Returns why a folder is no exported model, or None."""
+    """Returns why a folder is not an exported model, or None."""
     return None if (out / "config.json").is_file() else "holds no config.json"
 
 
@@ -124,7 +124,7 @@ def _export_one(
 def _write_weights(
     folder: Path, checkpoint: DWMCheckpoint, shape: Any, rows: int, dtype: torch.dtype
 ) -> None:
-    """Writes the safetensors; the embedding gets a row of zeros for padding where it needs one."""
+    """Writes the safetensors; the embedding gets a zero row for padding if it needs one."""
     state = {}
     tensors = checkpoint.hf_tensors(shape)
     for name, tensor in bar(None, "tensor", "export-dwm", iterable=tensors):
@@ -136,7 +136,7 @@ def _write_weights(
                 f"--dtype fp16 cannot hold the values of {name}; use bf16 or fp32."
             )
     save_torch_state_dict(state, folder)
-    # safetensors writes files that only their owner can read.
+    # safetensors makes files readable only by their owner.
     for path in folder.glob("*.safetensors"):
         shutil.copymode(folder / "config.json", path)
 
@@ -149,8 +149,8 @@ def _write_tokenizer(
 ) -> tuple[int | None, str | None]:
     """Writes the tokenizer, with a token for padding that no text contains.
 
-    transformers takes the last token that is not padding, so padding must be no token of a text:
-    where the tokenizer pads with another special token, or has none to pad with, one is added.
+    transformers uses the last token that is not padding, so the padding token must not occur in
+    texts: if the tokenizer pads with another special token, or has no padding token, one is added.
 
     Returns:
         The id of padding, None without a tokenizer that transformers can load; and a warning.
@@ -166,7 +166,7 @@ def _write_tokenizer(
     if getattr(args, "tokenizer_hf_no_include_special_tokens", False):
         plain = [loaded(text, add_special_tokens=False).input_ids for text in PROBES]
         if plain != expected:
-            # Training's tokenizer was told to add none.
+            # In training, the tokenizer was told to add none.
             loaded.backend_tokenizer.post_processor = None
             expected = plain
     taken = {loaded.eos_token_id, loaded.bos_token_id, loaded.unk_token_id}
@@ -175,7 +175,7 @@ def _write_tokenizer(
     loaded.padding_side = "right"
     loaded.save_pretrained(folder)
     again = AutoTokenizer.from_pretrained(folder)
-    # A vocabulary with gaps may give the new token an id that another one has.
+    # In a vocabulary with gaps, the new token may get an id that another token has.
     twice = list(again.get_vocab().values()).count(again.pad_token_id) > 1
     same = [again(text).input_ids for text in PROBES] == expected
     if twice or not same or again.pad_token_id in taken:

@@ -1,6 +1,6 @@
 """Reads Hugging Face folders of dense Llama models, one tensor at a time.
 
-`iter_megatron_tensors` is what a Megatron model is initialised from (`--dwm-init hf:DIR`).
+`iter_megatron_tensors` initialises a Megatron model (`--dwm-init hf:DIR`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BIN_INDEX = "pytorch_model.bin.index.json"
 _ORDER = (SINGLE_FILE, INDEX_FILE, _BIN_FILE, _BIN_INDEX)
 _ADAPTER = "adapter_config.json"
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors$")
-# Names of weights, whether they are read or not.
+# File names of weights, whether they are read or not.
 _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack|onnx|onnx_data|index\.json)$", re.IGNORECASE
 )
@@ -37,10 +37,10 @@ LAYER_PREFIX = "model.layers.{index}."
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Where the weights of a Hugging Face folder lie.
+    """The weight files of a Hugging Face folder.
 
     Attributes:
-        chosen: The file, or the index, that transformers takes.
+        chosen: The file, or the index, that transformers uses.
         files: The files to read, in transformers' order.
         unread: Names of other weights in the folder.
     """
@@ -54,7 +54,7 @@ def read_hf_config(folder: str | os.PathLike) -> ModelShape:
     """Reads the shape of the model from a folder's `config.json`.
 
     Raises:
-        ConversionError: The file is missing or damaged, or the model is no dense Llama.
+        ConversionError: The file is missing or damaged, or the model is not a dense Llama.
     """
     path = Path(folder) / "config.json"
     return llama_from_config(stock_config(_read_json(path)))
@@ -67,7 +67,7 @@ def iter_hf_tensors(
 
     Args:
         folder: Folder with `model.safetensors`, or `model.safetensors.index.json` and shards.
-        wanted: Called with a tensor's name; tensors for which it is false are not read.
+        wanted: Called with a tensor's name; tensors for which it returns false are not read.
 
     Yields:
         Name and tensor, on the CPU, in the stored dtype.
@@ -90,7 +90,7 @@ def iter_megatron_tensors(
 
     Args:
         folder: A Hugging Face folder of a dense Llama.
-        num_layers: Take only the first so many layers; None takes all.
+        num_layers: Use only this many first layers; None: all.
         fused_layernorm: Name norms as Transformer Engine's fused layers do.
 
     Yields:
@@ -151,13 +151,13 @@ def _read(path: Path, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
 def find_weights(folder: str | os.PathLike) -> Weights:
     """Picks the files that hold a folder's weights, in the order of `from_pretrained`.
 
-    Whatever reads weights of a Hugging Face folder asks here. transformers takes the first of: what
-    `transformers_weights` in config.json names, `model.safetensors`, its index,
-    `pytorch_model.bin`, its index. Of an index it reads all tensors of the files that are named.
+    All readers of a Hugging Face folder's weights use this. transformers uses the first of: the
+    file that `transformers_weights` in config.json names, `model.safetensors`, its index,
+    `pytorch_model.bin`, its index. From an index it reads all tensors of the named files.
 
     Raises:
-        ConversionError: There are none, an index is damaged or names a file that is not there, or
-            the folder holds weights that are no plain model's.
+        ConversionError: There are none, an index is damaged or names a missing file, or the folder
+            holds weights that are not those of a plain model.
     """
     folder = Path(folder)
     present = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
@@ -191,25 +191,25 @@ def _named_weights(folder: Path) -> str | None:
     fits = isinstance(named, str) and re.fullmatch(r"[^/\\]+\.safetensors(\.index\.json)?", named)
     if not fits or not (folder / named).is_file():
         raise ConversionError(
-            f"{config} has transformers_weights {named!r}, which is no safetensors file beside it; "
-            "take the key out, or put the file there."
+            f"{config} has transformers_weights {named!r}, not a safetensors file beside it; take "
+            "the key out, or put the file there."
         )
     return named
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Returns tensor name -> name of the file, of an index whose files are all there."""
+    """Returns tensor name -> file name, from an index whose files all exist."""
     weight_map = _read_json(index).get("weight_map", {})
     if not isinstance(weight_map, dict):
         raise ConversionError(
-            f"{index}: weight_map is a JSON {json_type(weight_map)}, no object; download the "
+            f"{index}: weight_map is a JSON {json_type(weight_map)}, not an object; download the "
             "folder again."
         )
-    # Shards lie beside their index: an index must not name files elsewhere.
+    # Shards are beside their index: an index must not name files elsewhere.
     ending = "bin" if index.name == _BIN_INDEX else "safetensors"
     bad = [file for file in weight_map.values() if not isinstance(file, str)]
     if bad:
-        raise ConversionError(f"{index}: weight_map names the file {shown(bad[0])}, no string.")
+        raise ConversionError(f"{index}: weight_map names the file {shown(bad[0])}, not a string.")
     odd = [
         file
         for file in weight_map.values()
@@ -235,7 +235,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     for path in weights.files:
         try:
             with safe_open(path, framework="pt") as file:
-                # Of a tensor that lies in several files, transformers keeps the last.
+                # If a tensor is in several files, transformers keeps the last one.
                 files |= dict.fromkeys(file.keys(), path)
         except (SafetensorError, OSError) as error:
             raise ConversionError(f"{path} cannot be read: {error}") from error
@@ -255,4 +255,4 @@ def _read_json(path: Path) -> dict:
     try:
         return read_object(path)
     except JsonError as error:
-        raise ConversionError(f"{path} is no valid JSON object: {error}.") from error
+        raise ConversionError(f"{path} is not a valid JSON object: {error}.") from error

@@ -1,4 +1,4 @@
-"""Reads the language model of a Hugging Face folder as its family's rules describe it."""
+"""Reads the language model of a Hugging Face folder by its family's rules."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class HfModel:
     Attributes:
         folder: The folder.
         config: The parsed `config.json`.
-        shape: What it says of the model.
+        shape: The model's shape from it.
         dtypes: Dtypes of the tensors that the model has.
     """
 
@@ -34,7 +34,7 @@ class HfModel:
 
         Raises:
             ConversionError: A file is missing or damaged, the model is of no known family, or a
-                tensor is unknown, missing, of the wrong shape or no floating point number.
+                tensor is unknown, missing, of the wrong shape or not floating point.
         """
         self.folder = Path(folder)
         self.config = _read_json(self.folder / "config.json")
@@ -88,7 +88,7 @@ class HfModel:
     def _check_tied_output(
         self, needed: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]
     ) -> None:
-        """Some files carry a tied output layer: it must be the embedding."""
+        """Checks a tied output layer that some files contain: it must equal the embedding."""
         embedding = self.rules[0].hf[0]
         if embedding in found and found[_OUTPUT] == found[embedding] == needed[embedding]:
             if torch.equal(self._load(_OUTPUT), self._load(embedding)):
@@ -96,7 +96,7 @@ class HfModel:
                 return
         raise ConversionError(
             f"{self.folder} has {_OUTPUT} of its own though config.json ties it to {embedding}; "
-            "set tie_word_embeddings to false if the two shall differ."
+            "set tie_word_embeddings to false if the two should differ."
         )
 
     def _header(self, name: str) -> tuple[tuple[int, ...], str]:
@@ -118,10 +118,10 @@ class HfModel:
         Args:
             rule: A rule of `tensor_rules`.
             dtype: The dtype to return.
-            rows: Rows of a padded vocabulary; those behind the true one are zero.
+            rows: Rows of a padded vocabulary; those after the true ones are zero.
 
         Returns:
-            A contiguous tensor with a storage of its own.
+            A contiguous tensor with its own storage.
 
         Raises:
             ConversionError: A file cannot be read, or fp16 cannot hold the values.
@@ -137,7 +137,7 @@ class HfModel:
             padded = converted.new_zeros(rows, *converted.shape[1:])
             padded[: converted.shape[0]] = converted
             return padded
-        # What the file lent must not be kept alive, nor saved beside a part of it.
+        # The file's memory must not be kept alive, or saved along with a part of it.
         return converted.clone() if any(_shares(converted, part) for part in parts) else converted
 
 
@@ -146,7 +146,7 @@ def _shares(tensor: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def padded_vocabulary(size: int, divisible_by: int, tensor_parallel: int) -> int:
-    """Returns the rows that Megatron gives an embedding: a multiple of both, and of their product.
+    """Returns the rows that Megatron gives an embedding: a multiple of the product of both.
 
     Args:
         size: True vocabulary size.

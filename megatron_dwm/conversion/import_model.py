@@ -25,7 +25,7 @@ from megatron_dwm.errors import ConversionError, in_short
 from megatron_dwm.progress import bar
 
 RELEASE = "release"
-# Tensor-parallel sizes are divisors of it, as a rule.
+# Usual tensor-parallel sizes divide it.
 _USUAL_TENSOR_PARALLEL = 8
 
 
@@ -45,13 +45,13 @@ def import_model(
     Args:
         hf_path: Folder with `config.json` and safetensors.
         megatron_path: Folder to write: `release/`, the tracker file, the trainer's flags, the
-            tokenizer and what else belongs to the model.
+            tokenizer and other files of the model.
         dtype: A key of `DTYPES`; None keeps the folder's.
-        make_vocab_size_divisible_by: Padding of the vocabulary, with the next.
+        make_vocab_size_divisible_by: Padding of the vocabulary, together with the next.
         tensor_model_parallel_size: The padded vocabulary is a multiple of the product.
-        rope_scaling_factor: The factor of a model with Llama 3's RoPE scaling, where the stock
-            trainer's is another.
-        force: Replace an import that the folder holds already.
+        rope_scaling_factor: The factor of a model with Llama 3's RoPE scaling, if the stock
+            trainer's is different.
+        force: Replace an import that the folder already holds.
 
     Raises:
         ConversionError: Something cannot be converted; the message names it.
@@ -65,7 +65,7 @@ def import_model(
         if value < 1:
             raise ConversionError(f"{flag} is {value}; give a positive number.")
     if not Path(hf_path).is_dir():
-        raise ConversionError(f"--hf-path {hf_path} is no folder; give one with config.json.")
+        raise ConversionError(f"--hf-path {hf_path} is not a folder; give one with config.json.")
     model = HfModel(hf_path)
     shape = model.shape
     _check_rope(model, rope_scaling_factor)
@@ -116,7 +116,7 @@ def import_model(
         )
 
 
-# What an import's arguments say beside the model: how it is stored, and that nothing was trained.
+# An import's arguments beyond the model: how it is stored, and that nothing was trained.
 _FIXED = {
     "add_position_embedding": True,
     "ckpt_format": "torch_dist",
@@ -131,13 +131,13 @@ _FIXED = {
 
 
 def flags_text(out: Path, values: dict) -> str:
-    """Returns the trainer's flags, with `--load`: one on each line, quoted for a shell."""
+    """Returns the trainer's flags, with `--load`: one per line, quoted for a shell."""
     flags = [*trainer_flags(values), ["--load", str(out)]]
     return "".join(f"{shlex.join(flag)}\n" for flag in flags)
 
 
 def flags_block(text: str) -> str:
-    """Returns what `flags_text` did as lines of a shell command."""
+    """Returns the result of `flags_text` as lines of a shell command."""
     return " \\\n".join(f"    {line}" for line in text.splitlines())
 
 
@@ -168,7 +168,7 @@ def _only_dtype(model: HfModel) -> torch.dtype:
 
 
 def _check_rope(model: HfModel, given: float | None) -> None:
-    """Refuses RoPE scaling that the stock trainer would not apply, unless the user vouches."""
+    """Refuses RoPE scaling that the stock trainer would not apply, unless the user confirms it."""
     scaling = model.shape.rope_scaling or {}
     factor = float(scaling["factor"]) if scaling.get("rope_type") == "llama3" else None
     if given is not None and given != factor:
@@ -186,7 +186,7 @@ def _check_rope(model: HfModel, given: float | None) -> None:
 
 
 def _tokenizer(carried: list[str]) -> str:
-    """Returns Megatron's tokenizer type for the files that a folder has."""
+    """Returns Megatron's tokenizer type for a folder's files."""
     names = set(carried)
     if names & {"tokenizer.json", "vocab.json", "vocab.txt", "tokenizer_config.json"}:
         return "HuggingFaceTokenizer"
@@ -194,10 +194,10 @@ def _tokenizer(carried: list[str]) -> str:
 
 
 def _notes(folder: Path, kind: str, rows: int, padded: int) -> list[str]:
-    """Compares tokenizer and model, and returns what the user should know of both.
+    """Compares tokenizer and model, and returns notes for the user.
 
     Raises:
-        ConversionError: The tokenizer has ids that the model has no row for.
+        ConversionError: The tokenizer has ids for which the model has no row.
     """
     notes = []
     if padded % _USUAL_TENSOR_PARALLEL:
@@ -216,7 +216,7 @@ def _notes(folder: Path, kind: str, rows: int, padded: int) -> list[str]:
         return notes
     try:
         ids = largest_id(folder, kind) + 1
-    except Exception as error:  # whatever a foreign tokenizer makes of its library
+    except Exception as error:  # a foreign tokenizer may raise anything
         notes.append(
             f"The tokenizer could not be loaded here ({in_short(error)}), so its size was not "
             "compared with the model's."
@@ -243,8 +243,8 @@ def _tokenizer_path(place: Path, kind: str) -> str | None:
 
 
 def _foreign(out: Path) -> str | None:
-    """Returns why a folder is no import, or None; a run that went on from one is none."""
+    """Returns why a folder is not an import, or None; a run started from one is not an import."""
     if not (out / TRACKER).is_file() or not (out / RELEASE).is_dir():
-        return f"holds no {RELEASE}/ beside a tracker file, so it is no import"
+        return f"holds no {RELEASE}/ beside a tracker file, so it is not an import"
     runs = sorted(path.name for path in out.glob("iter_*"))
     return f"holds {runs[-1]}, which a run has saved there" if runs else None

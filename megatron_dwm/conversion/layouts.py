@@ -1,12 +1,12 @@
-"""How tensors are laid out on both sides, as pure functions and their inverses.
+"""Tensor layouts on both sides, as pure functions and their inverses.
 
 Shapes: h hidden size, f feed-forward size, n attention heads, g query groups, d head dimension.
 Megatron's weights are `[out, in]`. Three layouts differ:
 
 - `linear_qkv` interleaves by query group: for each of the g groups, n/g query heads, one key
   head and one value head, giving `[(n + 2g) * d, h]`;
-- `linear_fc1` stacks the gate on the up projection, giving `[2f, h]`;
-- GPT-2 of Hugging Face keeps its weights `[in, out]`, and query, key and value side by side.
+- `linear_fc1` stacks the gate and the up projection, giving `[2f, h]`;
+- Hugging Face's GPT-2 stores weights as `[in, out]`, with query, key and value side by side.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_dwm.errors import ConversionError
 def split_qkv(
     qkv: torch.Tensor, num_heads: int, num_query_groups: int, head_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Takes Megatron's interleaved QKV projection apart.
+    """Splits Megatron's interleaved QKV projection.
 
     Args:
         qkv: `[(n + 2g) * d, ...]`, for each group n/g query heads, a key head, a value head.
@@ -92,7 +92,7 @@ def merge_qkv(
 
 
 def split_gate_up(fc1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Takes Megatron's `linear_fc1` `[2f, ...]` apart into gate `[f, ...]` and up `[f, ...]`.
+    """Splits Megatron's `linear_fc1` `[2f, ...]` into gate `[f, ...]` and up `[f, ...]`.
 
     Raises:
         ConversionError: The first dimension is odd.
@@ -137,7 +137,7 @@ GATE_UP = Transform(split_gate_up, merge_gate_up)
 
 
 def qkv_transform(num_heads: int, num_query_groups: int, head_dim: int) -> Transform:
-    """Returns the layout of `linear_qkv`, weight or bias, as q, k and v."""
+    """Returns the transform of `linear_qkv`, weight or bias, to q, k and v."""
     numbers = (num_heads, num_query_groups, head_dim)
     return Transform(
         lambda qkv: split_qkv(qkv, *numbers), lambda q, k, v: merge_qkv(q, k, v, *numbers)
@@ -145,7 +145,7 @@ def qkv_transform(num_heads: int, num_query_groups: int, head_dim: int) -> Trans
 
 
 def side_by_side_qkv_transform(num_heads: int, head_dim: int) -> Transform:
-    """Returns the layout of `linear_qkv` as GPT-2's `c_attn`.
+    """Returns the transform of `linear_qkv` to GPT-2's `c_attn`.
 
     A weight is `[h, 3 * n * d]` there (input first), a bias `[3 * n * d]`: all query heads, all
     key heads, all value heads.

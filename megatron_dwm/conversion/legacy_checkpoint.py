@@ -1,8 +1,8 @@
 """Reads Megatron's `mp_rank_*` checkpoints (`--ckpt-format torch`) in one process.
 
-Every tensor-parallel and pipeline rank wrote a file of its own. The files are mapped, not read,
-and a tensor is put together from its shards when it is asked for; the optimizer's state in the
-same files is never touched. Unpickling is as restricted as elsewhere.
+Every tensor-parallel and pipeline rank wrote its own file. The files are memory-mapped, not read,
+and a tensor is assembled from its shards on request; the optimizer's state in the same files is
+never touched. Unpickling is as restricted as elsewhere.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from megatron_dwm.errors import ConversionError
 FILE = "model_optim_rng.pt"
 _RANK = re.compile(r"mp_rank_(\d+)(?:_(\d+))?")
 
-# Inside a layer: weights whose input is sharded (dimension 1); all others but norms and their
-# biases are sharded by output (dimension 0).
+# Inside a layer: weights whose input is sharded (dimension 1); all others, except norms and their
+# biases, are sharded by output (dimension 0).
 _ROW_PARALLEL = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 _COLUMN_PARALLEL = (
     "word_embeddings.weight",
@@ -40,7 +40,7 @@ def is_legacy(folder: str | os.PathLike) -> bool:
 
 
 class LegacyCheckpoint:
-    """One checkpoint of `mp_rank_*` folders, with the tensors of all ranks put together.
+    """One checkpoint of `mp_rank_*` folders, with the tensors of all ranks assembled.
 
     Attributes:
         folder: The folder of the iteration.
@@ -95,7 +95,7 @@ class LegacyCheckpoint:
         }
 
     def _files(self) -> dict[tuple[int, int], Path]:
-        """Returns (tensor rank, pipeline rank) -> file, and makes sure that none is missing."""
+        """Returns (tensor rank, pipeline rank) -> file, and checks that none is missing."""
         found = {}
         for path in self.folder.glob("mp_rank_*"):
             match = _RANK.fullmatch(path.name)
@@ -156,7 +156,7 @@ class LegacyCheckpoint:
         return tuple(shape)
 
     def load(self, name: str, index: int | tuple[int, ...] | None = None) -> torch.Tensor:
-        """Loads one tensor, put together from the shards of all tensor-parallel ranks.
+        """Loads one tensor, assembled from the shards of all tensor-parallel ranks.
 
         Args:
             name: A key of `tensors`.
@@ -178,7 +178,7 @@ class LegacyCheckpoint:
                 )
             whole = shards[0]
         elif getattr(self.args, "swiglu", False) and "linear_fc1." in name:
-            # Every rank has its part of the gate, then its part of the up projection.
+            # Every rank has its part of the gate followed by its part of the up projection.
             halves = zip(*(shard.chunk(2) for shard in shards), strict=True)
             whole = torch.cat([part for half in halves for part in half])
         else:

@@ -1,4 +1,4 @@
-"""Dense Llama, layer by layer: Megatron names <-> Hugging Face names.
+"""Converts a dense Llama layer by layer: Megatron names <-> Hugging Face names.
 
 For callers that hold one layer's tensors. Names and layouts are those of
 `megatron_dwm.conversion.families`; the layer functions take the shape of any family.
@@ -33,11 +33,11 @@ _ANY = ModelShape(1, 1, 1, 1, 1, 1, 1, 1, 1.0, 1.0)
 # Names outside the layers: Megatron -> Hugging Face. `output_layer` is absent when tied.
 MODEL_NAMES = {rule.megatron: rule.hf[0] for rule in FAMILIES["llama"].rules(_ANY, 0)}
 
-# Names inside a layer (Megatron's local spec): one Megatron tensor is one or more of
-# Hugging Face, in the order in which `linear_qkv` and `linear_fc1` are taken apart.
+# Names inside a layer (Megatron's local spec): one Megatron tensor is one or more Hugging Face
+# tensors, in the order in which `linear_qkv` and `linear_fc1` are split.
 LAYER_NAMES = {rule.megatron: rule.hf for rule in FAMILIES["llama"].layer_rules(_ANY)}
 
-# Transformer Engine fuses a norm into the linear layer behind it, and Megatron writes its
+# Transformer Engine fuses a norm into the following linear layer, and Megatron writes its
 # checkpoints under these names for both specs: fused name -> local name.
 FUSED_NORM_NAMES = {
     f"{linear}.layer_norm_{part}": f"{norm}.{part}"

@@ -1,4 +1,4 @@
-"""Output folders of the subcommands: never half-written, never replaced unasked."""
+"""Output folders of the subcommands: never half-written, never replaced without being asked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_dwm.errors import ConversionError
 
 
 def check_output(out: Path, flag: str, force: bool, foreign: Callable[[Path], str | None]) -> None:
-    """Refuses to overwrite what is not asked for, or what the command did not write.
+    """Refuses to overwrite without permission, or what the command did not write.
 
     Args:
         out: The folder to write.

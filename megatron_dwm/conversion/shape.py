@@ -16,22 +16,22 @@ class ModelShape:
     Attributes:
         num_layers: Transformer layers.
         hidden_size: h.
-        ffn_hidden_size: f, the width of gate and up each (of every expert).
+        ffn_hidden_size: f, the width of the gate and of the up projection (per expert).
         num_attention_heads: n.
         num_query_groups: g, equal to n without grouped-query attention.
         kv_channels: d, the head dimension.
         vocab_size: V, without padding once it is known.
         max_position_embeddings: Longest sequence that the model declares.
         layernorm_epsilon: Epsilon of every norm.
-        rotary_base: RoPE base (theta); without meaning where positions are learned.
+        rotary_base: RoPE base (theta); meaningless if positions are learned.
         rope_scaling: None, or Hugging Face's description of it (`rope_type`, `factor`, ...).
         tied: Whether the output layer is the embedding.
         family: A key of `megatron_dwm.conversion.families.FAMILIES`.
         activation: `silu`, `gelu` or `gelu_new` (its tanh approximation).
-        num_experts: Experts of a layer; 0 in dense models.
-        router_topk: Experts that a token is sent to.
+        num_experts: Experts per layer; 0 in dense models.
+        router_topk: Experts per token.
         router_aux_loss: Coefficient of the load-balancing loss.
-        attention_dropout: Dropout of the attention's weights.
+        attention_dropout: Dropout of the attention weights.
         hidden_dropout: Dropout of embedding and residual branches (GPT-2).
     """
 

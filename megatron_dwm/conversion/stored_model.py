@@ -1,7 +1,7 @@
-"""Where a model's tensors lie in a checkpoint, whichever way the trainer stored them.
+"""Finds a model's tensors in a checkpoint, whichever way the trainer stored them.
 
-Layers are stacked under one name, or have names of their own; the same holds for experts. With
-`singleton_local_shards`, Megatron also stores gate and up projection apart.
+Layers are stacked under one name, or have separate names; the same holds for experts. With
+`singleton_local_shards`, Megatron also stores gate and up projection separately.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from megatron_dwm.errors import ConversionError
 
 _LAYERS = "decoder.layers."
 _EXPERTS = "mlp.experts.experts."
-# Endings of gate and up where they are stored apart.
+# Endings of gate and up if they are stored separately.
 _HALVES = ("_w", "_v")
 
 
 class Checkpoint(Protocol):
-    """What is needed of an opened checkpoint."""
+    """What is needed from an opened checkpoint."""
 
     folder: Path
 
@@ -63,14 +63,14 @@ class StoredModel:
         self.shape = shape
         self.family = FAMILIES[shape.family]
         self.rules = self.family.rules(shape)
-        # Name of the rule -> places; several hold copies of one tensor.
+        # Name of the rule -> places; several places hold copies of one tensor.
         self._places: dict[str, list[_Place]] = {}
         for key, info in checkpoint.tensors.items():
             for name, place in self._entries(key, info.shape):
                 self._places.setdefault(name, []).append(place)
 
     def _entries(self, key: str, size: tuple[int, ...]) -> list[tuple[str, _Place]]:
-        """Returns what a stored tensor holds: rule names and places."""
+        """Returns the contents of a stored tensor: rule names and places."""
         if not key.startswith(_LAYERS):
             return [(key, _Place(key, (), size))]
         rest = key.removeprefix(_LAYERS)
@@ -95,7 +95,7 @@ class StoredModel:
     def _experts(
         self, name: str, size: tuple[int, ...]
     ) -> list[tuple[tuple[int, ...], str, tuple[int, ...]]]:
-        """Takes a stack of experts apart: index in the stack, name in the layer, shape."""
+        """Splits a stack of experts: index in the stack, name in the layer, shape."""
         inner = name.removeprefix(_EXPERTS)
         stacked = name.startswith(_EXPERTS) and not re.match(r"\d+\.", inner)
         if not stacked or size[:1] != (self.shape.num_experts,):
@@ -135,7 +135,7 @@ class StoredModel:
             )
 
     def _contradictions(self) -> list[str]:
-        """Returns the names that several tensors claim with different contents."""
+        """Returns the names that several tensors hold with different contents."""
         issues = []
         for name, places in self._places.items():
             first, *others = places

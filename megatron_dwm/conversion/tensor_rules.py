@@ -1,4 +1,4 @@
-"""One rule for each Megatron tensor: its shape, and the Hugging Face tensors that it holds.
+"""One rule per Megatron tensor: its shape, and the Hugging Face tensors that it holds.
 
 Export and import both follow the rules, so that they cannot disagree.
 """
@@ -14,15 +14,15 @@ from megatron_dwm.conversion.layouts import SAME, Transform
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What one Megatron tensor is on the other side.
+    """One Megatron tensor and its counterparts on the other side.
 
     Attributes:
         megatron: Megatron's name, as its local layers spell it.
         hf: Names of the Hugging Face tensors that it holds, in the transform's order.
         shape: Megatron's shape, unsharded.
         transform: The change of layout.
-        kind: `norm` (a weight that may be stored as an offset from one), `vocab` (rows behind the
-            true vocabulary are padding), or nothing.
+        kind: `norm` (a weight that may be stored as an offset from one), `vocab` (rows after the
+            true vocabulary are padding), or empty.
     """
 
     megatron: str
@@ -37,7 +37,7 @@ class Rule:
         return {name: tuple(part.shape) for name, part in zip(self.hf, parts, strict=True)}
 
     def to_hf(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Converts Megatron's tensor; views of it where the layout allows."""
+        """Converts Megatron's tensor, into views if the layout allows."""
         return dict(zip(self.hf, self.transform.to_hf(tensor), strict=True))
 
     def to_megatron(self, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""Carries the tokenizer of a run into a Hugging Face folder.
+"""Exports the tokenizer of a run into a Hugging Face folder.
 
 A SentencePiece model is written as `tokenizer.model` and, rebuilt from its own pieces and
-normaliser, as `tokenizer.json`. The rebuilt tokenizer is compared with SentencePiece on probe
-texts before it is written, because a tokenizer that differs spoils a model silently.
+normaliser, as `tokenizer.json`. The rebuilt tokenizer is compared with SentencePiece on probe texts
+before it is written, because a differing tokenizer silently ruins a model.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ TOKENIZER_FILES = (
     "vocab.txt",
 )
 
-# The same for tokenizers of one family, and of versions of transformers.
+# The same for tokenizers of particular families and versions of transformers.
 _MORE_FILES = re.compile(r"tokenizer\..+\.json|tekken\.json|.+\.tiktoken|.+\.model(\.v\d+)?")
-# Where further chat templates lie, one file each.
+# The folder with further chat templates, one file each.
 _TEMPLATES = "additional_chat_templates"
 
 # Texts that tell tokenizers apart: spaces and line breaks in odd places, digits, cases,
@@ -60,13 +60,13 @@ PROBES = (
 
 @dataclasses.dataclass
 class Tokenizer:
-    """What the exported model's configuration needs to know of its tokenizer.
+    """What the exported model's configuration needs to know about its tokenizer.
 
     Attributes:
         write: Writes the tokenizer's files into a folder; returns a warning or None.
         vocab_size: Rows that its ids need, the largest id + 1, with the special tokens of the
             run; None when there is no tokenizer.
-        tokens: Number of tokens, which is less where ids have gaps.
+        tokens: Number of tokens, which is smaller if ids have gaps.
         ids: `bos_token_id`, `eos_token_id` and `pad_token_id`, as far as they exist.
         note: A line for the user, or None.
     """
@@ -94,7 +94,7 @@ def largest_id(folder: Path, kind: str) -> int:
         kind: Megatron's `--tokenizer-type`, HuggingFaceTokenizer or SentencePieceTokenizer.
 
     Raises:
-        Exception: Whatever the tokenizer's library raises where it cannot load it.
+        Exception: Whatever the tokenizer's library raises if it cannot load it.
     """
     if kind == "SentencePieceTokenizer":
         import sentencepiece
@@ -115,10 +115,10 @@ def find_tokenizer(args: Any, flag: str | None) -> Tokenizer:
     Args:
         args: The checkpoint's arguments (`tokenizer_type`, `tokenizer_model`).
         flag: The value of --tokenizer-model: a SentencePiece model, a Hugging Face folder,
-            `none` to export without one, or None to take what the checkpoint names.
+            `none` to export without one, or None to use the one that the checkpoint names.
 
     Returns:
-        The tokenizer; an empty one with a note where the run had none.
+        The tokenizer; an empty one with a note if the run had none.
 
     Raises:
         ConversionError: The tokenizer is not where the checkpoint or the flag says.
@@ -138,7 +138,7 @@ def find_tokenizer(args: Any, flag: str | None) -> Tokenizer:
             f"The run's --tokenizer-type {kind} names no file that could be carried. {remedy}"
         )
     path = Path(named)
-    # --tokenizer-special-tokens, which Megatron adds to the tokenizer that it has read.
+    # --tokenizer-special-tokens, which Megatron adds to the loaded tokenizer.
     added = list(dict.fromkeys(getattr(args, "special_tokens", None) or ()))
     if path.is_dir():
         return _hugging_face(path, origin, added)
@@ -181,7 +181,7 @@ def _hugging_face(folder: Path, origin: str, added: list[str]) -> Tokenizer:
 
 
 def _note_of(new: list[str]) -> str | None:
-    """Returns a note of tokens that the run has added to its tokenizer."""
+    """Returns a note about tokens that the run has added to its tokenizer."""
     if not new:
         return None
     return (
@@ -197,7 +197,9 @@ def _sentencepiece(path: Path, origin: str, remedy: str, added: list[str]) -> To
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
-        raise ConversionError(f"{origin} is no SentencePiece model ({error}). {remedy}") from error
+        raise ConversionError(
+            f"{origin} is not a SentencePiece model ({error}). {remedy}"
+        ) from error
     found = {"bos": processor.bos_id(), "eos": processor.eos_id(), "pad": processor.pad_id()}
     ids = {f"{name}_token_id": value for name, value in found.items() if value >= 0}
 
@@ -226,7 +228,7 @@ def _sentencepiece(path: Path, origin: str, remedy: str, added: list[str]) -> To
             for name, value in {**found, "unk": processor.unk_id()}.items()
             if value >= 0
         }
-        # The neutral class takes tokenizer.json as it is; LlamaTokenizer would rebuild the
+        # The generic class uses tokenizer.json as it is; LlamaTokenizer would rebuild the
         # normaliser by its own rules, which differ for Unigram models and leading spaces.
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -249,10 +251,10 @@ def rebuild(processor: Any) -> Any:
         processor: A `sentencepiece.SentencePieceProcessor`.
 
     Returns:
-        The tokenizer, which adds no special token of its own.
+        The tokenizer, which adds no special tokens.
 
     Raises:
-        ConversionError: The model is of a kind that `tokenizers` does not have.
+        ConversionError: `tokenizers` does not support this kind of model.
     """
     from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as FastTokenizer
@@ -270,7 +272,7 @@ def rebuild(processor: Any) -> Any:
             unk_token=pieces[unk].piece,
             fuse_unk=True,
             byte_fallback=spec.byte_fallback,
-            # A user-defined symbol is a piece that no merge leads to.
+            # A user-defined symbol is a piece that no merge produces.
             ignore_merges=bool(symbols),
         )
     elif spec.model_type == spec.UNIGRAM:
@@ -308,8 +310,8 @@ def rebuild(processor: Any) -> Any:
             if piece.type in (kinds.CONTROL, kinds.UNKNOWN)
         ]
     )
-    # Text is cut at user-defined symbols after it was normalised as a whole. Added tokens would
-    # cut before, and every part would get a dummy prefix of its own.
+    # Text is split at user-defined symbols after it was normalised as a whole. Added tokens would
+    # split earlier, and every part would get its own dummy prefix.
     if symbols:
         longest_first = sorted(symbols, key=len, reverse=True)
         pattern = Regex("|".join(re.escape(symbol) for symbol in longest_first))
@@ -332,7 +334,7 @@ def _proto(processor: Any) -> Any:
 
 
 def _merges(pieces: Any) -> list[tuple[str, str]]:
-    """Returns the merges of a BPE model, best first: every way to make a piece from two."""
+    """Returns the merges of a BPE model, best first: every way to form a piece from two."""
     normal = {piece.piece: piece.score for piece in pieces if piece.type == piece.NORMAL}
     merges = [
         (-score, text[:cut], text[cut:])

@@ -1,9 +1,9 @@
 """Writes a model as one of Megatron's `torch_dist` checkpoints, tensor by tensor.
 
-One process, no process group, no GPU. Tensors are asked for when their turn comes, so that one
-layer is in memory and never the model. What is written is what the trainer's own save writes for
-the model: layers (and experts) stacked under one name, in chunks of one; the objects that layers
-keep beside their weights, empty; and the arguments.
+It runs in one process, without a process group or GPU. Tensors are requested one at a time, so that
+only one layer is in memory, never the model. It writes what the trainer's own save writes for the
+model: layers (and experts) stacked under one name, in chunks of one; the objects that layers keep
+beside their weights, empty; and the arguments.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"(mlp\.experts\.experts\.)(\d+)\.(.+)")
 _FUSED = {local: fused for fused, local in FUSED_NORM_NAMES.items()}
 
-# Modules that keep a state of their own beside the weights (FP8 scales, as a rule): both of
-# Megatron's layer implementations, which look for it when they load. Nothing is what they keep
-# without FP8.
+# Modules that keep extra state beside the weights (usually FP8 scales), in either of Megatron's
+# layer implementations, which look for it when they load. Without FP8 it is empty.
 _STATEFUL = (
     "self_attention.core_attention",
     "self_attention.linear_qkv",
@@ -62,10 +61,10 @@ class Chunk:
 
 
 def chunks(rule: Rule, shape: ModelShape) -> Iterator[Chunk]:
-    """Yields where the trainer looks for the tensor of a rule.
+    """Yields the places where the trainer looks for the tensor of a rule.
 
-    In a mixture of experts, the norm before the MLP has two names: Megatron's own layers look for
-    it under that of fused norms, Transformer Engine's under its own. It is written under both.
+    In a mixture of experts, the norm before the MLP has two names: Megatron's own layers use that
+    of fused norms, Transformer Engine's use its own. It is written under both.
     """
     match = _LAYER.fullmatch(rule.megatron)
     if match is None:
@@ -122,13 +121,13 @@ def write_checkpoint(
     """Writes a checkpoint that the trainer loads without an optimizer.
 
     Args:
-        folder: Folder of the checkpoint, made if need be (`OUT/release`).
+        folder: Folder of the checkpoint, created if needed (`OUT/release`).
         shape: The model's shape, with the padded vocabulary.
         rules: The model's rules for that shape.
-        args: The arguments that the checkpoint carries.
+        args: The arguments to store in the checkpoint.
         dtype: Dtype of all tensors.
         load: Called once for each stored piece, just before it is written; returns a tensor of
-            the rule's shape with a storage of its own.
+            the rule's shape with its own storage.
 
     Raises:
         ConversionError: What `load` raises.
@@ -140,7 +139,7 @@ def write_checkpoint(
     plan = _Planner(pieces, objects, dtype, load)
     folder.mkdir(parents=True, exist_ok=True)
     writer = FileSystemWriter(folder, single_file_per_rank=True, thread_count=1)
-    # What `torch.distributed.checkpoint.save` does, without its way of wrapping errors.
+    # Same as `torch.distributed.checkpoint.save`, but without wrapping errors.
     plan.set_up_planner({}, is_coordinator=True)
     writer.set_up_storage_writer(is_coordinator=True)
     local = writer.prepare_local_plan(plan.create_local_plan())
@@ -152,7 +151,7 @@ def write_checkpoint(
 
 
 class _Planner(DefaultSavePlanner):
-    """Plans all pieces from their shapes, and fetches each when it is to be written."""
+    """Plans all pieces from their shapes, and fetches each when it is written."""
 
     def __init__(
         self,

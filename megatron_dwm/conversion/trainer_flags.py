@@ -1,14 +1,14 @@
-"""The flags that make the stock trainer build a model, from the arguments that a family writes."""
+"""The flags with which the stock trainer builds a model, from a family's arguments."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-# Where an import keeps the flags that it printed, one on each line, quoted for a shell.
+# The file in which an import keeps the flags that it printed, one per line, quoted for a shell.
 FLAGS_FILE = "trainer_flags.txt"
 
-# Argument -> flag that is given when the argument is true.
+# Argument -> flag that is given if the argument is true.
 _WHEN_TRUE = {
     "group_query_attention": "--group-query-attention",
     "swiglu": "--swiglu",
@@ -17,7 +17,7 @@ _WHEN_TRUE = {
     "use_rope_scaling": "--use-rope-scaling",
     "untie_embeddings_and_output_weights": "--untie-embeddings-and-output-weights",
 }
-# Argument -> flag that is given when the argument is false.
+# Argument -> flag that is given if the argument is false.
 _WHEN_FALSE = {
     "add_bias_linear": "--disable-bias-linear",
     "bias_gelu_fusion": "--no-bias-gelu-fusion",
@@ -44,7 +44,7 @@ _VALUES = {
     "moe_router_load_balancing_type": "--moe-router-load-balancing-type",
     "moe_aux_loss_coeff": "--moe-aux-loss-coeff",
     "make_vocab_size_divisible_by": "--make-vocab-size-divisible-by",
-    # Megatron's own padding follows from the tokenizer's size, which need not be the model's.
+    # Megatron's own padding is based on the tokenizer's size, which may differ from the model's.
     "padded_vocab_size": "--padded-vocab-size",
     "tokenizer_type": "--tokenizer-type",
     "tokenizer_model": "--tokenizer-model",
@@ -55,10 +55,10 @@ def trainer_flags(args: Mapping[str, Any]) -> list[list[str]]:
     """Returns the flags that build a model, each with its value.
 
     Args:
-        args: Arguments as `Family.to_args` gives them, with those of the tokenizer.
+        args: Arguments as returned by `Family.to_args`, with those of the tokenizer.
 
     Returns:
-        Lists of one or two words, such as `["--num-layers", "30"]`.
+        Lists of one or two strings, such as `["--num-layers", "30"]`.
     """
     flags = []
     for name, flag in _VALUES.items():
@@ -68,7 +68,7 @@ def trainer_flags(args: Mapping[str, Any]) -> list[list[str]]:
             flags.append(["--num-query-groups", _word(args["num_query_groups"])])
     flags += [[flag] for name, flag in _WHEN_TRUE.items() if args.get(name)]
     flags += [[flag] for name, flag in _WHEN_FALSE.items() if args.get(name) is False]
-    # Without a tokenizer's files, the vocabulary is what this flag says.
+    # Without tokenizer files, this flag gives the vocabulary.
     if args.get("tokenizer_type") == "NullTokenizer":
         flags.append(["--vocab-size", _word(args["vocab_size"])])
     return flags

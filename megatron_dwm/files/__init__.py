@@ -1,1 +1,1 @@
-"""Files of others, read with care; folders, replaced whole."""
+"""Careful reading of others' files, and atomic replacement of folders."""

@@ -1,7 +1,8 @@
-"""What a file is by its first bytes, and its decompressed content up to the very end.
+"""Detects a file's format from its first bytes, and decompresses it to the very end.
 
-The decompressors of gzip, bz2, lzma and zstandard say when a stream is complete; a file whose last
-stream is not, or where something else follows, is refused and never taken for a shorter one.
+The decompressors of gzip, bz2, lzma and zstandard report when a stream is complete. A file whose
+last stream is incomplete, or is followed by something else, is refused and never treated as a
+shorter file.
 """
 
 import bz2
@@ -12,20 +13,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-# Bytes at the beginning and the end that tell a format.
+# Bytes at the beginning and the end that identify a format.
 HEAD_BYTES = 512
 TAIL_BYTES = 4
-# Handed to a decompressor at once. The formats shrink a byte by up to 40,000 times.
+# Bytes passed to a decompressor at once. The formats compress by a factor of up to 40,000.
 _SLICE_BYTES = 1 << 10
 _HEADER_BYTES = 18
 
 
 class FileFormatError(OSError):
-    """A format that cannot be read, and the way out; the text does not name the file."""
+    """A format that cannot be read, and what to do; the text does not name the file."""
 
 
 class DamagedFileError(OSError):
-    """How a compressed file is damaged or cut; the text does not name the file."""
+    """How a compressed file is damaged or truncated; the text does not name the file."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,10 @@ class Codec:
     """A compression.
 
     Attributes:
-        name: What messages call it.
-        suffix: Ending of a file's name that promises it.
+        name: Its name in messages.
+        suffix: File name ending that indicates it.
         new: Returns a decompressor of one stream, with `decompress`, `eof` and `unused_data`.
-        padded: Whether zero bytes may follow a stream, as on tapes.
+        padded: Whether zero bytes may follow a stream, as on tape.
     """
 
     name: str
@@ -65,7 +66,7 @@ _BY_SUFFIX = {codec.suffix: codec for codec in (_GZIP, _BZIP2, _XZ, _ZSTD)}
 _UNPACK = "unpack it and give the files in it"
 _DECOMPRESS = "decompress it first, or compress it with gzip, bzip2, xz or zstd"
 _CONVERT = "write its rows as JSON Lines"
-# Beginnings that no text has: what it is, and the way out.
+# First bytes that no text has: what the format is, and what to do.
 _FOREIGN = (
     (b"PK\x03\x04", "a zip archive", _UNPACK),
     (b"PK\x05\x06", "an empty zip archive", _UNPACK),
@@ -97,7 +98,7 @@ def codec_of(head: bytes) -> Codec | None:
     if head.startswith((b"\xfd7zXZ\x00", b"\x5d\x00\x00")):
         return _XZ
     if head.startswith(b"\x28\xb5\x2f\xfd") or (
-        # A frame to be skipped, as some writers put before the first one.
+        # A skippable frame, which some writers put before the first one.
         head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50
     ):
         return _ZSTD
@@ -105,14 +106,14 @@ def codec_of(head: bytes) -> Codec | None:
 
 
 def refuse_foreign(head: bytes, tail: bytes = b"") -> None:
-    """Refuses formats that neither the decompressors nor the readers of text can read.
+    """Refuses formats that neither the decompressors nor the text readers can read.
 
     Args:
         head: The first bytes of a content.
-        tail: Its last bytes, where they are at hand.
+        tail: Its last bytes, if available.
 
     Raises:
-        FileFormatError: Names the format and the way out.
+        FileFormatError: Names the format and what to do.
     """
     found = [(what, remedy) for magic, what, remedy in _FOREIGN if head.startswith(magic)]
     # These begin with letters, as a text might.
@@ -128,15 +129,15 @@ def refuse_foreign(head: bytes, tail: bytes = b"") -> None:
 
 
 def decompressed(raw: BinaryIO, suffix: str) -> tuple[BinaryIO, Codec | None]:
-    """Returns a file's content and its compression, which its first bytes tell.
+    """Returns a file's content and its compression, detected from its first bytes.
 
     Args:
         raw: The file, open at its beginning.
         suffix: The last ending of its name, in lower case.
 
     Raises:
-        FileFormatError: The name promises a compression that the content is not, or the content
-            is of a format that cannot be read.
+        FileFormatError: The name indicates a compression that the content does not have, or the
+            content has a format that cannot be read.
     """
     head = raw.read(HEAD_BYTES)
     raw.seek(max(0, raw.seek(0, io.SEEK_END) - TAIL_BYTES))
@@ -151,7 +152,7 @@ def decompressed(raw: BinaryIO, suffix: str) -> tuple[BinaryIO, Codec | None]:
         found = "begins otherwise" if head else "is empty"
         raise FileFormatError(
             f"damaged or truncated: by its name it is {promised.name}, but it {found}. Fetch or "
-            f"compress it again, or take {promised.suffix} off its name if it is not compressed"
+            f"compress it again, or remove {promised.suffix} from its name if it is not compressed"
         )
     return raw, None
 
@@ -164,7 +165,7 @@ class _Decompressed(io.RawIOBase):
         self._codec = codec
         self._stream: Any = None
         self._streams = 0
-        # First bytes of the present stream, bytes behind the last one, and decompressed bytes.
+        # First bytes of the current stream, bytes after the last one, and decompressed bytes.
         self._header = b""
         self._behind = b""
         self._ready = memoryview(b"")
@@ -182,7 +183,7 @@ class _Decompressed(io.RawIOBase):
         return count
 
     def _step(self) -> bool:
-        """Decompresses a slice; returns False behind the last stream."""
+        """Decompresses a slice; returns False after the last stream."""
         data = self._behind or self._raw.read(_SLICE_BYTES)
         self._behind = b""
         if self._stream is None:
@@ -200,7 +201,7 @@ class _Decompressed(io.RawIOBase):
             self._ready = memoryview(self._stream.decompress(data))
         except MemoryError:
             raise
-        except Exception as error:  # each library has a class of its own
+        except Exception as error:  # each library has its own class
             raise self._fault(error) from error
         if self._stream.eof:
             self._behind, self._stream = self._stream.unused_data, None

@@ -1,9 +1,8 @@
-"""Replaces a folder so that a whole one is there at any instant.
+"""Replaces a folder so that a whole one exists at every moment.
 
-The new folder is written beside the old one, under a name that nobody takes for a snapshot, and
-exchanged with it in one step of the file system. Where that step is not available (some network
-file systems), the old folder is moved aside first; `mend` puts back what a kill in between has
-left.
+The new folder is written beside the old one, under a name that does not look like a snapshot, and
+swapped with it in one file system operation. Where that operation is not available (some network
+file systems), the old folder is moved aside first; `mend` restores it after a kill in between.
 """
 
 from __future__ import annotations
@@ -18,18 +17,18 @@ import shutil
 # Written last: a snapshot with it is whole.
 MARKER = "metadata.json"
 
-# Of renameat2(2), which neither Python nor a library that is at hand wraps.
+# Constants of renameat2(2), which neither Python nor an installed library wraps.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _NOT_AVAILABLE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV)
 
 
 def beside(folder: str) -> str:
-    """Returns where the new folder is written."""
+    """Returns the path where the new folder is written."""
     return _named(folder, "new")
 
 
 def swap_in(folder: str) -> None:
-    """Puts the finished folder `beside(folder)` in its place, and removes what was there."""
+    """Moves the finished folder `beside(folder)` into place, and removes the old one."""
     new, old = beside(folder), _named(folder, "old")
     shutil.rmtree(old, ignore_errors=True)
     if not os.path.lexists(folder):
@@ -44,9 +43,9 @@ def swap_in(folder: str) -> None:
 
 
 def mend(parent: str | os.PathLike) -> None:
-    """Puts a snapshot back that a kill amid an exchange in two steps has left beside its place.
+    """Restores a snapshot that a kill during a two-step swap has left beside its place.
 
-    May be called on all ranks at once, and on a file system that cannot be written.
+    It may be called on all ranks at once, and on a read-only file system.
 
     Args:
         parent: folder of the snapshots.
@@ -66,7 +65,7 @@ def _named(folder: str, ending: str) -> str:
 
 
 def _exchange(one: str, other: str) -> bool:
-    """Exchanges two folders in one step; returns whether the file system can."""
+    """Swaps two folders in one operation; returns whether the file system supports it."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False

@@ -1,7 +1,7 @@
-"""JSON that someone else wrote: read and checked for its type before anything is taken out of it.
+"""Reads JSON from others, and checks its types before it is used.
 
-Python's own reader raises three kinds of errors on bad JSON, of which two do not say so: a
-`ValueError` on integers of more than 4,300 digits, and a `RecursionError` on deep nesting.
+Python's own reader raises three kinds of errors for bad JSON, two of which are not JSON errors: a
+`ValueError` for integers of more than 4,300 digits, and a `RecursionError` for deep nesting.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import os
 from typing import Any
 
-# Characters of a value that a message shows.
+# Maximum characters of a value in a message.
 _SHOWN = 60
 
 
@@ -26,7 +26,7 @@ def parse_json(text: str | bytes) -> Any:
         text: The text; bytes are UTF-8.
 
     Raises:
-        JsonError: It is no JSON, or none that can be held.
+        JsonError: It is not JSON, or not representable.
     """
     try:
         return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
@@ -44,11 +44,11 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     """Parses a JSON text that must be an object.
 
     Raises:
-        JsonError: It is no JSON, or no object.
+        JsonError: It is not JSON, or not an object.
     """
     value = parse_json(text)
     if not isinstance(value, dict):
-        raise JsonError(f"no JSON object, but a {json_type(value)}")
+        raise JsonError(f"not a JSON object, but a {json_type(value)}")
     return value
 
 
@@ -56,7 +56,7 @@ def read_object(path: str | os.PathLike) -> dict[str, Any]:
     """Reads a file that holds one JSON object.
 
     Raises:
-        JsonError: It holds no JSON, or no object.
+        JsonError: It does not hold JSON, or not an object.
         OSError: It cannot be read.
     """
     with open(path, "rb") as file:
@@ -64,7 +64,7 @@ def read_object(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def repeated_keys(text: str) -> set[str]:
-    """Returns the keys that an object has twice; all readers of JSON take the last.
+    """Returns the keys that an object has twice; JSON readers use the last one.
 
     Args:
         text: A JSON object that parses.
@@ -75,17 +75,17 @@ def repeated_keys(text: str) -> set[str]:
         objects.append([name for name, _ in pairs])
 
     json.loads(text, object_pairs_hook=keep)
-    # The outermost object ends last.
+    # The outermost object is completed last.
     return {name for name in objects[-1] if objects[-1].count(name) > 1}
 
 
 def json_type(value: object) -> str:
-    """Returns the name of a parsed value's type, as messages say it."""
+    """Returns the name of a parsed value's type, for messages."""
     return "null" if value is None else type(value).__name__
 
 
 def shown(value: object) -> str:
-    """Returns the beginning of a value, for a message of one line."""
+    """Returns the beginning of a value, for a one-line message."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):

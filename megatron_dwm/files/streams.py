@@ -1,4 +1,4 @@
-"""Standard output for a result alone, with libraries that print there."""
+"""Keeps standard output for a result, although libraries print there."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def output_to_stderr() -> Iterator[None]:
-    """Within it, what is printed goes to standard error.
+    """A context in which everything printed goes to standard error.
 
-    The file descriptor is moved as well: log handlers keep the stream that they began with.
+    The file descriptor is redirected as well, because log handlers keep their original stream.
     """
     try:
         output, error = sys.__stdout__.fileno(), sys.__stderr__.fileno()  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Text inputs: JSON Lines or plain text, compressed or not."""
+"""Reads text inputs: JSON Lines or plain text, compressed or not."""
 
 import glob
 import os
@@ -24,8 +24,8 @@ COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 def expand_inputs(patterns: Sequence[str], flag: str = "--input") -> list[Path]:
     """Expands file names and glob patterns.
 
-    A file that is named again, by another spelling or by a link as well, is taken once; a line on
-    standard error says so.
+    A file that is named twice, even with another spelling or through a link, is read once; a line
+    on standard error says so.
 
     Args:
         patterns: File names or glob patterns, taken in the order given.
@@ -39,7 +39,7 @@ def expand_inputs(patterns: Sequence[str], flag: str = "--input") -> list[Path]:
     """
     files: dict[tuple[int, int], Path] = {}
     for pattern in patterns:
-        # A file may carry glob characters in its name, so try the name itself first.
+        # A file name may contain glob characters, so try the name itself first.
         names = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         if not names:
             raise InputError(f"{flag} {pattern}: no such file. Check the path or the pattern.")
@@ -58,8 +58,8 @@ def input_format(path: Path, override: str = "auto") -> str:
     """Tells JSON Lines from plain text by the file's name.
 
     Args:
-        path: File name; a compression suffix is looked through.
-        override: `jsonl` or `text` to set the format, `auto` to go by the name.
+        path: File name; a compression suffix is ignored.
+        override: `jsonl` or `text` to set the format, `auto` to decide by the name.
 
     Returns:
         `jsonl` or `text`.
@@ -89,12 +89,12 @@ class TextFile:
     Attributes:
         path: Its name.
         stream: Decompressed content.
-        compressed: Whether it is compressed, as its first bytes tell.
+        compressed: Whether it is compressed, according to its first bytes.
         size: Bytes of the file on disk.
     """
 
     def __init__(self, path: Path):
-        """Opens `path`; its first bytes tell the compression, whatever its name says.
+        """Opens `path`; its first bytes determine the compression, whatever its name.
 
         Raises:
             InputError: The file cannot be opened, or it is of a format that cannot be read.
@@ -141,7 +141,7 @@ def parse_record(line: bytes, path: Path | str, line_number: int) -> dict | None
     if not line.strip():
         return None
     try:
-        # utf-8-sig: editors on Windows put a byte order mark in front of the first line.
+        # utf-8-sig: Windows editors put a byte order mark before the first line.
         record = parse_json(line.decode("utf-8-sig" if line_number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
         raise InputError(
@@ -161,7 +161,7 @@ def parse_record(line: bytes, path: Path | str, line_number: int) -> dict | None
 
 
 def record_text(record: dict, key: str, path: Path | str, line_number: int) -> list[str]:
-    """Takes the text under `key` out of a record.
+    """Returns the text under `key` of a record.
 
     Args:
         record: A parsed JSON object.
@@ -194,11 +194,11 @@ def record_text(record: dict, key: str, path: Path | str, line_number: int) -> l
 
 
 def read_blocks(file: TextFile, block_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """Cuts a file into blocks of whole lines.
+    """Splits a file into blocks of whole lines.
 
     Args:
         file: An open file.
-        block_bytes: Wanted size of a block in bytes; a longer line is a block of its own.
+        block_bytes: Target size of a block in bytes; a longer line becomes its own block.
 
     Yields:
         Number of the block's first line (from 1) and the block.
@@ -228,7 +228,7 @@ def read_blocks(file: TextFile, block_bytes: int) -> Iterator[tuple[int, bytes]]
 
 
 def _check_content(path: Path, head: bytes) -> None:
-    """Refuses what lies in a compressed file and is no text."""
+    """Refuses compressed files whose content is not text."""
     codec = codec_of(head)
     if codec is not None:
         raise InputError(f"{path}: compressed twice ({codec.name} inside); decompress it once.")
@@ -256,7 +256,7 @@ def read_texts(path: Path, key: str, override: str = "auto") -> Iterator[tuple[s
     """Reads the texts of one file, for uses where document bounds do not matter.
 
     Args:
-        path: JSON Lines file, or plain text file, which is cut into blocks of whole lines.
+        path: JSON Lines file, or plain text file, which is split into blocks of whole lines.
         key: Key of the text in JSON Lines.
         override: See `input_format`.
 

@@ -1,12 +1,12 @@
 """Arithmetic of a training step and of what weighting adds to it, pass by pass.
 
-Counted are the products of matrices, a multiplication and an addition each, as
-`torch.utils.flop_counter.FlopCounterMode` counts them, on one rank of a pipeline stage. With
+It counts matrix products, with a multiplication and an addition each, like
+`torch.utils.flop_counter.FlopCounterMode`, on one rank of a pipeline stage. With
 
     T    tokens of a micro-batch (on one context-parallel rank)
     L    sum over matrices of 2 T uses out in / ranks that split it
     A    sum over layers of 2 T s causal_share heads (d_query + d_value) / tensor-parallel ranks
-    F  = L + A, a micro-batch forward; R what the backward pass computes again
+    F  = L + A, a micro-batch forward; R what the backward pass recomputes
     m    micro-batches of a step, m' of a meta batch
 
 a backward pass costs 2 F: the gradients of inputs and of weights (or of both factors, in
@@ -15,17 +15,17 @@ attention). So, on a rank:
     stock step                  m (3 F + R)
     C  meta                     m' (3 F + R)        the trainer's schedule on the meta batch
     D  ghost, next              m (3 F + R - L + G) the same without weight gradients, plus G
-    D  ghost, current           m G                 read off the training pass
+    D  ghost, current           m G                 as part of the training pass
     D  finite_difference        2 m F (1 + 1/100)   forward only; the check of linearity repeats it
 
-    G = L, one product a matrix (`ghost.linear.linear_dot`), but
-        2 L of a matrix that is fused with its norm (`norm_column_linear`), and
-        2 L of a router, whose logits are computed again (`ghost.experts.router`)
+    G = L, one product per matrix (`ghost.linear.linear_dot`), but
+        2 L for a matrix that is fused with its norm (`norm_column_linear`), and 2 L for a router,
+        whose logits are recomputed (`ghost.experts.router`)
     E  head                     2 n k^2 in the regression's Gram matrix, on the last stage
-    A  model                    m F' a step, F' the weighting model's
-    E  model                    3 m F' an update, m F' for each pass over past samples
+    A  model                    m F' per step, F' the weighting model's
+    E  model                    3 m F' per update, m F' for each pass over past samples
 
-Left out is what is no product of matrices: softmax, norms, the optimizer, the Cholesky
+Everything that is not a matrix product is left out: softmax, norms, the optimizer, the Cholesky
 decomposition of a k x k matrix, k <= 1024 (`head.LIMIT`).
 """
 
@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from megatron_dwm.meta_gradient.finite_difference import LINEARITY_INTERVAL
 from megatron_dwm.planning.model import Layout, Matrix, Method, Model, Run, Stage
 
-# Ghost's products for a matrix, over its own forward product.
+# Ghost's products for a matrix, relative to its forward product.
 _TWICE = ("TELayerNormColumnParallelLinear", "TopKRouter")
 
 
@@ -68,7 +68,7 @@ class MicroBatch:
         return 3 * self.forward + self.again
 
     def influence(self, method: Method) -> float:
-        """Pass D, its check of linearity averaged."""
+        """Pass D, including its linearity check on average."""
         if method.estimator == "finite_difference":
             return 2 * self.forward * (1 + 1 / LINEARITY_INTERVAL)
         if method.lookahead == "current":
@@ -77,7 +77,7 @@ class MicroBatch:
 
 
 def of_matrix(matrix: Matrix, tokens: float, layout: Layout) -> float:
-    """Returns a forward product on one rank."""
+    """Returns the FLOPs of a forward product on one rank."""
     ways = layout.tp
     if matrix.split == "none":
         ways = layout.sequence_share
@@ -145,7 +145,7 @@ def _of_regression(run: Run) -> float:
 
 
 def lesson(run: Run, stage: int) -> float:
-    """Returns what a plain step adds where a head teaches the weighting model."""
+    """Returns what a plain step adds if a head teaches the weighting model."""
     weighting = run.weighting
     if weighting.dwm is None or not weighting.taught:
         return 0.0
@@ -154,15 +154,15 @@ def lesson(run: Run, stage: int) -> float:
 
 
 def in_stock_steps(run: Run, method: Method | None) -> float:
-    """Returns the time of a step over the stock step's, by arithmetic and idle pipeline stages.
+    """Returns a step's time relative to the stock step's, by arithmetic and idle pipeline stages.
 
-    A pass over m micro-batches takes as long as m + (p - 1) / v of them take on the slowest stage:
-    p stages of which each has v virtual ones are filled and emptied once (Narayanan et al., 2021,
-    arXiv 2104.04473, section 2.2). A small meta batch therefore costs more than its share.
+    A pass over m micro-batches takes as long as m + (p - 1) / v of them on the slowest stage: p
+    stages with v virtual ones each are filled and drained once (Narayanan et al., 2021, arXiv
+    2104.04473, section 2.2). A small meta batch therefore costs more than its share.
 
     Args:
-        run: what is planned.
-        method: of a meta step; None: a plain step.
+        run: the run to plan.
+        method: method of a meta step; None: a plain step.
     """
     layout = run.layout
     idle = (layout.pp - 1) / layout.vp
@@ -173,7 +173,7 @@ def in_stock_steps(run: Run, method: Method | None) -> float:
     weighting, extra = run.weighting, 0.0
     if weighting.dwm is not None:
         own = [micro_batch(weighting.dwm, stage, run) for stage in weighting.dwm.stages]
-        # One chunk a stage, whatever the language model has.
+        # One chunk per stage, whatever the language model has.
         filled = count + layout.pp - 1
         extra += filled * max(once.forward for once in own)
         of_update = filled * max(once.training for once in own)

@@ -1,32 +1,32 @@
-"""Bytes that weighting keeps on a rank beyond the stock trainer's, and of what.
+"""Bytes that weighting keeps on a rank beyond the stock trainer's, and what they are for.
 
-With P parameters of this rank, of p bytes, gradient buffers of g bytes, and S ranks that share the
-optimizer of a parameter (data parallel with the distributed optimizer, else 1):
+With P parameters on this rank, of p bytes, gradient buffers of g bytes, and S ranks that shard the
+optimizer of a parameter (data-parallel ranks with the distributed optimizer, else 1):
 
     ghost, current      v                           g P         while the training pass runs
     ghost, next         theta + the step's gradient p P + 4 P / S in pass C; p P in pass D
     finite_difference   the same in pass C; theta and theta+, 2 p P, in pass D
 
-    the step's gradient is kept where the optimizer's Jacobian needs it (`InnerStep.capture`): not
-    with `--dwm-jacobian identity`, nor for SGD without clipping
+    the step's gradient is kept if the optimizer's Jacobian needs it (`InnerStep.capture`): not with
+    `--dwm-jacobian identity`, nor for SGD without clipping
 
-(`step.influence_passes`; held by `tests/distributed/test_meta_gradient.py` on the tensors alive.)
-Beside them, for as long as one parameter or layer takes:
+(`step.influence_passes`; checked by `tests/distributed/test_meta_gradient.py` on live tensors.)
+In addition, while one parameter or layer is processed:
 
     ghost               a layer's product and its float32 copy, T min(out, in) (p + 8), and its v in
                         the passes' precision
-    finite_difference   two float32 copies of the largest parameter, and one of its v where gradient
+    finite_difference   two float32 copies of the largest parameter, and one of its v if gradient
                         buffers are in 16 bits (`finite_difference._move_back`)
 
 and always
 
     head                k^2 sums of the regression and its solution, 6 F numbers of the running
                         moments and the projection, in float64; the step's features, n F float32
-    model               p + g + (4 + 4 + 4) / S bytes a parameter of its own in bf16,
-                        4 + g + 8 / S in float32
+    model               p + g + (4 + 4 + 4) / S bytes per parameter of its own in bf16, 4 + g + 8 /
+                        S in float32
 
-Activations of the extra passes are no more than those of the trainer's own, which are gone by then
-(inputs of layers that pass D keeps for its hooks are those that a training pass keeps).
+Activations of the extra passes take no more memory than those of the trainer's own, which are freed
+by then (the layer inputs that pass D keeps for its hooks are those that a training pass keeps).
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ FLOAT64, FLOAT32 = 8, 4
 
 
 def kept(run: Run, stage: int, method: Method | None) -> dict[str, float]:
-    """Returns bytes on one rank of a stage, by what they are; where passes differ, the larger.
+    """Returns bytes on one rank of a stage, by purpose; if passes differ, the larger value.
 
     Args:
         run: what is planned.
         stage: pipeline rank.
-        method: of meta steps; None: no meta steps.
+        method: method of meta steps; None: no meta steps.
     """
     found: dict[str, float] = {}
     if method is not None:
@@ -80,7 +80,7 @@ def _of_meta_step(run: Run, stage: Stage, method: Method) -> dict[str, float]:
     copy = float(precision.parameter * parameters)
     found = {"theta": copy, "the step's gradient": gradient}
     if method.estimator == "finite_difference" and copy > gradient:
-        # Not at one time with the gradient, which is gone once v is there.
+        # Not at the same time as the gradient, which is freed once v is computed.
         found = {"theta": copy, "theta+": copy}
     return {**found, "work space": room}
 
@@ -105,7 +105,7 @@ def _work_space(run: Run, stage: Stage, method: Method) -> float:
             rows //= ways
         elif "row" in m.split:
             columns //= ways
-        # Of an expert: as many rows as tokens that it gets on average.
+        # An expert has as many rows as tokens that it gets on average.
         of_tokens = tokens * m.uses / m.copies if m.expert else tokens
         cast = p * rows * columns if p != run.precision.gradient else 0
         found.append(of_tokens * min(rows, columns) * (p + 2 * FLOAT32) + cast)

@@ -1,7 +1,7 @@
-"""What is planned: the matrices of a model, which pipeline stage has which, and the layout.
+"""The run to plan: a model's matrices, their pipeline stages, and the layout.
 
-Everything else follows from these: parameters, arithmetic, messages, memory. Names of layers are
-those of Megatron's classes, as the ghost estimator goes by them.
+Everything else follows from these: parameters, arithmetic, communication, memory. Layer names are
+those of Megatron's classes, because the ghost estimator uses them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Layout:
-    """Parallel sizes; `dp` is what is left of the ranks."""
+    """Parallel sizes; `dp` takes the remaining ranks."""
 
     tp: int = 1
     pp: int = 1
@@ -24,17 +24,17 @@ class Layout:
 
     @property
     def world(self) -> int:
-        """All ranks."""
+        """Number of all ranks."""
         return self.tp * self.pp * self.cp * self.dp
 
     @property
     def expert_dp(self) -> int:
-        """Ranks that hold the same experts."""
+        """Number of ranks that hold the same experts."""
         return self.tp * self.cp * self.dp // (self.ep * self.etp)
 
     @property
     def sequence_share(self) -> int:
-        """Ranks over which sequence parallelism spreads a sample's hidden states."""
+        """Number of ranks over which sequence parallelism splits a sample's hidden states."""
         return self.tp if self.sequence_parallel else 1
 
 
@@ -43,14 +43,14 @@ class Matrix:
     """A weight matrix, and how it is used.
 
     Attributes:
-        name: as the module is called within its layer.
+        name: name of the module within its layer.
         layer: class of the module.
-        rows: outputs, of the whole matrix.
+        rows: outputs of the whole matrix.
         columns: inputs.
-        split: over what: `column` and `row` over tensor parallelism, `expert column` and `expert
-            row` over expert parallelism and the experts' tensor parallelism, `none`.
-        copies: experts.
-        uses: times that a token goes through one of the copies.
+        split: how it is split: `column` and `row` over tensor-parallel ranks, `expert column` and
+            `expert row` over expert-parallel ranks and the experts' tensor-parallel ranks, `none`.
+        copies: number of experts.
+        uses: number of times that a token goes through one of the copies.
         bias: whether it has one.
         gathered: whether its output, split by columns, is gathered at once (latent attention).
     """
@@ -67,7 +67,7 @@ class Matrix:
 
     @property
     def expert(self) -> bool:
-        """Whether it belongs to routed experts."""
+        """Whether the matrix belongs to routed experts."""
         return self.split.startswith("expert")
 
     def parameters(self) -> int:
@@ -90,11 +90,11 @@ class Norm:
     """Scale (and shift) of a norm, the same on all tensor-parallel ranks.
 
     Attributes:
-        name: as the module is called within its layer.
+        name: name of the module within its layer.
         layer: class of the module.
         size: trained elements.
-        of_heads: whether it normalises queries or keys, whose gradients Megatron sums over tensor
-            parallelism.
+        of_heads: whether it normalises queries or keys, whose gradients Megatron sums over
+            tensor-parallel ranks.
     """
 
     name: str
@@ -110,10 +110,10 @@ class Layer:
     Attributes:
         matrices: its linear layers.
         norms: its norms.
-        attention: heads x (size of a query + size of a value): what attention's two products of a
-            pair of positions take, in multiplications.
-        routed: experts that a token goes to; 0: the layer is dense.
-        experts: routed experts.
+        attention: heads x (size of a query + size of a value): the multiplications of attention's
+            two products for a pair of positions.
+        routed: number of experts per token; 0: the layer is dense.
+        experts: number of routed experts.
     """
 
     matrices: tuple[Matrix, ...]
@@ -125,16 +125,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class Stage:
-    """What a rank of a pipeline stage holds, all of its virtual stages together.
+    """What a rank of a pipeline stage holds, over all of its virtual stages.
 
     Attributes:
-        layers: of the transformer.
+        layers: transformer layers.
         embedding: words (and positions), on the first stage.
         positions: learned positions.
         output: the output layer, on the last stage; None elsewhere.
         final_norm: on the last stage.
-        tied: whether the output layer has no weight of its own here: it is the embedding's, which
-            the same rank holds. (The last of several stages has a copy.)
+        tied: whether the output layer has no weight of its own here, because the same rank holds
+            the embedding. (The last of several stages has a copy.)
     """
 
     layers: tuple[Layer, ...]
@@ -146,13 +146,13 @@ class Stage:
 
     @property
     def matrices(self) -> list[Matrix]:
-        """Everything that multiplies, the output layer among it."""
+        """All matrices used in products, including the output layer."""
         found = [m for layer in self.layers for m in layer.matrices]
         return [*found, self.output] if self.output is not None else found
 
     @property
     def weights(self) -> list[Matrix]:
-        """Everything that is trained, but norms."""
+        """Everything that is trained, except norms."""
         found = [m for layer in self.layers for m in layer.matrices]
         extra = (self.embedding, self.positions, None if self.tied else self.output)
         return [*found, *(m for m in extra if m is not None)]
@@ -164,9 +164,9 @@ class Stage:
         return [*found, self.final_norm] if self.final_norm is not None else found
 
     def parameters(self, layout: Layout) -> tuple[int, int]:
-        """Returns trained elements on one rank: all but, and those that are experts shared out.
+        """Returns trained elements on one rank: those outside and inside distributed experts.
 
-        The latter have data-parallel groups of their own, where there is expert parallelism.
+        The latter have their own data-parallel groups under expert parallelism.
         """
         shared_out = sum(m.local(layout) for m in self.weights if m.expert and layout.ep > 1)
         found = sum(m.local(layout) for m in self.weights) + sum(n.size for n in self.norms)
@@ -178,11 +178,11 @@ class Model:
     """A model over its pipeline stages.
 
     Attributes:
-        stages: by pipeline rank.
+        stages: stages by pipeline rank.
         hidden: size of the hidden states.
-        causal_share: of the square of positions that attention computes: 1/2 where the kernel
-            leaves out what the causal mask covers, 1 where it masks the whole square.
-        recompute: passes forward that the backward pass repeats: `none`, `full`, `attention`.
+        causal_share: share of the square of positions that attention computes: 1/2 if the kernel
+            skips masked positions, 1 if it computes the whole square.
+        recompute: the forward work that the backward pass repeats: `none`, `full`, `attention`.
         recomputed_layers: layers of a virtual stage that `full` repeats; None: all.
         dispatcher: how tokens reach experts: `alltoall`, `allgather`, `flex`.
         shared_copy: whether the last stage has a copy of the word embedding, kept equal to the
@@ -198,7 +198,7 @@ class Model:
     shared_copy: bool = False
 
     def parameters(self) -> int:
-        """Trained elements of the whole model, tied copies once."""
+        """Trained elements of the whole model, counting tied copies once."""
         weights = sum(m.parameters() for stage in self.stages for m in stage.weights)
         if self.shared_copy:
             assert self.stages[0].embedding is not None
@@ -214,7 +214,7 @@ class Model:
         return min(1.0, self.recomputed_layers * layout.vp / max(1, len(stage.layers)))
 
     def active_parameters(self) -> float:
-        """Trained elements that a token goes through, the word embedding left aside."""
+        """Trained elements that a token goes through, without the word embedding."""
         return sum(
             m.uses * m.parameters() / m.copies for stage in self.stages for m in stage.matrices
         ) + sum(n.size for stage in self.stages for n in stage.norms)
@@ -225,10 +225,10 @@ class Batch:
     """Sizes of a step.
 
     Attributes:
-        micro: samples of a micro-batch.
-        seq: positions of a sample.
-        samples: of a global batch.
-        meta_samples: of a meta batch.
+        micro: samples per micro-batch.
+        seq: positions per sample.
+        samples: samples per global batch.
+        meta_samples: samples per meta batch.
     """
 
     micro: int
@@ -247,12 +247,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Precision:
-    """Bytes of an element.
+    """Bytes per element.
 
     Attributes:
-        parameter: of the model's parameters, and of what its passes send.
-        gradient: of the gradient buffers, which h and v are in.
-        distributed: whether the optimizer is spread over data-parallel ranks.
+        parameter: bytes of the model's parameters, and of what its passes send.
+        gradient: bytes of the gradient buffers, which hold h and v.
+        distributed: whether the optimizer is sharded over data-parallel ranks.
         overlap_gather: `--overlap-param-gather`.
     """
 
@@ -264,22 +264,22 @@ class Precision:
 
 @dataclass(frozen=True)
 class Weighting:
-    """What weighs the samples, as far as it costs something.
+    """How samples are weighted, as far as it affects the cost.
 
     Attributes:
-        weighs: whether samples are weighed at all.
-        ahead: whether each step's influence is found before it, by passes of its own.
-        exact: whether the optimizer's own Jacobian is taken.
+        weighs: whether samples are weighted at all.
+        ahead: whether each step's influence is computed ahead of it, in separate passes.
+        exact: whether the optimizer's own Jacobian is used.
         keeps_gradient: whether a step's gradient is kept for it.
         head: width of the head's features, 0 without one.
         regression: width of its regression.
         dwm: the separate weighting model, None without one.
-        updates: its updates at a meta step.
-        scorings: its passes over past samples at a meta step.
+        updates: its updates per meta step.
+        scorings: its passes over past samples per meta step.
         taught: whether it also learns in each plain step, from a head.
         whole_batch: whether its map needs the scores of the global batch.
-        share: meta steps a step over the whole run.
-        interval: steps from one meta step to the next, the run's start left aside.
+        share: meta steps per step over the whole run.
+        interval: steps from one meta step to the next, ignoring the start of the run.
     """
 
     weighs: bool = True
@@ -303,9 +303,9 @@ class Run:
 
     Attributes:
         model: what is trained.
-        layout: over which ranks.
+        layout: parallel layout.
         batch: sizes of a step.
-        precision: bytes of an element.
+        precision: bytes per element.
         weighting: what is added.
         per_token: `--calculate-per-token-loss`.
         mask_in_batches: whether batches hold attention masks.
@@ -324,13 +324,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Method:
-    """How influence is found: estimator and lookahead."""
+    """How influence is computed: estimator and lookahead."""
 
     estimator: str
     lookahead: str
 
     def __str__(self) -> str:
-        """As the log has it."""
+        """Returns it as the log shows it."""
         return f"{self.estimator}, lookahead {self.lookahead}"
 
 

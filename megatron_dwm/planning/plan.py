@@ -1,4 +1,4 @@
-"""A run's plan: what weighting adds, as plain values for a table or JSON."""
+"""Assembles a run's plan: what weighting adds, as plain values for a table or JSON."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ def plan_of(run: Run, methods: list[Method]) -> dict[str, Any]:
     """Returns the plan of a run.
 
     Args:
-        run: what is planned.
-        methods: by which influence may be found, the run's own choice first; empty: no meta steps.
+        run: the run to plan.
+        methods: possible ways to compute influence, the run's own first; empty: no meta steps.
 
     Returns:
         `model`, `layout` and `batch` for the reader; `stock` and `plain` steps; and under
-        `methods` a meta step of each, with what a whole run comes to. FLOPs are those of all ranks
+        `methods` a meta step of each, with the total for a whole run. FLOPs are those of all ranks
         (`by_stage`: of one rank), bytes those of one rank.
     """
     layout = run.layout
@@ -82,7 +82,7 @@ def _passes(by_stage: list[dict[str, float]], ranks: int, stock: float) -> dict[
 
 
 def _sent(by_stage: list[Any]) -> dict[str, Any]:
-    """Returns bytes that a rank of each stage sends, and the most of any, by group."""
+    """Returns the bytes that a rank of each stage sends, and the maximum, by group."""
     names = [g for g in traffic.GROUPS if any(found.get(g) for found in by_stage)]
     return {
         "by_stage": [{name: float(found.get(name, 0.0)) for name in names} for found in by_stage],

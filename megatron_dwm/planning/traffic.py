@@ -1,12 +1,12 @@
 """Bytes that one rank sends for weighting, by process group.
 
-What a collective makes a rank send, of a tensor of B bytes among n ranks, by the usual rings
-(Thakur, Rabenseifner and Gropp, 2005; NCCL's bus bandwidth counts alike):
+What a rank sends in a collective on a tensor of B bytes among n ranks, with ring algorithms
+(Thakur, Rabenseifner and Gropp, 2005; NCCL's bus bandwidth uses the same counts):
 
-    all-reduce 2 (n-1)/n B    reduce-scatter (n-1)/n B, B before it    broadcast (n-1)/n B
-    all-gather (n-1) B, B the own part    all-to-all (n-1)/n B    to the next stage B
+    all-reduce 2 (n-1)/n B    reduce-scatter (n-1)/n B, B the input    broadcast (n-1)/n B
+    all-gather (n-1) B, B its own part    all-to-all (n-1)/n B    to the next stage B
 
-Weighting has messages of its own, all in `core.collectives`, and repeats those of the trainer's
+Weighting has its own collectives, all in `core.collectives`, and repeats those of the trainer's
 passes. With H = b s h p bytes of hidden states of a micro-batch, a pass over it sends
 
     TP  forward   H all-reduced after the embedding and each row-parallel matrix; the loss's three
@@ -23,7 +23,7 @@ passes. With H = b s h p bytes of hidden states of a micro-batch, a pass over it
 and pass C ends with the reduction of h (all-reduce, or reduce-scatter for the distributed
 optimizer), the sums of norms' gradients and of tied embeddings (`finalize_model_grads`), and, with
 the distributed optimizer, v's all-gather (`pull_back._transform`), in the buffers' precision.
-Ghost's hooks gather what sequence parallelism has spread once more (`ghost.linear`).
+Ghost's hooks gather once more what sequence parallelism has split (`ghost.linear`).
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from megatron_dwm.planning.model import Layer, Layout, Matrix, Method, Model, Ru
 TP, PP, DP, CP, EP = "TP", "PP", "DP", "CP", "EP"
 EXPERT_TP, EXPERT_DP, TP_EP = "expert TP", "expert DP", "TP x EP"
 TP_PP, ENDS, WORLD = "TP x PP", "first and last stage", "world"
-# In which order they are shown.
+# The order in which groups are shown.
 GROUPS = (TP, PP, DP, CP, EP, TP_EP, EXPERT_TP, EXPERT_DP, TP_PP, ENDS, WORLD)
 _LONG, _DOUBLE, _FLOAT = 8, 8, 4
 # The loss of a split vocabulary: largest logit, the label's, and the sum of exponentials.
 _OF_LOSS = 3
-# Sums of the head's map and scores beside its features' (`Head.end`).
+# Sums of the head's map and scores, in addition to its features' (`Head.end`).
 _OF_MAP = 9
 
 
 def sizes(layout: Layout) -> dict[str, int]:
-    """Returns how many ranks each group has."""
+    """Returns the number of ranks of each group."""
     return {
         TP: layout.tp,
         PP: layout.pp,
@@ -93,14 +93,14 @@ class Sent:
             self.bytes[group] += times * sent(kind, size, ranks)
 
     def take(self, other: Sent, times: float = 1.0) -> None:
-        """Adds what another has added up."""
+        """Adds the sums of another."""
         for group, count in other.bytes.items():
             self.bytes[group] += times * count
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A pass over micro-batches: which halves it has, and what rides on it."""
+    """A pass over micro-batches: forward, backward, and what it includes."""
 
     backward: bool = True
     weight_gradients: bool = True
@@ -116,10 +116,10 @@ def micro_batch(model: Model, run: Run, stage: int, kind: Pass, tokens_only: boo
 
     Args:
         model: the language model, or the weighting model.
-        run: what is planned.
+        run: the run to plan.
         stage: pipeline rank.
-        kind: of the pass.
-        tokens_only: whether it reads nothing but tokens (the weighting model).
+        kind: kind of the pass.
+        tokens_only: whether it reads only tokens (the weighting model).
     """
     found, part = Sent(run.layout), model.stages[stage]
     positions = run.batch.micro * run.batch.seq / run.layout.cp
@@ -152,7 +152,7 @@ def _of_matrix(
     forwards: float,
     tokens_only: bool,
 ) -> None:
-    """Adds what a matrix split over tensor parallelism sends."""
+    """Adds what a matrix split over tensor-parallel ranks sends."""
     p, tp = run.precision.parameter, run.layout.tp
     backwards = 1.0 if kind.backward else 0.0
     sequence = run.layout.sequence_parallel and not tokens_only
@@ -205,7 +205,7 @@ def _of_experts(
     copies = tokens * layer.routed
     found.add("all_gather", TP_EP, layer.experts * _LONG, forwards)
     found.add("all_to_all", EP, copies * (2 * model.hidden * p + p), ways)
-    # Gathered on the way out, and its gradient reduced; the other way round on the way back.
+    # Gathered on the way out, with its gradient reduced; the reverse on the way back.
     found.add("all_gather", EXPERT_TP, copies * (model.hidden * p + p), forwards)
     found.add("reduce_scatter", EXPERT_TP, copies * layout.etp * model.hidden * p, forwards)
     if kind.backward:
@@ -215,7 +215,7 @@ def _of_experts(
 
 
 def _of_data(found: Sent, part: Stage, run: Run, tokens_only: bool) -> None:
-    """Adds what the rank that reads the data hands to its tensor-parallel peers."""
+    """Adds what the rank that reads the data sends to its tensor-parallel peers."""
     samples, seq = run.batch.micro, run.batch.seq
     first, last = part.embedding is not None, part.output is not None
     # Tokens and positions; labels and the loss mask.
@@ -229,7 +229,7 @@ def _of_data(found: Sent, part: Stage, run: Run, tokens_only: bool) -> None:
 def _of_pipeline(
     found: Sent, model: Model, run: Run, stage: int, kind: Pass, tokens_only: bool
 ) -> None:
-    """Adds what goes to the stages before and after."""
+    """Adds what is sent to the previous and next stage."""
     layout, last = run.layout, stage == run.layout.pp - 1
     chunks = 1 if tokens_only else layout.vp
     positions = run.batch.micro * run.batch.seq / layout.cp
@@ -245,7 +245,7 @@ def gradients(model: Model, run: Run, stage: int, own: bool = False) -> Sent:
 
     Args:
         model: the language model, or the weighting model.
-        run: what is planned.
+        run: the run to plan.
         stage: pipeline rank.
         own: whether it is the weighting model, whose gradients are in float32.
     """
@@ -258,7 +258,7 @@ def gradients(model: Model, run: Run, stage: int, own: bool = False) -> Sent:
     found.add(kind, EXPERT_DP, g * experts)
     if own:
         return found
-    # `finalize_model_grads`: replicated parameters of which each rank sees a part.
+    # `finalize_model_grads`: replicated parameters of which each rank sees a part of the gradient.
     summed = [n.size for n in part.norms if run.layout.sequence_parallel or n.of_heads]
     found.add("all_reduce", TP, g * sum(summed))
     if model.shared_copy and (part.embedding is not None or part.output is not None):
@@ -272,7 +272,7 @@ def gradients(model: Model, run: Run, stage: int, own: bool = False) -> Sent:
 
 
 def gathered(model: Model, run: Run, stage: int, size: int) -> Sent:
-    """Returns what it sends to gather parameters, or v, of `size` bytes an element."""
+    """Returns what is sent to gather parameters, or v, of `size` bytes per element."""
     found = Sent(run.layout)
     if run.precision.distributed:
         dense, experts = model.stages[stage].parameters(run.layout)
@@ -289,7 +289,7 @@ def plain_step(run: Run, stage: int) -> dict[str, float]:
     local, last = batch.samples // run.layout.dp, stage == run.layout.pp - 1
     count = batch.micro_batches(run.layout)
     if last:
-        # Which data set each sample is of; weights and those, for the log.
+        # Each sample's data set; for the log, weights and data sets.
         found.add("broadcast", TP, local * _LONG)
         found.add("all_gather", DP, local * (_FLOAT + _LONG))
         if weighting.head:
@@ -302,7 +302,7 @@ def plain_step(run: Run, stage: int) -> dict[str, float]:
         if last and weighting.whole_batch:
             found.add("all_gather", DP, local * _FLOAT)
             found.add("all_reduce", TP, _FLOAT)
-        # Bad scores; what is broken.
+        # Flags for bad scores and broken state.
         found.add("all_reduce", WORLD, _DOUBLE)
     if weighting.ahead:
         found.take(_meta_pass(run, stage))
@@ -313,7 +313,7 @@ def plain_step(run: Run, stage: int) -> dict[str, float]:
 
 
 def lesson(run: Run, stage: int) -> dict[str, float]:
-    """Returns what a plain step adds where a head teaches the weighting model."""
+    """Returns what a plain step adds if a head teaches the weighting model."""
     found = Sent(run.layout)
     if run.weighting.dwm is not None and run.weighting.taught:
         found.take(_dwm_update(run, stage))
@@ -324,13 +324,13 @@ def lesson(run: Run, stage: int) -> dict[str, float]:
 
 
 def meta_step(run: Run, stage: int, method: Method) -> dict[str, float]:
-    """Returns what weighting adds to a meta step, a plain step's share among it."""
+    """Returns what weighting adds to a meta step, including a plain step's share."""
     found, weighting, batch = Sent(run.layout), run.weighting, run.batch
     for group, size in plain_step(run, stage).items():
         found.bytes[group] += size
     local, last = batch.samples // run.layout.dp, stage == run.layout.pp - 1
     count = batch.micro_batches(run.layout)
-    # C, with v; parameters are gathered before the passes where the trainer overlaps it
+    # C, with v; parameters are gathered before the passes if the trainer overlaps the gathering
     found.take(_meta_pass(run, stage))
     if run.precision.overlap_gather:
         found.take(gathered(run.model, run, stage, run.precision.parameter))
@@ -374,7 +374,7 @@ def _meta_pass(run: Run, stage: int) -> Sent:
 
 
 def _values(run: Run, stage: int, local: int, last: bool, summed: bool = True) -> Sent:
-    """Each sample's influence: summed over the parts of a model, gathered over replicas."""
+    """Returns the traffic of influence: summed over parts of a replica, gathered over replicas."""
     found = Sent(run.layout)
     if summed:
         found.add("all_reduce", TP_PP, local * _FLOAT)
@@ -389,14 +389,14 @@ def _values(run: Run, stage: int, local: int, last: bool, summed: bool = True) -
 
 
 def _ghost_alone(run: Run, stage: int) -> Sent:
-    """What ghost's hooks gather in a training pass that is there anyway."""
+    """Returns what ghost's hooks gather in a training pass that runs anyway."""
     found = micro_batch(run.model, run, stage, Pass(ghost=True))
     found.take(micro_batch(run.model, run, stage, TRAINING), -1)
     return found
 
 
 def _dwm_pass(run: Run, stage: int, kind: Pass) -> Sent:
-    """A pass of the weighting model over a step's samples."""
+    """Returns the traffic of a pass of the weighting model over a step's samples."""
     found, model = Sent(run.layout), run.weighting.dwm
     assert model is not None
     count = run.batch.micro_batches(run.layout)
@@ -405,11 +405,11 @@ def _dwm_pass(run: Run, stage: int, kind: Pass) -> Sent:
 
 
 def _dwm_update(run: Run, stage: int) -> Sent:
-    """A step of the weighting model's optimizer."""
+    """Returns the traffic of a step of the weighting model's optimizer."""
     found, model = _dwm_pass(run, stage, TRAINING), run.weighting.dwm
     assert model is not None
     found.take(gradients(model, run, stage, own=True))
     found.take(gathered(model, run, stage, run.precision.parameter))
-    # What was not finite; the norm of the gradient.
+    # Flags of what was not finite; the norm of the gradient.
     found.add("all_reduce", WORLD, 3 * _DOUBLE)
     return found

@@ -1,7 +1,7 @@
-"""Blocks for datatrove pipelines: `megatron-dwm score --hf`, shared out over tasks.
+"""Blocks for datatrove pipelines: `megatron-dwm score --hf`, split over tasks.
 
-The unit is a chunk of the data set, as on the ranks of `megatron-dwm score`: what is scored with
-what in a batch does not depend on the number of tasks, nor do the last bits of the weights.
+The unit of work is a chunk of the data set, as on the ranks of `megatron-dwm score`: the batches do
+not depend on the number of tasks, so neither do the last bits of the weights.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class _Scoring(PipelineStep):
         domains = None if self.domain is None else [self.domain]
         (corpus,) = plan([self.prefix], outputs, domains, self.force, False, first)
         if cpu.wanted():
-            # More would change the order of sums, and with it the last bits of the scores.
+            # More threads would change the order of sums, and with it the last bits of the scores.
             torch.set_num_threads(1)
         scorer = HuggingFaceScorer(self.hf, usable_device())
         self.length = window_length(scorer, self.seq_length)
@@ -74,11 +74,12 @@ class ScoreParts(_Scoring):
     """Scores a task's share of the chunks of a data set; finished chunks are not scored again.
 
     Args:
-        prefix: As `--data` of `megatron-dwm score`, one prefix; so are all others.
+        prefix: As `--data` of `megatron-dwm score`, one prefix; the other arguments match its
+            flags, too.
         hf: As `--hf`.
         seq_length: As `--seq-length`.
         micro_batch_size: As `--micro-batch-size`.
-        chunk_tokens: As `--chunk-tokens`; a task that was killed loses no more.
+        chunk_tokens: As `--chunk-tokens`; a killed task loses at most this much work.
         output: As `--output`.
         domain: As `--domain`.
         force: As `--force`.

@@ -1,9 +1,9 @@
-"""A corpus as chunks of documents, windows of tokens and batches of windows; and pooling.
+"""Splits a corpus into chunks of documents, windows of tokens and batches; pools scores.
 
-A chunk is a range of documents with about the same number of tokens in each: the unit of work and
-of resuming. A document longer than `seq_length` is cut into windows. The batches of a chunk are
-made of that chunk alone, so its scores do not depend on who computes it.
-Shapes: D documents, C chunks, m documents and n windows in a chunk.
+Chunks are ranges of documents with about equal numbers of tokens: the unit of work and of resuming.
+A document longer than `seq_length` is split into windows. Batches never cross chunks, so a chunk's
+scores do not depend on who computes it. Shapes: D documents, C chunks, m documents and n windows in
+a chunk.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from megatron_dwm.data.index import IndexSummary
 from megatron_dwm.data.weight_file import document_chunks
 
-# What a document costs beside its tokens, in tokens: keeps chunks of tiny documents short.
+# A document's cost beyond its tokens, in tokens: keeps chunks of tiny documents short.
 _DOCUMENT_COST = 8
 EMPTY_SCORE = -np.inf
 
@@ -37,17 +37,17 @@ class Windows:
 
 
 def chunk_bounds(index: IndexSummary, chunk_tokens: int) -> np.ndarray:
-    """Cuts a corpus into chunks of about `chunk_tokens` tokens.
+    """Splits a corpus into chunks of about `chunk_tokens` tokens.
 
     Returns:
         `[C + 1]` int64: chunk c has the documents from bound c up to bound c + 1. No chunk is
-        empty, and where one ends depends on the index alone.
+        empty, and the bounds depend on the index alone.
     """
     bounds, cost, number = [], 0, -1
     for part in document_chunks(index.documents):
         costs = index.document_tokens(part.start, part.stop) + _DOCUMENT_COST
         ends = cost + np.cumsum(costs)
-        # Of the documents with the same number, the first one begins a chunk.
+        # Of the documents with the same chunk number, the first one begins the chunk.
         numbers = (ends - costs) // chunk_tokens
         bounds.append(part.start + np.flatnonzero(np.diff(numbers, prepend=number)))
         cost, number = int(ends[-1]), int(numbers[-1])
@@ -55,7 +55,7 @@ def chunk_bounds(index: IndexSummary, chunk_tokens: int) -> np.ndarray:
 
 
 def cut_into_windows(lengths: np.ndarray, seq_length: int) -> Windows:
-    """Cuts documents into windows of `seq_length` tokens; the last one of each may be shorter.
+    """Splits documents into windows of `seq_length` tokens; the last one of each may be shorter.
 
     Args:
         lengths: `[m]` integers, tokens of each document; one without tokens has no window.
@@ -74,7 +74,7 @@ def batches(lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
 
     Args:
         lengths: `[n]` tokens of each window.
-        max_tokens: Most tokens of a batch, padding included; a longer window is a batch alone.
+        max_tokens: Maximum tokens of a batch, including padding; a longer window is its own batch.
 
     Yields:
         Numbers of the windows of a batch.

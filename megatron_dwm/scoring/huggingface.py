@@ -25,17 +25,17 @@ def usable_device() -> torch.device:
 class HuggingFaceScorer:
     """An `AutoModelForSequenceClassification` with one label; see `WindowScorer`.
 
-    The score is that of the last real token, found by its position (the id that pads may be a
-    document's own token), or of the mean over the real tokens where the export of a weighting model
-    says so in its config.json. No code that lies in the folder is run.
+    The score uses the last real token, found by its position (the padding id may be a document's
+    own token), or the mean over the real tokens if an exported weighting model's config.json says
+    so. No code from the folder is run.
 
     Args:
-        folder: what `save_pretrained` wrote.
-        device: where the model goes.
+        folder: folder written by `save_pretrained`.
+        device: device for the model.
 
     Raises:
-        DWMError: transformers is not installed, the folder cannot be loaded, or the model is
-            none with a linear head for one label.
+        DWMError: transformers is not installed, the folder cannot be loaded, or the model does not
+            have a linear head for one label.
     """
 
     def __init__(self, folder: str, device: torch.device) -> None:
@@ -72,7 +72,7 @@ class HuggingFaceScorer:
         if missing:
             raise DWMError(
                 f"--hf {folder} has no weights for {', '.join(missing[:4])}; a language model is "
-                "no weighting model: give an export of the DWM, with its score head"
+                "not a weighting model: give an export of the DWM, with its score head"
             )
         head = getattr(model, "score", None)
         if not isinstance(head, torch.nn.Linear) or head.out_features != 1:
@@ -86,7 +86,7 @@ class HuggingFaceScorer:
         self.vocab_size = int(source.vocab_size or model.config.vocab_size)
         longest = getattr(model.config, "max_position_embeddings", None)
         self.max_length = longest
-        # An export says how its run weighed.
+        # An export records its run's temperature.
         self.default_length = source.config.get(LENGTH, longest)
         self.temperature: float | None = source.config.get(TEMPERATURE)
         self._model: Any = model.to(device).eval()
@@ -109,7 +109,7 @@ class HuggingFaceScorer:
     def identity(self) -> str:
         """Returns a digest of weights, configuration and device kind."""
         config = self._model.config.to_dict()
-        # Not about the model: where it was loaded from, and by which version.
+        # Not part of the model: where it was loaded from, and by which version.
         for name in ("_name_or_path", "transformers_version"):
             config.pop(name, None)
         described = {**config, "pooling": self.pooling, "device": self._device.type}

@@ -1,4 +1,4 @@
-"""Tells models and corpora apart, so that scores of one are never taken for another's."""
+"""Identifies models and corpora, so that scores of one are never used for another."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from megatron_dwm.data.index import IndexSummary
 
 
 def digest_of(model: torch.nn.Module, described: dict[str, Any]) -> str:
-    """Returns a digest of a model's parameters and of what else its scores depend on.
+    """Returns a digest of a model's parameters and of everything else its scores depend on.
 
-    It is that of the numbers, not of the files: the same model saved in another layout, or in
-    another place, has the same digest.
+    It covers the numbers, not the files: the same model saved in another layout, or in another
+    place, has the same digest.
 
     Args:
         model: the model.

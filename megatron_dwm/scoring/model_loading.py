@@ -1,7 +1,7 @@
 """Loads a weighting model from a run's checkpoint or a stage's snapshot, whole on every rank.
 
-The layout that it was saved with does not matter. Its shape is what the checkpoint says; the host
-(device, kernels) is this machine's. Megatron is imported here, after `cpu.install()`.
+The layout that it was saved with does not matter. Its shape comes from the checkpoint; device and
+kernels are this machine's. Megatron is imported here, after `cpu.install()`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _ACTIVATIONS = {
         squared_relu,
     )
 }
-# What the saved shape says about the layers, under the names of Megatron's config.
+# The saved shape's fields about layers, under the names of Megatron's config.
 _SHAPE_FIELDS = (
     "hidden_size",
     "ffn_hidden_size",
@@ -61,7 +61,7 @@ _SHAPE_FIELDS = (
     "add_qkv_bias",
     "qk_layernorm",
 )
-# What only the run's arguments say; it matters for layers taken over from the LLM.
+# Fields that only the run's arguments have; they matter for layers copied from the LLM.
 _ARGUMENT_FIELDS = tuple(
     name for name in LAYER_FIELDS if name not in (*_SHAPE_FIELDS, "activation_func")
 )
@@ -73,9 +73,9 @@ class SavedDWM:
 
     Attributes:
         folder: the checkpoint or snapshot.
-        shape: what `megatron_dwm.checkpoint.state` saved of its shape.
+        shape: its shape, as saved by `megatron_dwm.checkpoint.state`.
         args: the run's arguments; None for a snapshot without a checkpoint beside it.
-        sharding: metadata that the checkpoint was saved with.
+        sharding: sharding metadata of the checkpoint.
         tensors: name -> shape and dtype of the stored tensors.
         notes: lines that the user should see.
     """
@@ -89,7 +89,7 @@ class SavedDWM:
 
 
 def find_folder(path: str) -> str:
-    """Finds the checkpoint that `--checkpoint` means.
+    """Finds the checkpoint that `--checkpoint` refers to.
 
     Args:
         path: a run's `--save` folder (its latest checkpoint, else its last snapshot), one
@@ -121,14 +121,14 @@ def find_folder(path: str) -> str:
     folder = os.path.join(path, wanted)
     if not os.path.exists(os.path.join(folder, "metadata.json")):
         raise DWMError(
-            f"--checkpoint {path}: its latest checkpoint {wanted} is not there or not complete; "
-            "give another iter_* or dwm_stage_* folder"
+            f"--checkpoint {path}: its latest checkpoint {wanted} is missing or incomplete; give "
+            "another iter_* or dwm_stage_* folder"
         )
     return folder
 
 
 def read_saved(path: str) -> SavedDWM:
-    """Reads what a checkpoint says of its weighting model; uses no process group.
+    """Reads a checkpoint's description of its weighting model; uses no process group.
 
     Args:
         path: as for `find_folder`.
@@ -146,8 +146,8 @@ def read_saved(path: str) -> SavedDWM:
         )
     if "num_layers" not in found["shape"]:
         raise DWMError(
-            f"--checkpoint {folder} holds a {found['shape'].get('form')} and no model of its own, "
-            "which scores samples while the language model trains only; train with --dwm-form "
+            f"--checkpoint {folder} holds a {found['shape'].get('form')} and no separate model; a "
+            "head scores samples only while the language model trains: train with --dwm-form "
             "model, or give such a run"
         )
     notes: list[str] = []
@@ -215,7 +215,7 @@ class MegatronScorer:
         self._device = cpu.device()
 
         if mpu.model_parallel_is_initialized():
-            # Of ranks that were joined before, in the same process.
+            # Left from ranks that were joined earlier in the same process.
             mpu.destroy_model_parallel()
         mpu.initialize_model_parallel()
         model_parallel_cuda_manual_seed(1)

@@ -1,7 +1,7 @@
-"""Scores corpora on all ranks: plan, loop over the chunks, weight files.
+"""Scores corpora on all ranks: plan, loop over chunks, write weight files.
 
-Ranks exchange nothing but the plan; scores travel through the work folders. Chunks are computed
-alike by whoever takes them, so the result does not depend on the number of ranks or on kills.
+Ranks exchange only the plan; scores are passed through the work folders. A chunk's scores are the
+same on any rank, so the result does not depend on the number of ranks or on kills.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Corpus:
 
 
 def scores_path(output: str) -> str:
-    """Returns where `--keep-scores` writes the scores that belong to a weight file."""
+    """Returns the path where `--keep-scores` writes the scores of a weight file."""
     return f"{output.removesuffix('.weights')}.scores.npy"
 
 
@@ -58,13 +58,13 @@ def plan(
     keep_scores: bool,
     verify: bool = True,
 ) -> list[Corpus]:
-    """Reads the indices and checks all that can be checked before a model is loaded.
+    """Reads the indexes and checks everything that can be checked before a model is loaded.
 
     Args:
         prefixes: `--data`.
         outputs: `--output`, one for each prefix; None for `PREFIX.weights`.
-        domains: `--domain`, one name for each prefix; None keeps those of the weight file that is
-            replaced, or of `PREFIX.weights`.
+        domains: `--domain`, one name for each prefix; None keeps the domains of the replaced weight
+            file, or of `PREFIX.weights`.
         force: whether existing files are replaced.
         keep_scores: whether `.scores.npy` is written too.
         verify: whether to read all of the files to check them; one rank is enough.
@@ -115,7 +115,7 @@ def window_length(scorer: WindowScorer, wanted: int | None) -> int:
     """Returns the length of windows: the flag's, or the model's own.
 
     Raises:
-        DWMError: the model takes none as long, or has none of its own.
+        DWMError: the model does not support that length, or has no length of its own.
     """
     length = scorer.default_length if wanted is None else wanted
     if length is None:
@@ -138,7 +138,7 @@ def score(
     micro_batch_size: int,
     chunk_tokens: int,
 ) -> list[WorkFolder]:
-    """Scores what is not scored yet; returns once all ranks have.
+    """Scores what is not scored yet; returns once all ranks are done.
 
     Args:
         corpora: as `plan` returns them.
@@ -186,7 +186,7 @@ def key_and_bounds(
 
     Args:
         index: the corpus.
-        identity: of the weighting model.
+        identity: identity of the weighting model.
         seq_length: longest window.
         micro_batch_size: windows of `seq_length` in a batch.
         chunk_tokens: tokens of a chunk.
@@ -217,7 +217,7 @@ def take_chunk(
     """Scores a chunk and keeps its scores.
 
     Args:
-        folder: where they go.
+        folder: where to keep them.
         chunk: its number.
         scorer: the weighting model.
         reader: the corpus.
@@ -232,10 +232,10 @@ def take_chunk(
 
 
 def _wait_for_all(progress: _Progress) -> None:
-    """Returns once every rank is here, and so all scores are on the disk.
+    """Returns once every rank has arrived, so that all scores are on disk.
 
     Raises:
-        DWMError: a rank has ended without coming here.
+        DWMError: a rank has ended before it got here.
     """
     try:
         waiting = dist.barrier(async_op=True)
@@ -246,12 +246,12 @@ def _wait_for_all(progress: _Progress) -> None:
     except RuntimeError as error:
         raise DWMError(
             "another rank ended before its documents were scored, and said why; once that is "
-            "mended, start again: finished chunks are kept"
+            "fixed, start again: finished chunks are kept"
         ) from error
 
 
 def _outstanding(folders: Sequence[WorkFolder]) -> list[tuple[int, int]]:
-    """Returns corpus and chunk of all that is to be done, on every rank alike."""
+    """Returns the corpus and chunk of all remaining work, the same on every rank."""
     chunks: list[Any] = [None]
     if dist.get_rank() == 0:
         for folder in folders:
@@ -264,7 +264,7 @@ def _outstanding(folders: Sequence[WorkFolder]) -> list[tuple[int, int]]:
 
 
 class _Progress:
-    """A bar on rank 0 over all ranks' documents, read off the work folders."""
+    """A progress bar on rank 0 over all ranks' documents, read from the work folders."""
 
     def __init__(self, corpora: Sequence[Corpus], folders: Sequence[WorkFolder]) -> None:
         self._shown = dist.get_rank() == 0
@@ -276,14 +276,14 @@ class _Progress:
         total = sum(corpus.index.documents for corpus in corpora)
         if before:
             print(
-                f"NOTE: {before} of {total} documents were scored before; the others are now",
+                f"NOTE: {before} of {total} documents were scored earlier; the rest is scored now",
                 file=sys.stderr,
             )
         self._bar = bar(total, " documents", "score", initial=before)
         self._shown = not self._bar.disable
 
     def update(self) -> None:
-        """Shows what was finished meanwhile; looks at most twice a second."""
+        """Shows what has been finished; checks at most twice a second."""
         if not self._shown or time.monotonic() - self._looked < 0.5:
             return
         self._look()
@@ -304,7 +304,7 @@ class _Progress:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        # Closed after an error too, so that the message begins a line of its own.
+        # Also closed after an error, so that the message starts on a new line.
         if self._shown:
             self._look()
             self._bar.close()
@@ -320,7 +320,7 @@ def write(
     """Writes the weight files, on rank 0.
 
     Args:
-        corpora: what was scored.
+        corpora: the scored corpora.
         folders: the work folder of each; deleted unless scores are kept.
         temperature: T of `w = exp((s - max s) / T)`.
         top_fraction: share of the documents that keep a weight; None for all.

@@ -18,9 +18,9 @@ class WindowScorer(Protocol):
     Attributes:
         where: what was loaded, for messages.
         vocab_size: token ids are below it.
-        max_length: longest window that it takes; None for any.
-        default_length: window length when none is asked for; None when it has to be.
-        temperature: tau that it was trained with; None when unknown.
+        max_length: longest supported window; None for any.
+        default_length: default window length; None if it must be given.
+        temperature: tau that it was trained with; None if unknown.
         notes: lines that the user should see.
     """
 
@@ -39,12 +39,13 @@ class WindowScorer(Protocol):
             lengths: `[b]` int64 on the CPU, tokens of each window without the padding.
 
         Returns:
-            `[b]` float32 on the model's device; none depends on the padding or the others.
+            `[b]` float32 on the model's device; no score depends on the padding or on other
+            windows.
         """
         ...
 
     def identity(self) -> str:
-        """Returns a digest of all that the scores depend on: weights, shape, device."""
+        """Returns a digest of everything that the scores depend on: weights, shape, device."""
         ...
 
 
@@ -65,8 +66,8 @@ def score_chunk(
         first: First document.
         last: One after the last document.
         seq_length: Longest window.
-        micro_batch_size: A batch has at most so many windows of `seq_length`, or so many tokens
-            in shorter windows.
+        micro_batch_size: Maximum windows of `seq_length` per batch, or as many tokens in shorter
+            windows.
 
     Returns:
         `[last - first]` float32, `EMPTY_SCORE` for a document without tokens.
@@ -78,7 +79,7 @@ def score_chunk(
     documents = [reader.document(number) for number in range(first, last)]
     windows = cut_into_windows(np.array([len(d) for d in documents]), seq_length)
     order: list[np.ndarray] = []
-    # Fetched from the device at the end, so that it computes while the next batch is made.
+    # Fetched from the device at the end, so that it computes while the next batch is prepared.
     found: list[torch.Tensor] = []
     for batch in batches(windows.length, micro_batch_size * seq_length):
         lengths = windows.length[batch]

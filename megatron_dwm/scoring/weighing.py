@@ -1,4 +1,4 @@
-"""From the scores of several corpora to their weights, domains and a summary.
+"""Turns the scores of several corpora into weights, domains and a summary.
 
 Shapes: D documents of one corpus.
 """
@@ -36,13 +36,13 @@ def weights_of(
     temperature: float,
     top_fraction: float | None,
 ) -> list[np.ndarray]:
-    """Turns the scores of all corpora together into weights, so that they compare across files.
+    """Turns the scores of all corpora together into weights, comparable across files.
 
-    `w = exp((s - max s) / T)` with mean 1 over all documents that have tokens; documents without
-    tokens get 0. With a fraction, only that share of the documents with tokens keep theirs.
+    `w = exp((s - max s) / T)` with mean 1 over all documents with tokens; documents without tokens
+    get 0. With a fraction, only that share of the documents with tokens keeps its weight.
 
     Args:
-        scores: of each corpus, `[D]` float32, `EMPTY_SCORE` for a document without tokens.
+        scores: for each corpus, `[D]` float32, `EMPTY_SCORE` for a document without tokens.
         prefixes: name of each corpus.
         temperature: T > 0.
         top_fraction: share to keep, in (0, 1]; None for all.
@@ -74,10 +74,10 @@ def weights_of(
 
 
 def summary(files: Sequence[WeightFile], indices: Sequence[IndexSummary]) -> str:
-    """Returns a table of what each domain gets, over all corpora together.
+    """Returns a table of each domain's share, over all corpora together.
 
-    A corpus without domains is one line under the name of its files. `share of draws` is the
-    share of the weight, and so of the documents drawn; `share of tokens drawn` counts each with its
+    A corpus without domains is one line under its file name. `share of draws` is the share of the
+    weight, and so of the documents drawn; `share of tokens drawn` counts each document with its
     tokens. The last line is the effective sample size, `(sum w)^2 / sum w^2`.
 
     Args:

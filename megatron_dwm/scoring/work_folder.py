@@ -1,10 +1,9 @@
-"""The scores of finished chunks, on disk, so that a run that was killed goes on where it was.
+"""Keeps the scores of finished chunks on disk, so that a killed run can resume.
 
-Every process that scores appends to a file of its own and closes each chunk with a checksum, so
-any number of processes write at once and what a kill cut short is noticed and scored again. A
+Every scoring process appends to its own file and ends each chunk with a checksum, so any number of
+processes can write at once, and a chunk that a kill cut short is noticed and scored again. A
 record: uint64 number of the chunk, uint64 documents m, uint32 CRC-32 of these two and of the
-scores, float32 `[m]` scores (little-endian).
-Shapes: D documents, C chunks, m documents in a chunk.
+scores, float32 `[m]` scores (little-endian). Shapes: D documents, C chunks, m documents in a chunk.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _KEY_CHARACTERS = 16
 
 
 def work_key(**settings: Any) -> str:
-    """Returns the name under which scores are kept: one for all that they depend on."""
+    """Returns the name under which scores are kept, from everything that they depend on."""
     encoded = json.dumps(settings, sort_keys=True).encode()
     return hashlib.sha256(encoded).hexdigest()[:_KEY_CHARACTERS]
 
@@ -40,7 +39,7 @@ class WorkFolder:
 
     Args:
         root: the corpus' work folder; `root/key` holds the scores.
-        key: of `work_key`.
+        key: returned by `work_key`.
         bounds: `[C + 1]` first document of each chunk, then D.
     """
 
@@ -59,7 +58,7 @@ class WorkFolder:
             ) from error
 
     def scan(self) -> list[int]:
-        """Looks for chunks that were finished since the last call, by any process.
+        """Finds chunks that were finished since the last call, by any process.
 
         Returns:
             Their numbers.
@@ -76,7 +75,7 @@ class WorkFolder:
                         self._found[chunk] = path, offset
                         new.append(chunk)
                     offset += _HEADER_BYTES + scores.nbytes
-                # What follows is not complete yet, or never will be.
+                # The rest is not complete yet, or never will be.
                 self._read[path] = offset
         return new
 
@@ -97,8 +96,8 @@ class WorkFolder:
             os.fsync(self._own.fileno())
         except OSError as error:
             raise DWMError(
-                f"{self.path}: scores cannot be written ({error.strerror}); make room or mend the "
-                "folder and start again: finished chunks are kept",
+                f"{self.path}: scores cannot be written ({error.strerror}); make room or repair "
+                "the folder and start again: finished chunks are kept",
                 this_rank_only=True,
             ) from error
 
@@ -115,8 +114,8 @@ class WorkFolder:
         if not self.done.all():
             raise DWMError(
                 f"{self.path}: the scores of {np.count_nonzero(~self.done)} of {len(self.done)} "
-                "chunks are not there, though all ranks have finished; the folder must lie on a "
-                "file system that all nodes share, and nobody else may delete it"
+                "chunks are not there, though all ranks have finished; the folder must be on a "
+                "file system that all nodes share, and must not be deleted"
             )
         scores = np.empty(int(self.bounds[-1]), np.float32)
         by_file: dict[Path, list[tuple[int, int]]] = {}
@@ -142,14 +141,14 @@ class WorkFolder:
             self._own = None
 
     def remove(self) -> None:
-        """Deletes the scores; the folder above goes too unless it holds something else."""
+        """Deletes the scores, and the parent folder if it is then empty."""
         self.close()
         shutil.rmtree(self.path)
         if not any(self.root.iterdir()):
             self.root.rmdir()
 
     def _next(self, file: BinaryIO) -> tuple[int, np.ndarray] | None:
-        """Reads the record at the file's position; None when it is not complete and sound."""
+        """Reads the record at the file's position; None if it is incomplete or damaged."""
         header = file.read(_HEADER_BYTES)
         if len(header) < _HEADER_BYTES:
             return None

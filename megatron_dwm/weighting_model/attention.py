@@ -1,7 +1,7 @@
-"""Attention of the weighting model where Transformer Engine is not there: torch's own kernels.
+"""Attention of the weighting model without Transformer Engine: torch's own kernels.
 
-Megatron's local `DotProductAttention` writes the `[b, n, s, s]` scores out several times, which
-for a model as small as the DWM is most of its time and memory.
+Megatron's local `DotProductAttention` writes the `[b, n, s, s]` scores several times, which takes
+most of the time and memory of a model as small as the DWM.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ class CausalAttention(MegatronModule):
     """Causal `softmax(q k^T * scale) v` by `torch.nn.functional.scaled_dot_product_attention`.
 
     A core attention for Megatron's layer specs, without parameters, so that checkpoints are those
-    of `DotProductAttention`. Takes what `fits` accepts.
+    of `DotProductAttention`. It supports the configs that `fits` accepts.
 
-    Shapes: s tokens, b samples, n heads and g groups of this rank, d head size.
+    Shapes: s tokens, b samples, n heads and g groups on this rank, d head size.
     """
 
     def __init__(
@@ -39,11 +39,11 @@ class CausalAttention(MegatronModule):
 
     @staticmethod
     def fits(config: TransformerConfig) -> bool:
-        """Returns whether a model's attention is one that this computes."""
+        """Returns whether this class computes a model's attention."""
         return (
             config.softmax_type == "vanilla"
             and config.window_size is None
-            # The fastest kernels add gradients up in any order.
+            # The fastest kernels add gradients in nondeterministic order.
             and not config.deterministic_mode
         )
 
@@ -62,7 +62,7 @@ class CausalAttention(MegatronModule):
             key: `[s, b, g, d]`.
             value: `[s, b, g, d]`.
             attention_mask: not used: the mask is causal.
-            **unused: what Megatron hands to every core attention.
+            **unused: what Megatron passes to every core attention.
 
         Returns:
             `[s, b, n d]`.

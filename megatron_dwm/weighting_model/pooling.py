@@ -1,4 +1,4 @@
-"""From the states of a sample's tokens to one vector, where samples differ in length."""
+"""Pools the states of a sample's tokens into one vector, for samples of different length."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def pool_tokens(hidden: torch.Tensor, lengths: torch.Tensor, pooling: str) -> to
     """Pools token states of a batch that is padded on the right, without the padding.
 
     Args:
-        hidden: `[s, b, h]` states of a causal model, which the padding behind does not reach.
+        hidden: `[s, b, h]` states of a causal model, which padding on the right does not affect.
         lengths: `[b]` tokens of each sample, at least 1, on the same device.
         pooling: `last` (state of the last token) or `mean` (of all tokens).
 

@@ -27,19 +27,19 @@ from megatron_dwm.core.agreement import agreed
 from megatron_dwm.core.collectives import broadcast_from_first_tensor_rank
 from megatron_dwm.weighting_model.transformer import DataWeightingModel
 
-# Megatron finds the group that a saved one belongs to by, among others, its largest learning rate.
-# These constants tell head and backbone apart whatever the learning rates are, so that those can be
+# Megatron matches saved parameter groups by, among others, their largest learning rate. These
+# constants tell head and backbone apart whatever the learning rates are, so that those can be
 # changed on resume.
 _HEAD_MARK, _BACKBONE_MARK = 2.0, 1.0
 
 
 @dataclass
 class Update:
-    """What came of a step of the DWM's optimizer.
+    """The outcome of a step of the DWM's optimizer.
 
     Attributes:
         updated: whether it was taken.
-        grad_norm: before clipping; NaN where it was not taken.
+        grad_norm: gradient norm before clipping; NaN if the step was not taken.
         causes: what was NaN or infinite: `gradient`, `parameters`.
     """
 
@@ -58,10 +58,10 @@ class Scorer:
         micro_batch_size: b.
         seq_length: s.
         device: where token ids are sent.
-        together: micro-batches that are scored as one batch at most, see `micro_batches_at_once`.
+        together: maximum number of micro-batches scored as one batch, see `micro_batches_at_once`.
         sharded: whether the optimizer is Megatron's distributed one, of which each data-parallel
-            rank holds a share: 6 + 12 / DP bytes a parameter in bf16 instead of 18.
-        gloo: whether Megatron's gloo groups exist, which gather its state in host memory.
+            rank holds a shard: 6 + 12 / DP bytes per parameter in bf16 instead of 18.
+        gloo: whether Megatron's gloo groups exist, with which its state is gathered in host memory.
     """
 
     def __init__(
@@ -99,8 +99,8 @@ class Scorer:
     def weights_changed(self) -> None:
         """To be called after the weights were set from outside.
 
-        Makes the data-parallel replicas equal, whatever each was built from, and takes the
-        weights over into the optimizer's own copies, which the next step would else put back.
+        It makes the data-parallel replicas equal, whatever each was built from, and copies the
+        weights into the optimizer's own copies, which the next step would otherwise restore.
         """
         self.ddp.broadcast_params()
         self.optimizer.reload_model_params()
@@ -135,20 +135,20 @@ class Scorer:
     ) -> Update:
         """Takes one step of the DWM's optimizer along `-dL_meta/ds`.
 
-        The surrogate loss `sum_i dL/ds_i * s_i` has the wanted gradient. The schedule divides it
-        by the micro-batches and DDP by the data-parallel size, which is undone here, as every
-        sample's term counts once in the meta loss.
+        The surrogate loss `sum_i dL/ds_i * s_i` has the desired gradient. The schedule divides it
+        by the number of micro-batches and DDP by the data-parallel size, which is undone here,
+        because every sample's term counts once in the meta loss.
 
-        A gradient or a parameter that is NaN or infinite on any rank leaves the DWM, the
-        optimizer's moments among it, as it was, on every rank alike.
+        If a gradient or a parameter is NaN or infinite on any rank, the DWM, including the
+        optimizer's moments, stays as it was, on every rank.
 
         Args:
             tokens: as for `scores`.
             num_microbatches: m.
-            score_gradient: `[m * b]` of this rank's samples, on last-stage ranks.
+            score_gradient: `[m * b]` for this rank's samples, on last-stage ranks.
 
         Returns:
-            What came of it, the same on every rank.
+            The outcome, the same on every rank.
         """
         batches = num_microbatches // self._together(num_microbatches)
         scale = batches * self.groups.dp_cp.size()
@@ -176,7 +176,7 @@ class Scorer:
     def _bad_gradient(self) -> torch.Tensor:
         """Returns whether this rank's gradient, or the sum of its squares, is not finite.
 
-        The sum, as Adam's second moment would never recover from it.
+        The sum is included because Adam's second moment would never recover from it.
         """
         buffers = [*self.ddp.buffers, *self.ddp.expert_parallel_buffers]
         return ~torch.isfinite(get_total_norm([part for b in buffers for part in _reduced(b)]))
@@ -215,18 +215,18 @@ class Scorer:
         )
 
     def _together(self, num_microbatches: int) -> int:
-        """Returns the largest divisor of the micro-batches that `together` allows."""
+        """Returns the largest divisor of the number of micro-batches that `together` allows."""
         return next(k for k in range(self.together, 0, -1) if num_microbatches % k == 0)
 
 
 def micro_batches_at_once(llm: Any, dwm: Any) -> int:
-    """Returns how many micro-batches the DWM takes at once without more memory than the LLM.
+    """Returns how many micro-batches the DWM can process at once within the LLM's memory.
 
-    A small model on a small batch is all kernel launches. Activations of a layer grow with the
-    hidden size and the width of the MLP, those of unfused attention with the heads; under sequence
-    parallelism the LLM keeps a part of them on each rank, and the DWM all. One where the LLM
-    recomputes its activations, so that they say nothing, and under pipeline parallelism, where
-    micro-batches keep the stages busy.
+    The time of a small model on a small batch is all kernel launches. Activations of a layer grow
+    with the hidden size and the width of the MLP, those of unfused attention with the heads; under
+    sequence parallelism the LLM keeps a part of them on each rank, and the DWM all. The result is 1
+    if the LLM recomputes its activations, so that they give no measure, and under pipeline
+    parallelism, where micro-batches keep the stages busy.
 
     Args:
         llm: the LLM's `TransformerConfig`.
@@ -245,15 +245,15 @@ def micro_batches_at_once(llm: Any, dwm: Any) -> int:
 def _wrapped(model: DataWeightingModel, groups: Any, sharded: bool) -> DistributedDataParallel:
     """Returns the model in Megatron's DDP.
 
-    Nothing is overlapped: the meta step's passes come one after the other, and whoever reads the
-    weights (scores, snapshots, checkpoints) finds them gathered.
+    Nothing is overlapped: the meta step's passes run one after the other, and readers of the
+    weights (scores, snapshots, checkpoints) find them gathered.
     """
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=sharded
     )
     layout = None
     if sharded:
-        # In one bucket, as without: nothing is overlapped.
+        # In one bucket, as without sharding: nothing is overlapped.
         layout = DistributedOptimizer.compute_full_param_layout(
             list(model.parameters()), None, groups.dp_cp.size(), config
         )
@@ -263,10 +263,10 @@ def _wrapped(model: DataWeightingModel, groups: Any, sharded: bool) -> Distribut
 
 
 def _reduced(buffer: Any) -> list[torch.Tensor]:
-    """Returns what this rank has of a buffer's gradients after their reduction."""
+    """Returns this rank's part of a buffer's gradients after their reduction."""
     if not buffer.ddp_config.use_distributed_optimizer:
         return [buffer.grad_data]
-    # After a reduce-scatter, what lies beside a rank's own share is its part of the others'.
+    # After a reduce-scatter, the rest of the buffer holds unreduced parts of the other shards.
     group = buffer.data_parallel_group
     return [bucket.grad_data.chunk(group.size())[group.rank()] for bucket in buffer.buckets]
 
@@ -274,14 +274,15 @@ def _reduced(buffer: Any) -> list[torch.Tensor]:
 def build_optimizer(ddp: Any, config: DWMConfig, transformer: Any, gloo: bool = False) -> Any:
     """Returns the DWM's AdamW with two learning rates, head and backbone.
 
-    Epsilon is tiny because the meta-gradient's scale is that of the LLM's learning rate times
-    its gradients; Adam's usual 1e-8 would damp it.
+    Epsilon is tiny because the meta-gradient scales with the LLM's learning rate times its
+    gradients; Adam's usual 1e-8 would damp it.
 
     Args:
         ddp: the wrapped model; its settings say whether the optimizer is sharded.
         config: settings.
         transformer: the model's config.
-        gloo: whether a sharded one's state may be gathered by gloo, whose groups may not exist.
+        gloo: whether a sharded optimizer's state can be gathered with gloo, whose groups may not
+            exist.
     """
     optimizer_config = OptimizerConfig(
         optimizer="adam",
@@ -310,7 +311,7 @@ def build_optimizer(ddp: Any, config: DWMConfig, transformer: Any, gloo: bool = 
 
 
 def set_hyperparameters(optimizer: Any, config: DWMConfig) -> None:
-    """Sets what the settings say: after building, and after loading an older optimizer."""
+    """Applies the settings, after building and after loading an older optimizer."""
     for group in optimizer.param_groups:
         head = group["max_lr"] == _HEAD_MARK
         group["lr"] = config.head_lr if head else config.backbone_lr
@@ -324,10 +325,10 @@ def _finalize_grads(
     pg_collection: Any = None,
     force_all_reduce: bool = False,
 ) -> None:
-    """Reduces the DWM's gradients over data parallelism, each rank its share if it has one.
+    """Reduces the DWM's gradients over data-parallel ranks, to each rank's shard if sharded.
 
-    Nothing else: without sequence parallelism, replicated parameters see equal gradients on
-    tensor-parallel peers, and the DWM ties no embeddings.
+    Nothing else is needed: without sequence parallelism, replicated parameters see equal gradients
+    on tensor-parallel peers, and the DWM has no tied embeddings.
     """
     for chunk in model:
         chunk.finish_grad_sync(force_all_reduce=force_all_reduce)

@@ -1,6 +1,6 @@
 """The data weighting model: a Llama-style transformer on Megatron's blocks, pooled to one score.
 
-It shares the LLM's tokenizer and its tensor- and pipeline-parallel groups. Scores come out on
+It shares the LLM's tokenizer and its tensor- and pipeline-parallel groups. Scores are computed on
 the last pipeline stage, where the losses are.
 
 Shapes: b samples in a micro-batch, s tokens, h hidden size of the DWM.
@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_dwm.weighting_model.attention import CausalAttention
 from megatron_dwm.weighting_model.pooling import pool_tokens
 
-# Fields that say how the host computes, not what the model is: taken over from the LLM.
+# Fields that describe how to compute, not the model: copied from the LLM.
 _HOST_FIELDS = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -45,7 +45,7 @@ _HOST_FIELDS = (
     "transformer_impl",
     "attention_backend",
 )
-# Fields that make the DWM's layers equal in form to the LLM's, for a start from its layers.
+# Fields that give the DWM's layers the LLM's form, so that they can start as copies.
 LAYER_FIELDS = (
     "hidden_size",
     "ffn_hidden_size",
@@ -75,10 +75,10 @@ LAYER_FIELDS = (
 
 @dataclass(frozen=True)
 class EmbeddingShape:
-    """What lies outside `TransformerConfig`.
+    """Settings that are not in `TransformerConfig`.
 
     Attributes:
-        vocab_size: padded vocabulary, as the LLM's embedding has it.
+        vocab_size: padded vocabulary, as in the LLM's embedding.
         max_sequence_length: the LLM's `--max-position-embeddings`.
         position_embedding_type: `rope`, `learned_absolute` or `none`.
         rotary_base: theta of the rotary embedding.
@@ -97,7 +97,7 @@ class EmbeddingShape:
 
 
 def pipeline_layout(num_layers: int, pipeline_size: int) -> list[list[str]] | None:
-    """Returns which stage holds what, for any depth: stages may hold no layer.
+    """Returns what each stage holds, for any depth; stages may hold no layer.
 
     Layers are spread evenly, the first stages taking the remainder.
 
@@ -124,7 +124,7 @@ def dwm_transformer_config(
     Args:
         llm: the LLM's config.
         num_layers: layers of the DWM.
-        like_llm: layers of the LLM's own form (`--dwm-init llm:K`), else Llama-style.
+        like_llm: whether layers have the LLM's own form (`--dwm-init llm:K`), else Llama-style.
         **shape: `hidden_size`, `ffn_hidden_size`, ... for Llama-style layers.
     """
     fields = {name: getattr(llm, name) for name in _HOST_FIELDS if hasattr(llm, name)}
@@ -142,7 +142,7 @@ def dwm_transformer_config(
         num_layers=num_layers,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # Layers differ by stage only; one checkpoint tensor a layer reads at any layout.
+        # Layers differ by stage only; one checkpoint tensor per layer can be read in any layout.
         hetereogenous_dist_checkpoint=True,
         pipeline_dtype=llm.params_dtype,
         pipeline_model_parallel_layout=pipeline_layout(
@@ -213,7 +213,7 @@ class DataWeightingModel(MegatronModule):
             pre_process=pre_process,
             post_process=post_process,
             pg_collection=pg_collection,
-            # The DWM has one chunk a stage, also where the LLM has virtual stages.
+            # The DWM has one chunk per stage, even if the LLM has virtual stages.
             vp_stage=0,
         )
         if post_process:
@@ -221,7 +221,7 @@ class DataWeightingModel(MegatronModule):
             torch.nn.init.zeros_(self.score.weight)
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Sets the hidden states `[s, b, h]` that came from the stage before."""
+        """Sets the hidden states `[s, b, h]` from the previous stage."""
         if isinstance(input_tensor, list):
             (input_tensor,) = input_tensor
         self.input_tensor = input_tensor
@@ -238,8 +238,7 @@ class DataWeightingModel(MegatronModule):
         Args:
             tokens: `[b, s]` ids on the first stage, unused elsewhere.
             position_ids: `[1, s]`.
-            lengths: `[b]` tokens of each sample without the padding on its right; None: all are
-                full.
+            lengths: `[b]` tokens of each sample without padding on the right; None: all are full.
 
         Returns:
             Scores `[b]` in float32 on the last stage, hidden states `[s, b, h]` elsewhere.
@@ -258,8 +257,8 @@ class DataWeightingModel(MegatronModule):
         hidden = self.decoder(hidden, attention_mask=mask, rotary_pos_emb=rotary)
         if not self.post_process:
             if not len(self.decoder.layers):
-                # The schedule frees a stage's output, so a stage without layers must not
-                # return its input itself.
+                # The schedule frees a stage's output, so a stage without layers must not return its
+                # input.
                 hidden = hidden.clone()
             return hidden
         if lengths is not None:

@@ -1,4 +1,4 @@
-"""Begins the weighting model from real layers: the LLM's own, or a Hugging Face Llama's."""
+"""Initialises the weighting model from the LLM's own layers, or a Hugging Face Llama's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def copy_from_llm(model: DataWeightingModel, llm_chunks: list[Any], groups: Any)
 
     Both share their tensor-parallel layout, so shards fit as they are. Pipeline layouts differ:
     each layer is broadcast by the stage that holds it in the LLM, and kept by the stage that
-    holds it in the DWM. The final norm and the head keep their own start.
+    holds it in the DWM. The final norm and the head keep their own initialisation.
 
     Args:
         model: this stage of the weighting model, layers of the LLM's form.
@@ -51,7 +51,7 @@ def _template(
     model: DataWeightingModel,
     groups: Any,
 ) -> list[tuple[str, torch.Tensor]]:
-    """Returns a layer's parameter names and tensors of their shapes, on every stage alike."""
+    """Returns a layer's parameter names and tensors of their shapes, the same on every stage."""
     local = own.get(number) or held.get(number) or next(iter(held.values()), None)
     shapes = None
     if local is not None:
@@ -73,10 +73,10 @@ def _copy(target: torch.nn.Module, source: torch.nn.Module) -> None:
 
 @torch.no_grad()
 def load_hf_folder(model: DataWeightingModel, folder: str, groups: Any) -> str:
-    """Loads a Hugging Face Llama into the weighting model, sharded over tensor parallelism.
+    """Loads a Hugging Face Llama into the weighting model, sharded over tensor-parallel ranks.
 
-    The score head of a sequence classifier with one label, such as an export of a weighting model,
-    is taken too; with any other model the head keeps its own start.
+    The score head of a sequence classifier with one label, such as an exported weighting model, is
+    loaded too; with any other model the head keeps its own initialisation.
 
     Args:
         model: this stage of the weighting model.
@@ -84,7 +84,7 @@ def load_hf_folder(model: DataWeightingModel, folder: str, groups: Any) -> str:
         groups: process groups.
 
     Returns:
-        A line for the log: whether the head was taken.
+        A line for the log: whether the head was loaded.
 
     Raises:
         DWMError: the folder's vocabulary is larger than the LLM's padded one, or a tensor does
@@ -100,7 +100,7 @@ def load_hf_folder(model: DataWeightingModel, folder: str, groups: Any) -> str:
         if local in wanted:
             parameter = wanted[local]
             if local == "embedding.word_embeddings.weight":
-                # An export may have a row for padding behind the vocabulary.
+                # An export may have a row for padding after the vocabulary.
                 tensor = tensor[: source.vocab_size]
                 tensor = _padded_vocabulary(tensor, parameter.size(0) * groups.tp.size(), folder)
             shard = _tensor_parallel_shard(local, tensor, parameter, groups.tp)
@@ -137,7 +137,7 @@ def _load_head(model: DataWeightingModel, folder: str) -> None:
 
 
 def _local_name(name: str, offset: int) -> str:
-    """Turns the global layer index in a name into this stage's."""
+    """Replaces the global layer index in a name with this stage's."""
     parts = name.split(".")
     if parts[:2] == ["decoder", "layers"]:
         parts[2] = str(int(parts[2]) - offset)
@@ -156,7 +156,7 @@ def _padded_vocabulary(tensor: torch.Tensor, rows: int, folder: str) -> torch.Te
 def _tensor_parallel_shard(
     name: str, tensor: torch.Tensor, parameter: torch.nn.Parameter, tp_group: Any
 ) -> torch.Tensor:
-    """Returns this rank's shard; gate and up projections are split each for itself."""
+    """Returns this rank's shard; gate and up projections are split separately."""
     size, rank = tp_group.size(), tp_group.rank()
     if size == 1 or not getattr(parameter, "tensor_model_parallel", False):
         return tensor

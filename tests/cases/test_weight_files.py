@@ -212,8 +212,8 @@ def map_names_a_number(out, tensors):
         (distributed, "shard-00000-model-00001-of-00001.safetensors"),
         (named_and_not_there, "elsewhere.safetensors"),
         (named_outside, "../model.safetensors"),
-        (map_is_a_list, "weight_map is a JSON list, no object"),
-        (map_names_a_number, "names the file 3, no string"),
+        (map_is_a_list, "weight_map is a JSON list, not an object"),
+        (map_names_a_number, "names the file 3, not a string"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

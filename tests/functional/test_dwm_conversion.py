@@ -536,7 +536,7 @@ def test_inspect_names_the_damage(folder: Path, capsys: pytest.CaptureFixture, n
 def test_inspect_names_bad_input(folder: Path, capsys: pytest.CaptureFixture) -> None:
     (folder / "empty").mkdir(exist_ok=True)
     for flags, said in (
-        ([str(folder / "gone")], "is no folder"),
+        ([str(folder / "gone")], "is not a folder"),
         ([str(folder / "empty")], "has no iter_*"),
         ([str(folder / "mean"), "--iteration", "3"], "--iteration 3"),
         ([str(folder / "mean"), "--json", str(folder / "no" / "file")], "--json"),

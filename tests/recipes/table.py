@@ -24,23 +24,23 @@ COLUMNS = [
     "replaced on the CPU",
 ]
 HEAD = """<!-- nav: Reference 70 -->
-# Recipes that people run
+# Public recipes
 
-Public pre-training recipes of NVIDIA, with their flags as they stand, under weighted training.
-Each was run at toy size on two CPU ranks through the launcher (`megatron-dwm train`), three times
-over four steps: by the stock trainer, with uniform weights, and with the default head taking a
-meta step in every step. The script is `examples/pretrain_dwm.py`, which stands in for the
-`pretrain_gpt.py` and `pretrain_hybrid.py` of Megatron-LM, as the wheel has neither; data and meta
-set are made up. `make test-recipes` runs all of them and fails where one does not do what stands
-here; `python -m tests.recipes.table` makes this page. The flags are in
-`tests/recipes/recipes.toml`, with their sources.
+NVIDIA's public pre-training recipes, with their original flags, under weighted training. Each was
+run at toy size on two CPU ranks through the launcher (`megatron-dwm train`), three times over four
+steps: with the stock trainer, with uniform weights, and with the default head taking a meta step
+in every step. The script is `examples/pretrain_dwm.py`, which replaces Megatron-LM's
+`pretrain_gpt.py` and `pretrain_hybrid.py`, because the wheel has neither; data and meta set are
+synthetic. `make test-recipes` runs all recipes and fails if one does not do what this page says;
+`python -m tests.recipes.table` writes this page. The flags are in `tests/recipes/recipes.toml`,
+with their sources.
 
 `bit-identical`: every reported loss, every gradient norm, the validation loss and the final
-parameters of every rank are those of the stock run. *At full size*: what the flag checks say of
-the recipe before anything is cut, `accepted` or the flags by which it is refused; uniform weights
-are accepted with all of them. What stands under *replaced on the CPU* needs Transformer Engine,
-its kernels or a GPU, and is not shown here: such a row has Megatron's local layers in the place
-of Transformer Engine's.
+parameters of every rank equal those of the stock run. *At full size*: the result of the flag
+checks on the original recipe, `accepted` or the flags for which it is refused; uniform weights are
+accepted with all recipes. Flags under *replaced on the CPU* need Transformer Engine, its kernels
+or a GPU, and are not tested here: such a row uses Megatron's local layers instead of Transformer
+Engine's.
 
 """
 
@@ -97,19 +97,19 @@ def _rule() -> str:
     parallel = ", ".join(f"`{name}`" for name in PARALLEL)
     return f"""## How a recipe is cut
 
-Sizes go, everything else stays; a flag that a recipe has not stays away. Sizes become {sizes}; at
-most {caps}. What speaks of every layer (`--moe-layer-freq`, `--hybrid-layer-pattern`) keeps the
+Only sizes change, and no flag is added that a recipe does not have. Sizes become {sizes}; at
+most {caps}. Per-layer patterns (`--moe-layer-freq`, `--hybrid-layer-pattern`) keep the
 first layer of each kind. Parallel sizes ({parallel}) become two ranks of one dimension: expert
-parallelism where the recipe has it, else pipeline stages, else tensor parallelism where it goes
-without sequence parallelism, else data parallelism. Files, trackers, intervals and times at which
-a job ends are left out.
+parallelism if the recipe has it, else pipeline stages, else tensor parallelism if it works
+without sequence parallelism, else data parallelism. Files, trackers, intervals and job time limits
+are left out.
 
-The CPU host's own flags (`--transformer-impl local` and no fused kernels) come on top. Left out
-or replaced, where a recipe has them: {stand_ins}. Plain torch stands in for Mamba's kernels, for
-emerging-optimizers, on which Muon is built, and for the attention of latent heads, whose sizes the
-local layers of Megatron 0.19 do not take (`tests/recipes/stand_ins.py`).
+The CPU host's own flags (`--transformer-impl local` and no fused kernels) are added. Left out
+or replaced, if a recipe has them: {stand_ins}. Plain torch replaces Mamba's kernels,
+emerging-optimizers, on which Muon is built, and multi-latent attention, whose sizes the local
+layers of Megatron 0.19 do not support (`tests/recipes/stand_ins.py`).
 
-Not among them: Gemma, whose layers Megatron-Bridge builds from code of its own, not from flags."""
+Not included: Gemma, whose layers Megatron-Bridge builds from its own code, not from flags."""
 
 
 def main() -> None:

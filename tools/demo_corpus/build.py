@@ -31,7 +31,7 @@ class Arguments:
     Attributes:
         domains: Names of domains, `corrupt` included if wanted.
         max_mb_per_domain: Cap on the training part of a domain, in MB of text.
-        debian: Use Debian packages where they can be had.
+        debian: Use Debian packages where available.
         lambada: Also write LAMBADA as a target.
         seed: Seed of the corruption.
     """
@@ -79,7 +79,7 @@ class CorpusBuilder:
         self._seen: set[bytes] = set()
 
     def is_complete(self) -> bool:
-        """Tells whether the folder holds just this corpus, going by arguments and sizes."""
+        """Tells whether the folder holds this corpus, judging by arguments and sizes."""
         manifest = read_manifest(self.out)
         if manifest.get("format") != FORMAT:
             return False
@@ -103,7 +103,7 @@ class CorpusBuilder:
             The manifest.
 
         Raises:
-            PackageError: A Python package cannot be had, or no prose domain yielded text.
+            PackageError: A Python package is not available, or no prose domain yielded text.
         """
         self._remove_old()
         wanted = [d for d in self._domains if d.name in self.arguments.domains]

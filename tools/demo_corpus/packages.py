@@ -18,7 +18,7 @@ from .recipes import Source
 
 
 class PackageError(RuntimeError):
-    """A package cannot be had. The text says which, why, and what to do."""
+    """A package is not available. The text says which, why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Package:
 
 
 def fetch(source: Source, cache: Path) -> Package:
-    """Brings a package into the cache, unless it is there, and unpacks it.
+    """Downloads a package into the cache, unless it is there, and unpacks it.
 
     Args:
         source: What to fetch.

@@ -1,4 +1,4 @@
-"""What the site builder does beyond Markdown (a hook of MkDocs, see mkdocs.yml).
+"""Hooks of the site builder, for what goes beyond Markdown (MkDocs, see mkdocs.yml).
 
     navigation    from what each page says of its place (`pages.py`)
     other pages   CONTRIBUTING.md and others are pages too; links to them are those of the tree
@@ -55,7 +55,7 @@ def _navigation(files: Files) -> list[dict[str, list[Any]]]:
     for file in files.documentation_pages():
         section, number = places.get(file.src_uri) or pages.place(file.content_string) or ("", 0)
         if section not in by_section:
-            # A page that does not say where it belongs is found all the same.
+            # A page that does not state its place is still included.
             section, number = "Project", 80
         by_section[section].append((number, file.src_uri))
     titles = {"benchmarks/quality.md": "Tables of the benchmark"}

@@ -1,14 +1,14 @@
-"""What the pages' Markdown says beyond Markdown, for the site and for the tests alike.
+"""The marks in the pages' Markdown, for both the site and the tests.
 
     <!-- nav: SECTION NUMBER -->    a page's place in the navigation: a section, and its order in it
     <!-- test: FILE::NAME -->       before a block of commands: the test that runs it; several
                                     with spaces between them
     <!-- run here -->               the block is run as it stands by tests/unit/project/test_docs.py
     <!-- not run: WHY -->           nothing runs the block; the site says so below it
-    <!-- generated: NAME -->        what follows, up to <!-- end -->, is written by tables.py
+    <!-- generated: NAME -->        the text up to <!-- end --> is written by tables.py
 
-Comments, so that a page reads the same where Markdown is shown without the site. Standard library
-only: the tests do without the site's packages.
+They are comments, so that a page reads the same when Markdown is shown without the site. Standard
+library only: the tests do not need the site's packages.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# Pages outside docs/ that the site has too, and what they need.
+# Pages outside docs/ that are also on the site, and what they need.
 OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/quality.md", "benchmarks/quality.png")
 SECTIONS = ("Start", "Guide", "Tutorials", "Background", "Reference", "Project")
 # Fenced blocks in these languages hold commands for a shell.
@@ -30,8 +30,8 @@ _FENCE = re.compile(
     r"^(?P<fence>```)(?P<language>\w*)[^\n]*\n(?P<text>.*?)^```$",
     re.DOTALL | re.MULTILINE,
 )
-# What a line of a block must begin with for the block to hold commands; blocks without such a line
-# show output, formulas or files.
+# Beginnings of lines that make a block one of commands; blocks without such a line show output,
+# formulas or files.
 _PROGRAMS = ("bash", "docker", "make", "megatron-dwm", "pip", "python", "torchrun")
 _COMMAND = re.compile(rf"(?:[A-Z_]+=\S* )*({'|'.join(_PROGRAMS)})\b")
 
@@ -41,10 +41,10 @@ class Block:
     """A block of shell commands.
 
     Attributes:
-        page: where it stands, from the root of the repository.
-        line: of its first command.
-        text: as it stands.
-        mark: what is said of who runs it; None: nothing is.
+        page: its page, relative to the root of the repository.
+        line: line of its first command.
+        text: its text.
+        mark: its mark, which says what runs it; None without one.
     """
 
     page: str
@@ -67,7 +67,7 @@ def pages() -> list[Path]:
 
 
 def place(text: str) -> tuple[str, int] | None:
-    """Returns the section of a page and its number there; None where the page does not say."""
+    """Returns the section of a page and its number there; None if the page does not say."""
     found = _NAV.search(text)
     return None if found is None else (found[1], int(found[2]))
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Writes the tables of the pages that follow from the code.
+"""Writes the tables of the pages that are generated from the code.
 
     python tools/docs/tables.py            write them into the pages
     python tools/docs/tables.py --check    change nothing; 1 where a page is out of date
 
-A table stands between `<!-- generated: NAME -->` and `<!-- end -->`, on any page of docs/.
+A table is between `<!-- generated: NAME -->` and `<!-- end -->`, on any page of docs/.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def flags() -> str:
 
 
 def refusals() -> str:
-    """Returns the flags of the trainer that are refused by name, why, and the way out."""
+    """Returns the flags of the trainer that are refused by name, why, and what to do."""
     from megatron_dwm.hosts.unsupported import refusals
 
     rows = ["| refused | why | what to do |", "|---|---|---|"]
@@ -62,7 +62,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def renewed(text: str) -> str:
-    """Returns a page with its tables as the code has them."""
+    """Returns a page with its tables regenerated from the code."""
     return _PART.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n", text)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Runs the tutorials and keeps what they print and draw, for the site.
+"""Runs the tutorials and keeps their output and pictures, for the site.
 
     python tools/docs/tutorials.py [--out build/tutorials] [NAME ...]
 

@@ -1,4 +1,4 @@
-"""Model families that convert in both directions, and how one is recognised."""
+"""Model families that can be converted in both directions, and how they are recognised."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ FAMILIES: dict[str, Family] = {
 def family_of_args(args: Any) -> Family:
     """Returns the family that a checkpoint's arguments point to.
 
-    One argument tells each family from Llama. Whether all others fit is what reading the shape
-    checks.
+    One argument distinguishes each family from Llama. Reading the shape checks whether all others
+    fit.
 
     Args:
         args: The checkpoint's `argparse.Namespace`.
@@ -52,12 +52,12 @@ def family_of_config(config: Mapping[str, Any]) -> Family:
 
 
 def shape_from_args(args: Any, rope_scaling_factor: float | None = None) -> ModelShape:
-    """Reads the shape of a model from the arguments that a Megatron checkpoint carries.
+    """Reads the shape of a model from the arguments in a Megatron checkpoint.
 
     Args:
         args: The checkpoint's `argparse.Namespace`.
         rope_scaling_factor: The factor that a model with `--use-rope-scaling` was built with;
-            needed where the checkpoint's is not the one that Megatron's builders use.
+            needed if the checkpoint's factor is not the one that Megatron's builders use.
 
     Returns:
         The shape, with `vocab_size` still padded.
@@ -81,19 +81,19 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
 
 
 def llama_from_args(args: Any, rope_scaling_factor: float | None = None) -> ModelShape:
-    """As `shape_from_args`, for callers that can take a dense Llama only.
+    """Like `shape_from_args`, for callers that support only a dense Llama.
 
     Raises:
-        ConversionError: The model is no dense Llama; names every argument that says so.
+        ConversionError: The model is not a dense Llama; names every argument that says so.
     """
     return ModelShape(**FAMILIES["llama"].values_from_args(args, rope_scaling_factor))
 
 
 def llama_from_config(config: Mapping[str, Any]) -> ModelShape:
-    """As `shape_from_config`, for callers that can take a dense Llama only.
+    """Like `shape_from_config`, for callers that support only a dense Llama.
 
     Raises:
-        ConversionError: The model is no dense Llama, or a number is missing.
+        ConversionError: The model is not a dense Llama, or a number is missing.
     """
     return ModelShape(**FAMILIES["llama"].values_from_config(config))
 
@@ -105,7 +105,7 @@ def hf_config(shape: ModelShape, dtype: str) -> dict[str, Any]:
     `rope_scaling` (transformers 4 and most inference servers).
 
     Args:
-        shape: Of the model.
+        shape: Shape of the model.
         dtype: Name of the weights' dtype, such as `bfloat16`.
     """
     return {**FAMILIES[shape.family].to_config(shape), "torch_dtype": dtype}

@@ -1,7 +1,7 @@
-"""What a model family is: its arguments, its config.json, its tensors.
+"""A model family: its arguments, its config.json, its tensors.
 
-A family is stated once. Export reads arguments and writes a config, import does the reverse, and
-both move tensors by the same rules.
+Each family is defined once. Export reads arguments and writes a config, import does the reverse,
+and both move tensors by the same rules.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from megatron_dwm.conversion.tensor_rules import Rule
 from megatron_dwm.errors import ConversionError
 from megatron_dwm.files.json_files import shown
 
-# Flags that are not spelled as their argument.
+# Flags whose spelling differs from their argument.
 FLAG_NAMES = {
     "add_bias_linear": "--add-bias-linear (see --disable-bias-linear)",
     "layernorm_epsilon": "--norm-epsilon",
     "untie_embeddings_and_output_weights": "--untie-embeddings-and-output-weights",
 }
 
-# Values that an argument must have, an absent argument of an older checkpoint counts as fitting.
+# Values that an argument must have; an argument missing from an older checkpoint counts as fitting.
 NO_MODEL_HAS: dict[str, tuple[Any, ...]] = {
     "qk_l2_norm": (False,),
     "multi_latent_attention": (False,),
@@ -48,7 +48,7 @@ NO_MODEL_HAS: dict[str, tuple[Any, ...]] = {
 }
 
 
-# What every checkpoint's arguments must say.
+# Arguments that every checkpoint must have.
 _NUMBERS = (
     "num_layers",
     "hidden_size",
@@ -73,14 +73,14 @@ class Family(abc.ABC):
 
     Attributes:
         name: Hugging Face's `model_type`.
-        label: What messages call it.
-        base_prefix: Prefix of all tensors but the output layer in Hugging Face's causal model.
-        required: Megatron argument -> values, of which the first is the one that import writes.
-            A checkpoint must carry the argument.
+        label: Its name in messages.
+        base_prefix: Prefix of all tensors except the output layer in Hugging Face's causal model.
+        required: Megatron argument -> allowed values, of which import writes the first. A
+            checkpoint must have the argument.
         own_numbers: Megatron arguments of this family that must be positive numbers.
-        unused: Megatron argument -> values; absent counts as fitting.
+        unused: Megatron argument -> allowed values; absent counts as fitting.
         config_fits: config.json key -> values that fit; absent counts as fitting.
-        config_needs: config.json keys that must be there.
+        config_needs: config.json keys that must exist.
         ignored: Endings of Hugging Face names that hold no weights.
     """
 
@@ -100,7 +100,8 @@ class Family(abc.ABC):
         """Returns a shape's values from a checkpoint's arguments.
 
         Raises:
-            ConversionError: The model is none of the family; names every argument that says so.
+            ConversionError: The model does not belong to the family; names every argument that says
+                so.
         """
         numbers = (*_NUMBERS, *self.own_numbers)
         lost = [name for name in numbers if not _counts(getattr(args, name, None))]
@@ -123,7 +124,8 @@ class Family(abc.ABC):
         heads = args.num_attention_heads
         if args.hidden_size % heads:
             issues.append(
-                f"--hidden-size {args.hidden_size} is no multiple of --num-attention-heads {heads}"
+                f"--hidden-size {args.hidden_size} is not a multiple of "
+                f"--num-attention-heads {heads}"
             )
         gqa = getattr(args, "group_query_attention", False)
         values = {
@@ -151,7 +153,7 @@ class Family(abc.ABC):
     def own_values_from_args(
         self, args: Any, rope_scaling_factor: float | None
     ) -> tuple[dict[str, Any], list[str]]:
-        """Returns the values that only this family has, and what speaks against them."""
+        """Returns the values that only this family has, and reasons why they do not fit."""
 
     def to_args(self, shape: ModelShape) -> dict[str, Any]:
         """Returns Megatron's arguments of a model, without those of its tokenizer.
@@ -162,7 +164,7 @@ class Family(abc.ABC):
         own, issues = self.own_args(shape)
         if shape.hidden_size % shape.num_attention_heads:
             issues.append(
-                f"the hidden size {shape.hidden_size} is no multiple of the "
+                f"the hidden size {shape.hidden_size} is not a multiple of the "
                 f"{shape.num_attention_heads} heads"
             )
         if issues:
@@ -196,7 +198,7 @@ class Family(abc.ABC):
         """Returns a shape's values from a parsed `config.json`.
 
         Raises:
-            ConversionError: The model is none of the family, or a number is missing.
+            ConversionError: The model does not belong to the family, or a number is missing.
         """
         issues = type_issues(config)
         fits = {"model_type": (self.name,), "quantization_config": (None,), **self.config_fits}
@@ -231,16 +233,16 @@ class Family(abc.ABC):
         return []
 
     def own_config_issues(self, config: Mapping[str, Any]) -> list[str]:
-        """Returns what only this family refuses, in a config.json whose types fit."""
+        """Returns the issues that only this family has, in a config.json with correct types."""
         return []
 
     @abc.abstractmethod
     def own_values_from_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns all values of the shape but the family."""
+        """Returns all values of the shape except the family."""
 
     @abc.abstractmethod
     def to_config(self, shape: ModelShape) -> dict[str, Any]:
-        """Returns the contents of `config.json` but dtype and the tokenizer's ids."""
+        """Returns the contents of `config.json` except dtype and the tokenizer's ids."""
 
     # ------------------------------------------------------------- tensors
 
@@ -258,7 +260,7 @@ class Family(abc.ABC):
 
     @abc.abstractmethod
     def last_rules(self, shape: ModelShape) -> list[Rule]:
-        """Returns the rules behind the layers, with the output layer unless tied."""
+        """Returns the rules after the layers, with the output layer unless tied."""
 
     def rules(self, shape: ModelShape, num_layers: int | None = None) -> list[Rule]:
         """Returns the rules of a whole model, or of its first layers, in the model's order."""

@@ -1,7 +1,7 @@
-"""The types that the values of a config.json must have: those of transformers' configurations.
+"""The types of the values of a config.json, as in transformers' configurations.
 
-transformers 5 checks them strictly: null is no false, "1e-6" and 1 are no floating point numbers.
-Beyond that a number must be one that a model can be built with.
+transformers 5 checks them strictly: null is not false, and "1e-6" and 1 are not floating point
+numbers. In addition, numbers must be usable for building a model.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import Any
 
 from megatron_dwm.files.json_files import shown
 
-# A size beyond it is a fault in the file, whatever it is a size of.
+# Any size above this is an error in the file.
 _LARGEST = 2**31 - 1
 
 
 def is_count(value: Any) -> bool:
-    """Returns whether a value is a positive integer that a size can have."""
+    """Returns whether a value is a positive integer that can be a size."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LARGEST
 
 
 def is_number(value: Any) -> bool:
-    """Returns whether a value is a finite number; true and false are none."""
+    """Returns whether a value is a finite number; true and false are not."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     # Converting a larger integer fails.
@@ -56,7 +56,7 @@ _STRINGS_OR_NULL = (
     ),
 )
 
-# Of all families; each key has one type wherever it occurs.
+# Types for all families; each key has the same type wherever it occurs.
 _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "tie_word_embeddings": _BOOL,
     "attention_bias": _BOOL,
@@ -88,7 +88,7 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def type_issues(config: Mapping[str, Any]) -> list[str]:
-    """Returns what is of a wrong type in a config.json, one text for each key."""
+    """Returns the wrong types in a config.json, one text for each key."""
     return [
         f"{name} is {shown(config[name])}, needs {what}"
         for name, (what, fits) in _TYPES.items()

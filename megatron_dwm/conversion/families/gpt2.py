@@ -1,4 +1,4 @@
-"""GPT-2: learned positions, LayerNorm, biases everywhere, GELU, weights stored input first."""
+"""GPT-2: learned positions, LayerNorm, biases everywhere, GELU, weights stored as [in, out]."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from megatron_dwm.conversion.shape import ModelShape
 from megatron_dwm.conversion.tensor_rules import Rule
 from megatron_dwm.errors import ConversionError
 
-# Megatron computes GELU by its tanh approximation when it fuses it with the bias, as it does
-# unless told otherwise, and exactly when it does not.
+# Megatron computes GELU's tanh approximation when it is fused with the bias (the default), and the
+# exact GELU otherwise.
 _ACTIVATIONS = {"gelu_new": True, "gelu_pytorch_tanh": True, "gelu": False}
 
 
@@ -41,7 +41,7 @@ class GPT2(Family):
         "add_cross_attention": (False,),
     }
     config_needs = ("n_layer", "n_embd", "n_head", "vocab_size")
-    # The causal mask, which old checkpoints carry.
+    # The causal mask, which old checkpoints contain.
     ignored = (".attn.bias", ".attn.masked_bias")
 
     @override

@@ -12,7 +12,7 @@ from megatron_dwm.conversion.shape import ModelShape
 from megatron_dwm.conversion.tensor_rules import Rule
 
 _NO_EXPERTS = {"num_experts": (None, 0)}
-# Where each family has defaults of its own, config.json must say it.
+# Values with different defaults by family must be in config.json.
 _NO_DEFAULTS = ("num_key_value_heads", "max_position_embeddings")
 
 
@@ -51,7 +51,7 @@ class Llama(Family):
     ignored = ("rotary_emb.inv_freq",)
     default_theta = 10000.0
     default_epsilon = 1e-6
-    # Whether transformers' configuration of the family has types of layers.
+    # Whether transformers' configuration of the family has layer types.
     knows_layer_types = False
     # Keys of config.json that only this family has.
     own_config: Mapping[str, Any] = {"attention_bias": False, "mlp_bias": False}
@@ -76,7 +76,7 @@ class Llama(Family):
         issues = rope.config_issues(given, self.knows_layer_types)
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
         if not config.get("head_dim") and hidden % heads:
-            issues.append(f"hidden_size {hidden} is no multiple of the {heads} heads")
+            issues.append(f"hidden_size {hidden} is not a multiple of the {heads} heads")
         groups = config.get("num_key_value_heads") or heads
         if heads % groups:
             issues.append(f"the {heads} heads do not divide into the groups, of which are {groups}")

@@ -8,8 +8,8 @@ from typing import Any
 from megatron_dwm.conversion.families.config_types import is_number
 from megatron_dwm.files.json_files import shown
 
-# The factor that Megatron's own model builders train with, whatever --rope-scaling-factor says:
-# they take the flag and do not hand it to the model (seen in 0.19.2).
+# The factor that Megatron's own model builders use, whatever --rope-scaling-factor says: they
+# accept the flag but do not pass it to the model (seen in 0.19.2).
 BUILT_IN_ROPE_FACTOR = 8.0
 
 # Megatron's `--use-rope-scaling` fixes these three (RotaryEmbedding._apply_scaling).
@@ -23,11 +23,11 @@ LLAMA3_ROPE = {
 def scaling_from_args(
     args: Any, given_factor: float | None
 ) -> tuple[dict[str, Any] | None, list[str]]:
-    """Returns Hugging Face's `rope_scaling` of a checkpoint, and what speaks against it.
+    """Returns Hugging Face's `rope_scaling` for a checkpoint, and the issues with it.
 
     Args:
         args: The checkpoint's arguments.
-        given_factor: The factor that the user says the model was built with, or None.
+        given_factor: The factor given by the user as the one the model was built with, or None.
     """
     issues = []
     interpolation = getattr(args, "rotary_seq_len_interpolation_factor", None)
@@ -83,7 +83,7 @@ def args_of(base: float, scaling: Mapping[str, Any] | None) -> tuple[dict[str, A
     return values, issues
 
 
-# What a kind of scaling must have, as transformers asks for it.
+# Keys that a kind of scaling must have in transformers.
 _NEEDED = {"linear": ("factor",), "llama3": ("factor", *LLAMA3_ROPE)}
 
 
@@ -91,7 +91,7 @@ def from_config(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None
     """Returns theta and `rope_scaling` (None for plain RoPE), from either spelling.
 
     Args:
-        config: A config.json of which `config_issues` has found nothing.
+        config: A config.json in which `config_issues` found nothing.
     """
     rope = _described(config)
     base = rope.pop("rope_theta")
@@ -100,12 +100,12 @@ def from_config(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None
 
 
 def config_issues(config: Mapping[str, Any], by_layer_type: bool) -> list[str]:
-    """Returns what no RoPE can be read from, where transformers has none either.
+    """Returns why no RoPE can be read from a config.json; transformers could not either.
 
     Args:
         config: A config.json with `rope_theta`.
-        by_layer_type: Whether the family's configuration knows types of layers; transformers then
-            takes a description with their names for several.
+        by_layer_type: Whether the family's configuration has layer types; transformers then reads a
+            description with their names as several.
     """
     given = config.get("rope_scaling")
     if given and not isinstance(given, dict):
@@ -132,7 +132,7 @@ def config_issues(config: Mapping[str, Any], by_layer_type: bool) -> list[str]:
 
 
 def _described(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the RoPE of a config.json with its theta and type, as transformers completes it."""
+    """Returns the RoPE of a config.json with theta and type filled in as by transformers."""
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
     rope["rope_type"] = rope.get("rope_type", rope.pop("type", "default"))

@@ -137,7 +137,7 @@ class WeightFiles:
                 if file.digest == digest:
                     return file
         raise DWMError(
-            f"{prefix} was drawn by a weight file {digest[:12]}... that is none of "
+            f"{prefix} was drawn by a weight file {digest[:12]}... that is not one of "
             f"{', '.join(places)}; put it back, or start over with --finetune"
         )
 

@@ -142,13 +142,13 @@ def test_every_changed_bit_of_the_marker_is_noticed_or_harmless(checkpoint):
         (lambda c, shard: shard.write_bytes(shard.read_bytes()[:-1]), r"truncated: \d+ bytes, \d+"),
         (
             lambda c, shard: shard.write_bytes(shard.read_bytes() + b"x"),
-            "longer than it was written",
+            "longer than when it was written",
         ),
         (lambda c, shard: shard.write_bytes(b""), "truncated: 0 bytes"),
         (lambda c, shard: (c / ".metadata").unlink(), "index of the tensors, is missing"),
         (lambda c, shard: (c / ".metadata").write_bytes(b""), r"\.metadata is damaged"),
         (lambda c, shard: (c / "metadata.json").unlink(), "the save was not finished"),
-        (lambda c, shard: (c / "metadata.json").write_text("[]"), "no JSON object"),
+        (lambda c, shard: (c / "metadata.json").write_text("[]"), "not a JSON object"),
         (lambda c, shard: c.rename(c.with_name("iter_0000007")), "is not there"),
     ],
 )

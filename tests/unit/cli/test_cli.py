@@ -180,7 +180,7 @@ def test_no_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None
         (["report", "one", "--data", "x"], "--data is for the page; give --html FILE.html"),
         (["weights", "show", "{}/none"], "none.weights: no such file"),
         (["weights", "make", "{}/none", "--equal"], "none.idx"),
-        (["convert", "inspect", "{}/none"], "is no folder"),
+        (["convert", "inspect", "{}/none"], "is not a folder"),
         (["convert", "inspect"], "RUN is missing"),
         (["convert", "export", "--megatron-path", "{}/none", "--hf-path", "{}/o"], "none"),
         (["probe", "--checkpoint", "{}/none"], "--checkpoint {}/none: no such folder"),

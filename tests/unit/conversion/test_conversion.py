@@ -329,7 +329,7 @@ def test_folder_errors_name_the_file(tmp_path):
 
 
 def test_checkpoint_is_found_or_the_way_out_is_named(tmp_path):
-    with pytest.raises(ConversionError, match="is no folder"):
+    with pytest.raises(ConversionError, match="is not a folder"):
         find_checkpoint(tmp_path / "absent")
     with pytest.raises(ConversionError, match="has no latest_checkpointed_iteration.txt"):
         find_checkpoint(tmp_path)

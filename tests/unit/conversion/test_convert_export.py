@@ -191,7 +191,7 @@ def test_output_folder_is_protected(tmp_path, capsys):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letters.txt").touch()
     assert export(run, tmp_path / "home", "--force") == 2
-    assert "is no exported model" in capsys.readouterr().err
+    assert "is not an exported model" in capsys.readouterr().err
     assert (tmp_path / "home" / "letters.txt").exists()
 
 

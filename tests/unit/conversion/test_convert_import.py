@@ -499,7 +499,7 @@ def test_output_folder_is_protected(tmp_path, hf, capsys):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letters").touch()
     assert take_in(folder, tmp_path / "home", "--force") == 2
-    assert "so it is no import" in capsys.readouterr().err
+    assert "so it is not an import" in capsys.readouterr().err
 
 
 def test_flags_and_folders_are_refused_by_name(tmp_path, hf, capsys):
@@ -507,7 +507,7 @@ def test_flags_and_folders_are_refused_by_name(tmp_path, hf, capsys):
     assert take_in(folder, tmp_path / "run", "--tensor-model-parallel-size", "0") == 2
     assert "--tensor-model-parallel-size is 0" in capsys.readouterr().err
     assert take_in(tmp_path / "absent", tmp_path / "run") == 2
-    assert "absent is no folder" in capsys.readouterr().err
+    assert "absent is not a folder" in capsys.readouterr().err
     broken = changed(folder, tmp_path / "broken")
     data = load_file(broken / "model.safetensors")
     assert data

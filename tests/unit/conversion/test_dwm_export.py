@@ -218,8 +218,8 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     run = write(tmp_path / "run", tensors_of(), described(), llm_args())
     for flags, said in (
         ([stock, tmp_path / "out"], "holds no weighting model"),
-        ([tmp_path / "gone", tmp_path / "out"], "is no folder"),
-        ([tmp_path / "gone", tmp_path / "out", "--all-stages"], "is no folder"),
+        ([tmp_path / "gone", tmp_path / "out"], "is not a folder"),
+        ([tmp_path / "gone", tmp_path / "out", "--all-stages"], "is not a folder"),
         ([run, tmp_path / "out", "--all-stages"], "has no dwm_stage_* snapshots"),
         ([run, tmp_path / "out", "--iteration", "6"], "no checkpoint iter_0000006"),
     ):

@@ -182,7 +182,7 @@ def test_old_lzma_files_and_skippable_frames_are_recognised(tmp_path):
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_plain_text_by_the_name_of_a_compression_is_refused(tmp_path, suffix):
     message = refusal(tmp_path / f"c.jsonl{suffix}", FIRST)
-    assert "begins otherwise" in message and f"take {suffix} off its name" in message
+    assert "begins otherwise" in message and f"remove {suffix} from its name" in message
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,9 @@ A host says what it trains, and builds what depends on its own settings; `assemb
 modified step of both. From then on the host hands every step to `DWMTrainStep`, with a function
 that takes its own step, and keeps the step's state with its checkpoints (`checkpoint.state`).
 
-Two hosts are here: Megatron-LM's trainer (`megatron_lm`), which is rebound, and a loop of one's own
-over Megatron-Core (`own_loop`), which calls.
+Three hosts are here: Megatron-LM's trainer (`megatron_lm`), which is rebound, a loop of one's own
+over Megatron-Core (`own_loop`), which calls, and Megatron-Bridge's trainer (`megatron_bridge`),
+which calls back, and is rebound for the rest.
 """
 
 from __future__ import annotations

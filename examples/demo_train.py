@@ -16,7 +16,7 @@ from typing import Any
 import pretrain_dwm
 from megatron.training import get_args, training
 
-from megatron_dwm.hosts.megatron_lm.rebind import rebound
+from megatron_dwm.hosts.rebind import rebound
 
 
 class ProcessorTime:

@@ -17,6 +17,7 @@ SPAWN_RANKS = (
     "tests/cases/test_checkpoint_formats.py",
     "tests/cases/test_ranks_that_act_alone.py",
     "tests/contract/test_ghost_transformer_engine.py",
+    "tests/contract/test_bridge_contract.py",
 )
 pytest_plugins = ["tests.transformer_engine_cpu.fixtures"]
 

@@ -4,8 +4,9 @@ A host says what it trains, and builds what depends on its own settings; `assemb
 modified step from this. From then on the host passes every step to `DWMTrainStep`, with a function
 that takes its own step, and saves the step's state with its checkpoints (`checkpoint.state`).
 
-There are two hosts: Megatron-LM's trainer (`megatron_lm`), whose functions are rebound, and a
-user's own loop over Megatron-Core (`own_loop`), which calls the weighting itself.
+There are three hosts: Megatron-LM's trainer (`megatron_lm`), whose functions are rebound; a user's
+own loop over Megatron-Core (`own_loop`), which calls the weighting itself; and Megatron-Bridge's
+trainer (`megatron_bridge`), which calls it back, and is rebound for the rest.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ from megatron_dwm.errors import DWMError
 from megatron_dwm.hosts import cpu
 from megatron_dwm.hosts.base import assemble
 from megatron_dwm.hosts.unsupported import unsupported
-from megatron_dwm.logs.sinks import open_sinks
+from megatron_dwm.logs.sinks import Sinks, open_sinks
 from megatron_dwm.logs.weight_log import WeightLog
 from megatron_dwm.step.record import StepRecord
 from megatron_dwm.step.train_step import DWMTrainStep
@@ -81,6 +81,9 @@ class OwnLoop:
     Raises:
         DWMError: settings, model or optimizer that cannot be weighted.
     """
+
+    # How messages name it.
+    where = "your own training loop"
 
     def __init__(
         self,
@@ -122,7 +125,7 @@ class OwnLoop:
         if config.load and config.learned and config.schedule != "frozen":
             self.say(snapshots.load_snapshot(self.weighting, config.load))
         # Opened at the first step, when it is known after which line an older log continues.
-        self._open = partial(self._opened, folder, log_interval, domains or [])
+        self._open = partial(self._opened, log_interval, domains or [])
         self._log: WeightLog | None = None
 
     # ---------------------------------------------------------------- of every step
@@ -194,14 +197,17 @@ class OwnLoop:
 
     # ---------------------------------------------------------------- checkpoints
 
-    def sharded_state_dict(self) -> dict[str, Any]:
+    def sharded_state_dict(self, metadata: dict[str, Any] | None = None) -> dict[str, Any]:
         """Returns the weighting's state for `dist_checkpointing.save`, under its own key.
 
         Call it on every rank; `{**your_state, **loop.sharded_state_dict()}` is one checkpoint.
+
+        Args:
+            metadata: what the model's own `sharded_state_dict` is given, if anything.
         """
         if self._log is not None:
             self._log.flush()
-        return {checkpoint.KEY: checkpoint.state_for_saving(self.weighting, None)}
+        return {checkpoint.KEY: checkpoint.state_for_saving(self.weighting, metadata)}
 
     def load(self, folder: str, iteration: int) -> None:
         """Loads the weighting from a checkpoint that was saved with its state.
@@ -223,16 +229,14 @@ class OwnLoop:
 
     def check(self, config: DWMConfig) -> None:
         """See `TrainerHost.check`."""
-        problems = [
-            f"{setting} in your own training loop: {way}" for setting, way in _unfit(config)
-        ]
+        problems = [f"{setting} in {self.where}: {way}" for setting, way in self.unfit(config)]
         raise_all(problems)
         if config.scores:
-            problems += unsupported(config, _Settings(self))
+            problems += unsupported(config, _Settings(self.settings()))
         if config.scores and has_further_losses(self.transformer_config):
             problems.append(
-                "--mtp-num-layers in your own training loop: its losses are not weighted there; "
-                "train without the extra layers, or with Megatron-LM's trainer"
+                f"--mtp-num-layers in {self.where}: its losses are not weighted there; train "
+                "without the extra layers, or with Megatron-LM's trainer"
             )
         if config.uses_meta_set and self.transformer_config.finalize_model_grads_func is None:
             problems.append(
@@ -277,7 +281,7 @@ class OwnLoop:
 
     def scorer(self, config: DWMConfig) -> tuple[Scorer, dict[str, Any]]:
         """See `TrainerHost.scorer`: there is none, and `check` has said so."""
-        raise DWMError("your own training loop has no separate weighting model; use the form head")
+        raise DWMError(f"{self.where} has no separate weighting model; use the form head")
 
     def warm_start(self, scorer: Scorer, config: DWMConfig) -> Callable[[], None] | None:
         """See `TrainerHost.warm_start`."""
@@ -321,17 +325,57 @@ class OwnLoop:
             )
         return dataclasses.replace(config, meta_batch_size=size)
 
-    def _opened(self, folder: str | None, interval: int, domains: list[str]) -> WeightLog:
+    def _opened(self, interval: int, domains: list[str]) -> WeightLog:
+        # A line that never comes is a line after more steps than there are.
+        lines = interval or self.steps + 1
         last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
-        sinks = None
-        if last and (folder is not None or interval):
-            # "Never" is an interval longer than the run.
-            sinks = open_sinks(
-                folder, self.iteration, None, None, interval or self.steps + 1, print
+        wanted = last and (self._folder is not None or interval)
+        sinks = self.open_sinks(lines) if wanted else None
+        return WeightLog(sinks, domains, lines, self.weighting.config.log_samples)
+
+    # ---------------------------------------------------------------- for hosts built on it
+
+    def settings(self) -> list[Any]:
+        """Returns the objects that hold the run's settings, under Megatron-LM's names."""
+        ddp_config = getattr(self.model[0], "ddp_config", None)
+        if ddp_config is None:
+            raise DWMError(
+                f"model[0] is a {type(self.model[0]).__name__}; wrap the model's chunks in "
+                "megatron.core.distributed.DistributedDataParallel"
             )
-        return WeightLog(
-            sinks, domains, interval or self.steps + 1, self.weighting.config.log_samples
-        )
+        return [self.transformer_config, ddp_config, getattr(self.optimizer, "config", None)]
+
+    def open_sinks(self, interval: int) -> Sinks:
+        """Opens where the log goes, on the rank that writes it.
+
+        Args:
+            interval: steps between console lines.
+        """
+        return open_sinks(self._folder, self.iteration, None, None, interval, print)
+
+    def unfit(self, config: DWMConfig) -> Iterator[tuple[str, str]]:
+        """Yields settings that this host does not support, and what to do."""
+        if not config.enabled:
+            yield "DWMConfig.enabled is False", "set it, or leave the weighting out"
+        if config.sampling == "weights":
+            yield (
+                f"{flag('sampling')} is {config.sampling}",
+                "the loop builds its own data iterators; draw by weight there",
+            )
+        if config.verify_meta_gradient is not None:
+            yield f"{flag('verify_meta_gradient')} is given", "only Megatron-LM's trainer is probed"
+        if config.meta_data_path:
+            yield f"{flag('meta_data_path')} is given", "pass the data sets as meta_datasets"
+        if config.document_weights:
+            yield (
+                f"{flag('document_weights')} is given",
+                "only Megatron-LM's trainer tells which document a sample is from; leave it out",
+            )
+        if config.has_model:
+            yield (
+                f"{flag('form')} is model",
+                "a separate model is built from Megatron-LM's arguments; use the form head",
+            )
 
 
 def _default_schedule() -> Callable[..., Any]:
@@ -343,38 +387,11 @@ def _default_schedule() -> Callable[..., Any]:
 class _Settings:
     """The run's settings under Megatron-LM's names, from whichever object has them."""
 
-    def __init__(self, loop: OwnLoop) -> None:
-        ddp_config = getattr(loop.model[0], "ddp_config", None)
-        if ddp_config is None:
-            raise DWMError(
-                f"model[0] is a {type(loop.model[0]).__name__}; wrap the model's chunks in "
-                "megatron.core.distributed.DistributedDataParallel"
-            )
-        optimizer_config = getattr(loop.optimizer, "config", None)
-        self._sources = (loop.transformer_config, ddp_config, optimizer_config)
+    def __init__(self, sources: list[Any]) -> None:
+        self._sources = sources
 
     def __getattr__(self, name: str) -> Any:
         for source in self._sources:
             if hasattr(source, name):
                 return getattr(source, name)
         raise AttributeError(name)
-
-
-def _unfit(config: DWMConfig) -> Iterator[tuple[str, str]]:
-    """Yields settings that your own loop does not support, and what to do."""
-    if not config.enabled:
-        yield "DWMConfig.enabled is False", "set it, or leave the OwnLoop out"
-    if config.sampling == "weights":
-        yield (
-            f"{flag('sampling')} is {config.sampling}",
-            "the loop builds its own data iterators; draw by weight there",
-        )
-    if config.verify_meta_gradient is not None:
-        yield f"{flag('verify_meta_gradient')} is given", "only Megatron-LM's trainer is probed"
-    if config.meta_data_path:
-        yield f"{flag('meta_data_path')} is given", "pass the data sets as meta_datasets"
-    if config.has_model:
-        yield (
-            f"{flag('form')} is model",
-            "a separate model is built from Megatron-LM's arguments; use the form head",
-        )

@@ -41,8 +41,9 @@ import megatron_dwm  # noqa: E402
 from megatron_dwm.core.contexts import quiet  # noqa: E402
 from megatron_dwm.core.random_states import restore_random_states  # noqa: E402
 from megatron_dwm.errors import DWMError  # noqa: E402
-from megatron_dwm.hosts.megatron_lm import checks, rebind  # noqa: E402
-from megatron_dwm.hosts.megatron_lm.rebind import check_version, rebound  # noqa: E402
+from megatron_dwm.hosts import rebind  # noqa: E402
+from megatron_dwm.hosts.megatron_lm import checks  # noqa: E402
+from megatron_dwm.hosts.rebind import check_version, rebound  # noqa: E402
 from megatron_dwm.step.loss import SampleLosses  # noqa: E402
 from megatron_dwm.weighting_model import transformer as dwm_model  # noqa: E402
 

@@ -115,6 +115,7 @@ def test_a_resumed_loop_is_the_one_that_was_not_stopped(
         ({"sampling": "weights"}, "--dwm-sampling is weights"),
         ({"meta_data_path": ["x"]}, "--dwm-meta-data-path is given"),
         ({"verify_meta_gradient": 1}, "--dwm-verify-meta-gradient is given"),
+        ({"document_weights": True}, "--dwm-document-weights is given"),
     ],
 )
 def test_what_a_loop_cannot_follow_is_refused_with_a_way_out(
@@ -122,5 +123,5 @@ def test_what_a_loop_cannot_follow_is_refused_with_a_way_out(
 ) -> None:
     config = DWMConfig(**{"enabled": True, **setting})
     with pytest.raises(DWMError, match=named) as error:
-        OwnLoop.check(None, config)  # type: ignore[arg-type]
+        OwnLoop.__new__(OwnLoop).check(config)
     assert "your own training loop: " in str(error.value)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from megatron_dwm.errors import DWMError
-from megatron_dwm.hosts.megatron_lm.rebind import check_version, rebound
+from megatron_dwm.hosts.rebind import check_version, rebound
 
 
 class _Runs:

@@ -6,7 +6,6 @@ import math
 import os
 from typing import Any
 
-from megatron.core.datasets.utils import get_blend_from_list
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 from megatron.training.utils import get_blend_and_blend_per_split
 
@@ -17,6 +16,7 @@ from megatron_dwm.data.index import DatasetError, read_index
 from megatron_dwm.data.meta_dataset import default_meta_batch_size, meta_batch_unit
 from megatron_dwm.data.weight_file import read_weights, weights_path
 from megatron_dwm.errors import DWMError
+from megatron_dwm.hosts.blend import blend_of
 from megatron_dwm.hosts.megatron_lm.document_numbers import check_documents
 from megatron_dwm.hosts.unsupported import REFUSED, refusals, unsupported
 
@@ -226,22 +226,6 @@ def final_batch(args: Any) -> int:
     # The trainer's own size is then that of one micro-batch; "0:768 250B:1536" ends at 1536.
     sizes = args.micro_batch_size, args.data_parallel_size
     return StepBatchsizeNumMicroBatchesCalculator(*sizes, False, 1, schedule).global_batch_size
-
-
-def blend_of(paths: list[str] | None, flag: str) -> tuple[list[str], list[float] | None]:
-    """Parses `PREFIX ...` or `WEIGHT PREFIX ...` as `--data-path` does.
-
-    Raises:
-        DWMError: an even number of words that are not weights and prefixes in alternation.
-    """
-    try:
-        blend = get_blend_from_list(paths)
-    except ValueError as error:
-        raise DWMError(
-            f"{flag} {' '.join(paths or [])}: an even number of words is read as WEIGHT PREFIX "
-            f"pairs, and {error}; give weights, or one prefix"
-        ) from None
-    return ([], None) if blend is None else (list(blend[0]), blend[1])
 
 
 def training_prefixes(args: Any) -> list[str]:

@@ -26,7 +26,7 @@ from megatron_dwm.data.document_weights import Ranks, ranks_of
 from megatron_dwm.data.index import IndexSummary, read_index
 from megatron_dwm.data.weight_file import document_chunks, read_weights
 from megatron_dwm.errors import DWMError
-from megatron_dwm.hosts.megatron_lm.rebind import rebound
+from megatron_dwm.hosts.rebind import rebound
 
 LENGTH = "length"
 # From documents `[k]` int64 to their numbers `[k]`.

@@ -184,7 +184,7 @@ def _run(request: Request, command: dict[str, Any]) -> ProbeDone:
     from megatron_dwm.hosts.megatron_lm import session
     from megatron_dwm.hosts.megatron_lm.attach import attach
     from megatron_dwm.hosts.megatron_lm.probe_session import ProbeSession
-    from megatron_dwm.hosts.megatron_lm.rebind import rebound
+    from megatron_dwm.hosts.rebind import rebound
 
     stand_alone()
     if os.path.isdir(command["folder"]):

@@ -30,8 +30,8 @@ from megatron_dwm.core.weighted_dataset import (
 from megatron_dwm.data.epoch_plan import PLAN_VERSION
 from megatron_dwm.errors import DWMError
 from megatron_dwm.hosts.megatron_lm.checks import training_prefixes
-from megatron_dwm.hosts.megatron_lm.rebind import rebound
 from megatron_dwm.hosts.megatron_lm.weight_files import WeightFiles
+from megatron_dwm.hosts.rebind import rebound
 
 
 class Sampling:

@@ -142,7 +142,9 @@ def table(plan: dict[str, Any]) -> list[str]:
             f"{' '.join(plan['left_to_the_script'])}"
         )
     lines.append("")
-    lines += [f"refused: {line}" for line in plan["refused"]] or ["nothing is refused"]
+    lines += [f"refused: {line}" for line in plan["refused"]] or [
+        "nothing is refused (data files are not read)"
+    ]
     return lines
 
 

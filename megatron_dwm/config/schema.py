@@ -156,7 +156,9 @@ class DWMConfig:
         nargs="+",
     )
     meta_batch_size: int | None = _option(
-        None, "samples of the meta set per meta step; default: a quarter of the global batch"
+        None,
+        "samples of the meta set per meta step; default: the legal size nearest to a quarter of "
+        "the global batch",
     )
     estimator: str = _option(
         "auto",

@@ -125,7 +125,10 @@ def step_log(run: str) -> str:
     """
     path = os.path.join(run, FILE_NAME)
     if not parts(path):
-        raise DWMError(f"{path}: no such file; --run is the --save folder of a run with --dwm")
+        raise DWMError(
+            f"{path}: no such file; name the --save folder of a run with --dwm (to compare with "
+            "stock training, that of a run with --dwm --dwm-policy uniform)"
+        )
     return path
 
 

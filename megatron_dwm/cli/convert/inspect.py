@@ -111,8 +111,9 @@ def _about_dwm(entry: dict[str, Any]) -> str:
     dwm = entry["dwm"]
     parts = ["no DWM"]
     if dwm is not None:
-        kept = "with its optimizer" if dwm["optimizer"] else "weights only"
-        parts = [f"DWM after {dwm['meta_steps']} meta steps", kept]
+        parts = [f"DWM after {dwm['meta_steps']} meta steps"]
+        if dwm["layers"] is not None:  # a head has no optimizer
+            parts.append("with its optimizer" if dwm["optimizer"] else "weights only")
     if "weight_files" in entry:
         parts.append(f"{len(entry['weight_files'])} weight file(s)")
     return ", ".join(parts)
@@ -133,9 +134,12 @@ def _about_run(entry: dict[str, Any]) -> list[str]:
     )
     lines.append(f"written  {sizes.replace('_', ' ')}")
     if dwm is not None:
+        kind = "no separate model: a head on the language model's states, or a fixed rule"
+        if dwm["layers"] is not None:
+            sizes = f"layers {dwm['layers']}, hidden size {dwm['hidden_size']}"
+            kind = f"{sizes}, {dwm['pooling']} pooling"
         stages = dwm["stages"]
-        lines.append(
-            f"DWM      layers {dwm['layers']}, hidden size {dwm['hidden_size']}, {dwm['pooling']} "
-            f"pooling; schedule {stages}"
-        )
+        if isinstance(stages, dict):
+            stages = ", ".join(f"{name} {value}" for name, value in stages.items())
+        lines.append(f"DWM      {kind}; {stages}")
     return lines

@@ -187,7 +187,7 @@ def test_bad_line_names_file_and_line_and_leaves_nothing(
     ("end", "said"),
     [
         (lambda: os._exit(9), "(exit code 9)"),
-        (lambda: os.kill(os.getpid(), signal.SIGSEGV), "(signal SIGSEGV)"),
+        (lambda: os.kill(os.getpid(), signal.SIGUSR1), "(signal SIGUSR1)"),
         (lambda: os.kill(os.getpid(), signal.SIGKILL), "lack of memory. Set fewer --workers"),
     ],
 )

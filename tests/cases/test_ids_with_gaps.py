@@ -38,11 +38,17 @@ def write_tokenizer(folder: Path, ids: dict[str, int], special: dict[str, int]) 
     """Writes a tokenizer of words with these ids; special tokens may lie beyond the model's."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    raw = Tokenizer(models.WordLevel({**ids, **special}, unk_token="<u>"))
+    # The library writes ids without gaps, for which it would take gigabytes; they come afterwards.
+    dense = {word: number for number, word in enumerate({**ids, **special})}
+    raw = Tokenizer(models.WordLevel(dense, unk_token="<u>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     raw.add_special_tokens(list(special))
     folder.mkdir(parents=True)
-    raw.save(str(folder / "tokenizer.json"))
+    content = json.loads(raw.to_str())
+    content["model"]["vocab"] = {**ids, **special}
+    for token in content["added_tokens"]:
+        token["id"] = special[token["content"]]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "unk_token": "<u>",

@@ -81,8 +81,17 @@ class Case:
 
     @property
     def group(self) -> tuple[str, str, str]:
-        """What a reference is computed for."""
+        """Model, optimizer and masks."""
         return self.model, self.optimizer, self.masks
+
+    @property
+    def start(self) -> str:
+        """The checkpoint that it starts from, for each of which a reference is computed.
+
+        Two that differ in how the optimizer was kept differ in rounding, and Adam's first steps
+        make that as long as a step where the gradient is nearly 0.
+        """
+        return "-".join(["start", *self.group, "distributed" if self.distributed else "plain"])
 
     def deal(self, values: Any) -> Any:
         """Returns values in the order (replica, micro-batch, sample), from that of the data.
@@ -210,32 +219,25 @@ class Setting:
             *f"{MODELS[model]} {OPTIMIZERS[optimizer]} {MASKS[masks]} {flags}".split(),
         ]
 
-    def start(self, group: tuple[str, str, str], distributed: bool) -> Path:
-        """Returns where the checkpoint is that the cases of a group start from."""
-        kind = "distributed" if distributed else "plain"
-        return self.folder / "-".join(["start", *group, kind])
-
-    def save_starts(self, wanted: set[tuple[tuple[str, str, str], bool]]) -> None:
-        """Saves the state after `START` steps of one rank for each (group, distributed)."""
+    def save_starts(self, cases: list[Case]) -> None:
+        """Saves the state after `START` steps of one rank for each start of the cases."""
         runs = []
-        for group, distributed in sorted(wanted):
+        for case in {case.start: case for case in cases}.values():
             flags = f"--micro-batch-size {BATCH} --exit-interval {START} --save-interval {START} "
-            flags += f"--save {self.start(group, distributed)} "
-            if distributed:
-                flags += "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
-            name = f"{'-'.join(group)}-{distributed}"
-            runs.append(Run(name, self.arguments(*group, flags)[len(host_flags()) :]))
+            flags += f"--save {self.folder / case.start} {_sharded(case)}"
+            runs.append(Run(case.start, self.arguments(*case.group, flags)[len(host_flags()) :]))
         results = run_all(1, runs, self.folder)
         for run in runs:
             results.succeeded(run.name)
 
-    def reference(self, group: tuple[str, str, str], cases: list[Case]) -> dict[str, Any]:
-        """Returns what the worker computes in float64, in one process."""
-        flags = f"--micro-batch-size {BATCH} --no-load-rng --load {self.start(group, False)}"
+    def reference(self, cases: list[Case]) -> dict[str, Any]:
+        """Returns what the worker computes in float64, in one process, for cases of one start."""
+        first = cases[0]
+        flags = f"--micro-batch-size {BATCH} --no-load-rng --load {self.folder / first.start} "
         return {
             "role": "reference",
-            "name": "-".join(group),
-            "args": self.arguments(*group, flags),
+            "name": f"reference-{first.start}",
+            "args": self.arguments(*first.group, flags + _sharded(first)),
             "layouts": [
                 {
                     "name": case.name,
@@ -251,16 +253,24 @@ class Setting:
     def layout(self, case: Case) -> dict[str, Any]:
         """Returns what the worker takes apart."""
         flags = f"--micro-batch-size {case.micro_batch} --no-load-rng "
-        flags += f"--load {self.start(case.group, case.distributed)} {case.flags}"
+        flags += f"--load {self.folder / case.start} {case.flags}"
         return {
             "role": "layout",
             "name": case.name,
             "args": self.arguments(*case.group, flags),
-            "group": "-".join(case.group),
+            "reference": f"reference-{case.start}",
             "weights": case.deal(weights(case)).tolist(),
             "estimators": list(case.estimators),
             "per_token": case.per_token,
         }
+
+
+def _sharded(case: Case) -> str:
+    return (
+        "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
+        if case.distributed
+        else ""
+    )
 
 
 def weights(case: Case) -> numpy.ndarray:

@@ -38,6 +38,7 @@ from megatron.core.dist_checkpointing.mapping import (  # noqa: E402
     apply_factories,
 )
 from megatron.core.num_microbatches_calculator import get_num_microbatches  # noqa: E402
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
 from megatron.core.pipeline_parallel import schedules  # noqa: E402
 from megatron.core.utils import unwrap_model  # noqa: E402
 
@@ -161,17 +162,39 @@ def shares(tokens, layout):
     return (1 / of_micro_batch / len(of_micro_batch)).repeat_interleave(size)
 
 
+def groups_and_states(optimizer):
+    """Returns the group and the state of each parameter by its `id`; they are whole on one rank."""
+    groups, states = {}, {}
+    for leaf in getattr(optimizer, "chained_optimizers", [optimizer]):
+        whole = {id(p): p for group in leaf.optimizer.param_groups for p in group["params"]}
+        if isinstance(leaf, DistributedOptimizer):
+            # It steps flat tensors in the place of the parameters.
+            model = [p for g in [*leaf.model_float16_groups, *leaf.model_fp32_groups] for p in g]
+            main = [
+                p
+                for g in [*leaf.shard_fp32_from_float16_groups, *leaf.shard_fp32_groups]
+                for p in g
+            ]
+            whole = {id(m): p for m, p in zip(main, model, strict=True)}
+        for group in leaf.optimizer.param_groups:
+            for stepped_one in group["params"]:
+                p = whole[id(stepped_one)]
+                state = leaf.optimizer.state[stepped_one]
+                groups[id(p)] = group
+                states[id(p)] = {
+                    name: value if name == "step" else value.view(p.shape)
+                    for name, value in state.items()
+                    if value is not None
+                }
+    return groups, states
+
+
 def stepped(llm, optimizer, theta, gradient, limit):
     """Returns the parameters after the optimizer's step, as a function of the gradient."""
     norm = gradient.norm()
     if limit > 0 and norm > limit:
         gradient = gradient * (limit / (norm + 1e-6))
-    leaves = getattr(optimizer, "chained_optimizers", [optimizer])
-    groups, states = {}, {}
-    for leaf in leaves:
-        for group in leaf.optimizer.param_groups:
-            for p in group["params"]:
-                groups[id(p)], states[id(p)] = group, leaf.optimizer.state[p]
+    groups, states = groups_and_states(optimizer)
     moved = []
     for p, x, g in zip(llm.parameters, llm.parts(theta), llm.parts(gradient), strict=True):
         group, state = groups[id(p)], states[id(p)]
@@ -244,7 +267,7 @@ def layout(case, self, stock, forward_step, iterator, model, optimizer, schedule
     # As passed on by the policy: the parameters' device and the rank's own order.
     weights = torch.tensor(case["weights"], device=cpu.device()).float()
     probed = probe.ProbedStep(step, trainee, scheduler, stock_step, batches, weights)
-    expected = torch.load(os.path.join(os.environ["OUT"], f"{case['group']}.pt"))
+    expected = torch.load(os.path.join(os.environ["OUT"], f"{case['reference']}.pt"))
     mine = expected["layouts"][case["name"]]
     out = {"dp": step.groups.dp.size(), "influence": {}}
     out.update(one_step(probed, model, optimizer, expected["gradients"], mine, case["per_token"]))

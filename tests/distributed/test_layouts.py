@@ -44,11 +44,9 @@ def spawn(ranks: int, cases: list[dict[str, Any]], folder: Path) -> None:
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("layouts")
     setting = Setting(folder)
-    groups = sorted({case.group for case in CASES})
-    starts = {(case.group, case.distributed) for case in CASES}
-    setting.save_starts(starts | {(group, False) for group in groups})
-    by_group = {group: [c for c in CASES if c.group == group] for group in groups}
-    spawn(1, [setting.reference(group, cases) for group, cases in by_group.items()], folder)
+    setting.save_starts(CASES)
+    starts = {case.start: [c for c in CASES if c.start == case.start] for case in CASES}
+    spawn(1, [setting.reference(cases) for cases in starts.values()], folder)
     for ranks, cases in itertools.groupby(sorted(CASES, key=_ranks), _ranks):
         spawn(ranks, [setting.layout(case) for case in cases], folder)
     return {case.name: json.loads((folder / f"{case.name}.json").read_text()) for case in CASES}

@@ -1,8 +1,8 @@
 """Run under torchrun: one training step at many layouts, and in float64 in one process.
 
 Reads a JSON list of cases from the file named by CASES, each a run of the stock trainer that is
-stopped before its fourth step. Writes what came out to OUT/<name>.json (`layout`), or OUT/<name>.pt
-(`reference`).
+stopped before its fourth step. Writes what came out to OUT/<name>.json; a `reference` has its
+tensors in OUT/<name>.pt.
 
 `reference`  one process, parameters in float64, a forward and backward pass for each sample of the
              step by its own few lines: cross-entropy of the model's logits, the division of losses
@@ -15,22 +15,20 @@ Gradients are told apart by the names and places under which Megatron's distribu
 the parameters, so each rank compares what it holds.
 """
 
-import contextlib
-import functools
-import json
 import os
-import runpy
 import sys
-import traceback
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
 
 from megatron_dwm.hosts import cpu  # noqa: E402
-from tests.functional.run_many import clean  # noqa: E402  (installs the host before Megatron)
+from tests.distributed.stopped_runs import (  # noqa: E402  (installs the host before Megatron)
+    in_order,
+    replaced,
+    stopped,
+)
 
 # isort: split
-import psutil  # noqa: E402
 import torch  # noqa: E402
 from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import (  # noqa: E402
@@ -47,28 +45,10 @@ from megatron_dwm.core.batches import StepBatches  # noqa: E402
 from megatron_dwm.core.contexts import gathered_parameters  # noqa: E402
 from megatron_dwm.core.trainee import Trainee  # noqa: E402
 from megatron_dwm.hosts.megatron_lm.build import outcome  # noqa: E402
-from megatron_dwm.hosts.megatron_lm.session import Session  # noqa: E402
 from megatron_dwm.step import probe  # noqa: E402
 from tests.functional.torch_norms import torch_norms  # noqa: E402
 
-plain_train_step = Session.train_step
-SCRIPT = os.path.join(ROOT, "examples", "pretrain_dwm.py")
 START = 3
-
-
-class Done(Exception):  # noqa: N818 - not an error
-    """Ends a run when its step has been taken apart."""
-
-
-@contextlib.contextmanager
-def replaced(owner, name, value):
-    """Replaces an attribute within it."""
-    kept = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, kept)
 
 
 # --- where a parameter is ------------------------------------------------------------------------
@@ -213,8 +193,8 @@ def stepped(llm, optimizer, theta, gradient, limit):
     return torch.cat([m.reshape(-1) for m in moved])
 
 
-def reference(case, self, iterator, model, optimizer):
-    """Returns the samples' gradients, and what each layout has to come to."""
+def reference(case, self, stock, forward_step, iterator, model, optimizer, *rest, **kw):
+    """Saves the samples' gradients, and what each layout has to come to, to OUT/<name>.pt."""
     (batch,) = StepBatches(iterator, 1).first()
     (meta,) = self.step.meta_data.batches_at(self.step.meta_data.consumed_samples)
     llm = InFloat64(model)
@@ -247,7 +227,8 @@ def reference(case, self, iterator, model, optimizer):
             "influence": share * (gradients @ v),
             "tokens": tokens,
         }
-    return found
+    torch.save(found, os.path.join(os.environ["OUT"], f"{case['name']}.pt"))
+    return {"samples": count}
 
 
 # --- layout --------------------------------------------------------------------------------------
@@ -357,58 +338,13 @@ def gradient_errors(model, gradients, factors):
     return {"gradient": errors[0].item(), "worst": errors[1].item(), "worst_here": name}
 
 
-# --- all of them ---------------------------------------------------------------------------------
+ROLES = {"reference": reference, "layout": layout}
 
 
 def run(case):
     """Runs a case; returns what came out, or the traceback."""
-    kept = {}
-
-    @functools.wraps(plain_train_step)
-    def train_step(self, stock, forward_step, iterator, model, optimizer, *rest, **kwargs):
-        if kwargs["iteration"] < START:
-            return plain_train_step(
-                self, stock, forward_step, iterator, model, optimizer, *rest, **kwargs
-            )
-        if case["role"] == "reference":
-            kept["out"] = reference(case, self, iterator, model, optimizer)
-        else:
-            kept["out"] = layout(
-                case, self, stock, forward_step, iterator, model, optimizer, *rest, **kwargs
-            )
-        raise Done
-
-    sys.argv = [SCRIPT, *case["args"]]
-    try:
-        with replaced(Session, "train_step", train_step), torch_norms():
-            runpy.run_path(SCRIPT, run_name="__main__")
-    except Done:
-        return kept["out"]
-    except BaseException:
-        return {"error": traceback.format_exc()}
-    return {"error": "the run ended before the step that was to be taken apart"}
-
-
-def main():
-    """Runs all, in order."""
-    with open(os.environ["CASES"]) as file:
-        cases = json.load(file)
-    rank, last = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]) - 1
-    for case in cases:
-        out = run(case)
-        path = os.path.join(os.environ["OUT"], case["name"])
-        if case["role"] == "reference" and "error" not in out:
-            torch.save(out, f"{path}.pt")
-        elif rank == last or "error" in out:
-            with open(f"{path}.json", "w") as file:
-                json.dump(out, file)
-        if "error" in out:
-            break  # the ranks may be out of step
-        clean()
-    for child in psutil.Process().children(recursive=True):
-        child.kill()
-    os._exit(0)
+    return stopped(case, START, ROLES[case["role"]], torch_norms())
 
 
 if __name__ == "__main__":
-    main()
+    in_order(run)

@@ -20,23 +20,22 @@ micro-batch, sample).
 
 import contextlib
 import dataclasses
-import functools
 import gc
-import json
 import os
-import runpy
 import sys
 import time
-import traceback
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
 
 from megatron_dwm.hosts import cpu  # noqa: E402
-from tests.functional.run_many import clean  # noqa: E402  (installs the host before Megatron)
+from tests.distributed.stopped_runs import (  # noqa: E402  (installs the host before Megatron)
+    in_order,
+    replaced,
+    stopped,
+)
 
 # isort: split
-import psutil  # noqa: E402
 import torch  # noqa: E402
 from megatron.core.num_microbatches_calculator import get_num_microbatches  # noqa: E402
 
@@ -45,32 +44,12 @@ from megatron_dwm.core.batches import StepBatches  # noqa: E402
 from megatron_dwm.core.contexts import gathered_parameters  # noqa: E402
 from megatron_dwm.core.trainee import Trainee  # noqa: E402
 from megatron_dwm.hosts.megatron_lm.build import outcome  # noqa: E402
-from megatron_dwm.hosts.megatron_lm.session import Session  # noqa: E402
 from megatron_dwm.meta_gradient.ghost import recording as ghost  # noqa: E402
 from megatron_dwm.meta_gradient.optimizers import derivatives as jacobian  # noqa: E402
 from megatron_dwm.policies import features  # noqa: E402
 from megatron_dwm.step import loss, probe  # noqa: E402
 from tests.contract import stand_in_muon  # noqa: E402
 from tests.functional.torch_norms import torch_norms  # noqa: E402
-
-plain_train_step = Session.train_step
-SCRIPT = os.path.join(ROOT, "examples", "pretrain_dwm.py")
-
-
-class Done(Exception):  # noqa: N818 - not an error
-    """Ends a run when its step has been taken apart."""
-
-
-@contextlib.contextmanager
-def replaced(owner, name, value):
-    """Replaces an attribute within it."""
-    kept = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, kept)
-
 
 # What each negative control puts wrong.
 BREAKS = {
@@ -263,44 +242,8 @@ def memory(probed):
 
 def run(case):
     """Runs a case; returns what came out, or the traceback."""
-    kept = {}
-
-    @functools.wraps(plain_train_step)
-    def train_step(self, *args, **kwargs):
-        if kwargs["iteration"] < case.get("after", 3):
-            return plain_train_step(self, *args, **kwargs)
-        kept["out"] = take_apart(case, self, *args, **kwargs)
-        raise Done
-
-    sys.argv = [SCRIPT, *case["args"]]
-    try:
-        with replaced(Session, "train_step", train_step), ALLOWANCES[case.get("allow")]():
-            runpy.run_path(SCRIPT, run_name="__main__")
-    except Done:
-        return kept["out"]
-    except BaseException:
-        return {"error": traceback.format_exc()}
-    return {"error": "the run ended before the step that was to be taken apart"}
-
-
-def main():
-    """Runs all, in order."""
-    with open(os.environ["CASES"]) as file:
-        cases = json.load(file)
-    rank = int(os.environ["RANK"])
-    for case in cases:
-        out = run(case)
-        if rank == int(os.environ["WORLD_SIZE"]) - 1 or "error" in out:
-            path = os.path.join(os.environ["OUT"], f"{case['name']}.json")
-            with open(path, "w") as file:
-                json.dump(out, file)
-        if "error" in out:
-            break  # the ranks may be out of step
-        clean()
-    for child in psutil.Process().children(recursive=True):
-        child.kill()
-    os._exit(0)
+    return stopped(case, case.get("after", 3), take_apart, ALLOWANCES[case.get("allow")]())
 
 
 if __name__ == "__main__":
-    main()
+    in_order(run)

@@ -166,6 +166,17 @@ def clean():
             torch.distributed.destroy_process_group(group)
 
 
+def end_process():
+    """Ends this rank at once.
+
+    Ranks that failed in different places may be out of step, so none waits for another; what they
+    started (the checkpoint writer's helpers) must not outlive them.
+    """
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
+    os._exit(0)
+
+
 def main():
     """Runs all that the file RUNS lists."""
     with open(os.environ["RUNS"]) as file:
@@ -185,11 +196,7 @@ def run_in_order(runs):
         with open(os.path.join(out, f"{item['name']}.{rank}.json"), "w") as file:
             json.dump(result, file)
         clean()
-    # Ranks that failed in different places may be out of step, so none waits for another; what
-    # they started (the checkpoint writer's helpers) must not outlive them.
-    for child in psutil.Process().children(recursive=True):
-        child.kill()
-    os._exit(0)
+    end_process()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ sys.path.insert(0, ROOT)
 from tests.functional import run_many  # noqa: E402  (installs the host before Megatron)
 
 # isort: split
-import psutil  # noqa: E402
 import torch  # noqa: E402
 
 from megatron_dwm.core.optimizers import leaf_optimizers  # noqa: E402
@@ -100,9 +99,7 @@ def main():
         with open(name, "w") as file:
             json.dump({**result, "dwm": seen}, file)
         run_many.clean()
-    for child in psutil.Process().children(recursive=True):
-        child.kill()
-    os._exit(0)
+    run_many.end_process()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ sys.path.insert(0, ROOT)
 from tests.functional import run_many  # noqa: E402  (installs the host before Megatron)
 
 # isort: split
-import psutil  # noqa: E402
 
 from megatron_dwm.checkpoint import state as checkpoint  # noqa: E402
 from megatron_dwm.cli import probe as command  # noqa: E402
@@ -95,9 +94,7 @@ def main():
         with open(name, "w") as file:
             json.dump(result, file)
         run_many.clean()
-    for child in psutil.Process().children(recursive=True):
-        child.kill()
-    os._exit(0)
+    run_many.end_process()
 
 
 if __name__ == "__main__":
